@@ -1,0 +1,105 @@
+"""What the kernels share: tile sizes, the stand-in for minus infinity, and the on-chip transpose.
+
+Letters: P partitions, F free elements per partition.
+
+Everything here is inlined into the kernel that calls it. Only NKI that versions 0.2 to 0.6 share is used.
+"""
+
+import nki.isa as nisa
+import nki.language as nl
+
+ROWS = 128  # query rows of one tile, and keys of one sub-tile: the partition count of SBUF and PSUM
+KEY_TILE = 512  # keys of one score tile: one PSUM bank of fp32, the widest moving operand
+
+# A masked score. It lives in fp32 tiles only and is finite, so that no NaN can arise from it.
+MASKED_SCORE = -1.0e30
+# Where the running row maximum starts. It is far above a masked score, so exp() of a masked score is
+# exactly 0 even in a row that has seen nothing yet, and far below every real score.
+EMPTY_ROW_MAX = -1.0e29
+# Floor of the row sum before log and reciprocal; a row that saw a key has a sum near 1 or above.
+ROW_SUM_FLOOR = 2.0**-40
+
+
+def make_identity(dtype):
+    """The [128, 128] identity that gen2's transpose multiplies by; later chips transpose without one."""
+    if nisa.get_nc_version() == nisa.nc_version.gen2:
+        return nl.shared_identity_matrix(ROWS, dtype=dtype)
+    return None
+
+
+def transpose(dst_FP, data_PF, identity_PP):
+    """Write the transpose of an SBUF tile to another SBUF tile, through PSUM.
+
+    gen2 has no transpose mode: there a transpose is a matmul with the identity, which lands in fp32
+    and spreads NaN and Inf along rows. From gen3 it is bit-exact and keeps the dtype.
+    """
+    num_rows, num_cols = data_PF.shape
+    if nisa.get_nc_version() == nisa.nc_version.gen2:
+        t_psum_FP = nl.ndarray((num_cols, num_rows), dtype=nl.float32, buffer=nl.psum)
+        nisa.nc_matmul(dst=t_psum_FP, stationary=data_PF, moving=identity_PP)  # TensorE  PF,PP->FP
+    else:
+        t_psum_FP = nl.ndarray((num_cols, num_rows), dtype=data_PF.dtype, buffer=nl.psum)
+        nisa.nc_transpose(dst=t_psum_FP, data=data_PF)  # TensorE
+    nisa.tensor_copy(dst=dst_FP, src=t_psum_FP)  # VectorE or ScalarE
+
+
+def load_rows(hbm_SD, start, num_rows, dtype):
+    """Load rows [start, start + num_rows) of an HBM matrix to a fresh SBUF tile, rows on partitions."""
+    tile_RD = nl.ndarray((num_rows, hbm_SD.shape[1]), dtype=dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile_RD, src=hbm_SD[start : start + num_rows, :])  # DMA
+    return tile_RD
+
+
+def load_transposed(hbm_SD, identity_PP):
+    """Load an HBM matrix [S, D] as [D, S]: every 128-row tile is loaded and transposed on chip."""
+    num_rows, num_cols = hbm_SD.shape
+    out_DS = nl.ndarray((num_cols, num_rows), dtype=hbm_SD.dtype, buffer=nl.sbuf)
+    for j in range(num_rows // ROWS):
+        tile_JD = load_rows(hbm_SD, j * ROWS, ROWS, hbm_SD.dtype)
+        transpose(out_DS[:, j * ROWS : (j + 1) * ROWS], tile_JD, identity_PP)
+    return out_DS
+
+
+def load_by_tile(hbm_SD):
+    """Load an HBM matrix [S, D] as [128, S / 128, D]: row j * 128 + p lies on partition p at index j."""
+    num_rows, num_cols = hbm_SD.shape
+    num_tiles = num_rows // ROWS
+    out_JND = nl.ndarray((ROWS, num_tiles, num_cols), dtype=hbm_SD.dtype, buffer=nl.sbuf)
+    for j in range(num_tiles):
+        nisa.dma_copy(dst=out_JND[:, j, :], src=hbm_SD[j * ROWS : (j + 1) * ROWS, :])  # DMA
+    return out_JND
+
+
+def num_visible(mask, q_start, key_start, num_keys):
+    """How many keys of the tile that starts at key_start the 128 queries from q_start can reach.
+
+    full: all of them. causal and strict: up to and including the 128-key sub-tile on the diagonal,
+    whose own triangle `mask_diagonal` cuts. Zero or less: nothing to compute.
+    """
+    if mask == "full":
+        return num_keys
+    return min(num_keys, q_start + ROWS - key_start)
+
+
+def has_diagonal(mask, q_start, key_start, num_keys):
+    """True if the last 128 of these num_keys keys are the queries' own positions."""
+    return mask != "full" and key_start + num_keys == q_start + ROWS
+
+
+def mask_diagonal(tile_MN, mask, fill):
+    """Fill the invisible triangle of a [128, 128] diagonal sub-tile in SBUF, in place. GpSimdE.
+
+    Row m keeps column n where m - n >= 0 (causal) or m - n >= 1 (strict).
+    """
+    offset = 0
+    if mask == "strict":
+        offset = -1
+    nisa.affine_select(
+        dst=tile_MN,
+        pattern=[[-1, ROWS]],
+        offset=offset,
+        channel_multiplier=1,
+        on_true_tile=tile_MN,
+        on_false_value=fill,
+        cmp_op=nl.greater_equal,
+    )
