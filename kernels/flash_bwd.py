@@ -3,7 +3,8 @@
 Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim;
 in a tile M = 128 query rows, N <= 512 keys, J = 128 keys.
 
-The mathematics (FlashAttention-2, Dao 2023, algorithm 2), with lse and delta = rowsum(do * o) of the whole row:
+The mathematics (FlashAttention-2, Dao 2023, algorithm 2), with lse and delta = rowsum(do * o) of
+the whole row:
 
     p  = exp(scale * q k^T - lse)
     dv = p^T do
@@ -11,12 +12,12 @@ The mathematics (FlashAttention-2, Dao 2023, algorithm 2), with lse and delta = 
     dq = scale * ds k
     dk = scale * ds^T q
 
-Keys are the outer loop, so that dk and dv of one key tile stay in PSUM while all query heads of the group and all
-their rows pass by; dq gathers in fp32 in SBUF. Queries lie on partitions: p and ds are then the stationary
-operands of dv and dk as they are, and only dq needs ds transposed.
+Keys are the outer loop, so that dk and dv of one key tile stay in PSUM while all query heads of the
+group and all their rows pass by; dq gathers in fp32 in SBUF. Queries lie on partitions: p and ds
+are then the stationary operands of dv and dk as they are, and only dq needs ds transposed.
 
-Precision: q, k, v, do, p and ds are in the input dtype (bf16 or fp32); scores, do v^T, lse, delta and all three
-gradients are fp32. A row without a visible key must come with lse = +EMPTY_ROW_LSE (see there), which makes p = 0.
+Precision: q, k, v, do, p and ds are in the input dtype (bf16 or fp32); scores, do v^T, lse, delta
+and all three gradients are fp32. A row without a visible key must come with lse = EMPTY_ROW_LSE.
 """
 
 import nki
@@ -36,7 +37,7 @@ from .tiles import (
     transpose,
 )
 
-# What the host passes as lse for a row that sees no key anywhere: exp(scale * s - lse) is then exactly 0.
+# The host passes this as lse for a row that sees no key anywhere: exp(scale * s - lse) is then 0.
 EMPTY_ROW_LSE = 1.0e30
 
 
@@ -54,51 +55,71 @@ def flash_bwd(do_BHSD, q_BHSD, k_BGKD, v_BGKD, lse_BHS1, delta_BHS1, mask, scale
     Returns:
         dq [B, H, S, D], dk and dv [B, G, K, D], fp32, summed over the query heads of each group.
     """
-    num_batches, num_heads, num_rows, head_dim = q_BHSD.shape
+    num_batches, num_heads = q_BHSD.shape[0], q_BHSD.shape[1]
     num_groups = k_BGKD.shape[1]
     heads_per_group = num_heads // num_groups
     dq_hbm_BHSD = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     dk_hbm_BGKD = nl.ndarray(k_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     dv_hbm_BGKD = nl.ndarray(v_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     identity_PP = make_identity(q_BHSD.dtype)
-    num_q_tiles = num_rows // ROWS
 
     for b in range(num_batches):
         for g in range(num_groups):
-            kT_DK = load_transposed(k_BGKD[b, g, :, :], identity_PP)
-            vT_DK = load_transposed(v_BGKD[b, g, :, :], identity_PP)
-            k_JKD = load_by_tile(k_BGKD[b, g, :, :])
-            dq_MTD = nl.ndarray((ROWS, heads_per_group * num_q_tiles, head_dim), dtype=nl.float32, buffer=nl.sbuf)
+            heads = (g * heads_per_group, (g + 1) * heads_per_group)
+            keys_and_values = (
+                load_transposed(k_BGKD[b, g, :, :], identity_PP),
+                load_transposed(v_BGKD[b, g, :, :], identity_PP),
+                load_by_tile(k_BGKD[b, g, :, :]),
+            )
+            rows_hbm = (
+                do_BHSD[b, heads[0] : heads[1], :, :],
+                q_BHSD[b, heads[0] : heads[1], :, :],
+                lse_BHS1[b, heads[0] : heads[1], :, :],
+                delta_BHS1[b, heads[0] : heads[1], :, :],
+            )
+            dq_MTD = query_gradient_buffer(rows_hbm[1])
             for key_start in range(0, k_BGKD.shape[2], KEY_TILE):
-                key_tile = min(KEY_TILE, k_BGKD.shape[2] - key_start)
-                dk_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
-                dv_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
-                for t in range(heads_per_group * num_q_tiles):
-                    h = g * heads_per_group + t // num_q_tiles
-                    q_start = (t % num_q_tiles) * ROWS
-                    num_keys = num_visible(mask, q_start, key_start, key_tile)
-                    if num_keys > 0:
-                        keys = slice(key_start, key_start + num_keys)
-                        q_MD = load_rows(q_BHSD[b, h, :, :], q_start, ROWS, q_BHSD.dtype)
-                        do_MD = load_rows(do_BHSD[b, h, :, :], q_start, ROWS, do_BHSD.dtype)
-                        lse_M1 = load_rows(lse_BHS1[b, h, :, :], q_start, ROWS, nl.float32)
-                        delta_M1 = load_rows(delta_BHS1[b, h, :, :], q_start, ROWS, nl.float32)
-                        masked = has_diagonal(mask, q_start, key_start, num_keys)
-                        p_MN = recompute_p(q_MD, kT_DK[:, keys], lse_M1, mask, masked, scale, identity_PP)
-                        ds_MN = score_gradient(do_MD, vT_DK[:, keys], p_MN, delta_M1, identity_PP)
-                        add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD)
-                        add_query_gradient(dq_MTD[:, t, :], ds_MN, k_JKD, key_start, scale, identity_PP)
+                dk_psum_JND, dv_psum_JND = backward_key_tile(
+                    rows_hbm, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP
+                )
                 store_key_gradient(dk_hbm_BGKD[b, g, :, :], dk_psum_JND, key_start, scale)
                 store_key_gradient(dv_hbm_BGKD[b, g, :, :], dv_psum_JND, key_start, 1.0)
-            for t in range(heads_per_group * num_q_tiles):
-                h = g * heads_per_group + t // num_q_tiles
-                q_start = (t % num_q_tiles) * ROWS
-                nisa.dma_copy(dst=dq_hbm_BHSD[b, h, q_start : q_start + ROWS, :], src=dq_MTD[:, t, :])  # DMA
+            store_query_gradient(dq_hbm_BHSD[b, heads[0] : heads[1], :, :], dq_MTD)
     return dq_hbm_BHSD, dk_hbm_BGKD, dv_hbm_BGKD
 
 
-def recompute_p(q_MD, kT_DN, lse_M1, mask, masked, scale, identity_PP):
-    """p [128, N] = exp(scale * q k^T - lse) in the input dtype; zero where the diagonal sub-tile is invisible."""
+def backward_key_tile(rows_hbm, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP):
+    """Pass all query tiles of one group by one key tile: returns dk, dv in PSUM, adds into dq."""
+    do_HSD, q_HSD, lse_HS1, delta_HS1 = rows_hbm
+    kT_DK, vT_DK, k_JKD = keys_and_values
+    num_heads, num_rows, head_dim = q_HSD.shape
+    key_tile = min(KEY_TILE, kT_DK.shape[1] - key_start)
+    num_tiles = num_rows // ROWS
+    dk_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
+    dv_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
+    for h in range(num_heads):
+        for i in range(num_tiles):
+            q_start = i * ROWS
+            num_keys = num_visible(mask, q_start, key_start, key_tile)
+            if num_keys > 0:
+                q_MD = load_rows(q_HSD[h, :, :], q_start, ROWS, q_HSD.dtype)
+                do_MD = load_rows(do_HSD[h, :, :], q_start, ROWS, do_HSD.dtype)
+                lse_M1 = load_rows(lse_HS1[h, :, :], q_start, ROWS, nl.float32)
+                delta_M1 = load_rows(delta_HS1[h, :, :], q_start, ROWS, nl.float32)
+                kT_DN = kT_DK[:, key_start : key_start + num_keys]
+                vT_DN = vT_DK[:, key_start : key_start + num_keys]
+                p_MN = recompute_p(q_MD, kT_DN, lse_M1, scale, identity_PP)
+                if has_diagonal(mask, q_start, key_start, num_keys):
+                    mask_diagonal(p_MN[:, num_keys - ROWS : num_keys], mask, 0.0)
+                ds_MN = score_gradient(do_MD, vT_DN, p_MN, delta_M1, identity_PP)
+                add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD)
+                dq_MD = dq_MTD[:, h * num_tiles + i, :]
+                add_query_gradient(dq_MD, ds_MN, k_JKD, key_start, scale, identity_PP)
+    return dk_psum_JND, dv_psum_JND
+
+
+def recompute_p(q_MD, kT_DN, lse_M1, scale, identity_PP):
+    """p [128, N] = exp(scale * q k^T - lse) in the input dtype, unmasked."""
     num_keys = kT_DN.shape[1]
     qT_DM = nl.ndarray((q_MD.shape[1], ROWS), dtype=q_MD.dtype, buffer=nl.sbuf)
     transpose(qT_DM, q_MD, identity_PP)
@@ -108,8 +129,6 @@ def recompute_p(q_MD, kT_DN, lse_M1, mask, masked, scale, identity_PP):
     nisa.tensor_scalar(dst=bias_M1, data=lse_M1, op0=nl.multiply, operand0=-1.0)  # VectorE
     p_MN = nl.ndarray((ROWS, num_keys), dtype=q_MD.dtype, buffer=nl.sbuf)
     nisa.activation(dst=p_MN, op=nl.exp, data=s_psum_MN, bias=bias_M1, scale=scale)  # ScalarE
-    if masked:
-        mask_diagonal(p_MN[:, num_keys - ROWS : num_keys], mask, 0.0)
     return p_MN
 
 
@@ -121,7 +140,12 @@ def score_gradient(do_MD, vT_DN, p_MN, delta_M1, identity_PP):
     nisa.nc_matmul(dst=dp_psum_MN, stationary=doT_DM, moving=vT_DN)  # TensorE  DM,DN->MN
     ds_MN = nl.ndarray(p_MN.shape, dtype=p_MN.dtype, buffer=nl.sbuf)
     nisa.scalar_tensor_tensor(  # VectorE
-        dst=ds_MN, data=dp_psum_MN, op0=nl.subtract, operand0=delta_M1, op1=nl.multiply, operand1=p_MN
+        dst=ds_MN,
+        data=dp_psum_MN,
+        op0=nl.subtract,
+        operand0=delta_M1,
+        op1=nl.multiply,
+        operand1=p_MN,
     )
     return ds_MN
 
@@ -131,8 +155,12 @@ def add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD):
     for j in range(p_MN.shape[1] // ROWS):
         p_MJ = p_MN[:, j * ROWS : (j + 1) * ROWS]
         ds_MJ = ds_MN[:, j * ROWS : (j + 1) * ROWS]
-        nisa.nc_matmul(dst=dv_psum_JND[:, j, :], stationary=p_MJ, moving=do_MD)  # TensorE  MJ,MD->JD
-        nisa.nc_matmul(dst=dk_psum_JND[:, j, :], stationary=ds_MJ, moving=q_MD)  # TensorE  MJ,MD->JD
+        nisa.nc_matmul(  # TensorE  MJ,MD->JD
+            dst=dv_psum_JND[:, j, :], stationary=p_MJ, moving=do_MD
+        )
+        nisa.nc_matmul(  # TensorE  MJ,MD->JD
+            dst=dk_psum_JND[:, j, :], stationary=ds_MJ, moving=q_MD
+        )
 
 
 def add_query_gradient(dq_MD, ds_MN, k_JKD, key_start, scale, identity_PP):
@@ -142,7 +170,9 @@ def add_query_gradient(dq_MD, ds_MN, k_JKD, key_start, scale, identity_PP):
         dsT_JM = nl.ndarray((ROWS, ROWS), dtype=ds_MN.dtype, buffer=nl.sbuf)
         transpose(dsT_JM, ds_MN[:, j * ROWS : (j + 1) * ROWS], identity_PP)
         k_JD = k_JKD[:, key_start // ROWS + j, :]
-        nisa.nc_matmul(dst=dq_psum_MD, stationary=dsT_JM, moving=k_JD)  # TensorE  JM,JD->MD, sums over j
+        nisa.nc_matmul(  # TensorE  JM,JD->MD
+            dst=dq_psum_MD, stationary=dsT_JM, moving=k_JD
+        )
     if key_start == 0:
         nisa.tensor_scalar(dst=dq_MD, data=dq_psum_MD, op0=nl.multiply, operand0=scale)  # VectorE
     else:
@@ -155,6 +185,24 @@ def store_key_gradient(d_hbm_KD, d_psum_JND, key_start, factor):
     """Write factor * d of one key tile from PSUM through SBUF to HBM."""
     for j in range(d_psum_JND.shape[1]):
         d_JD = nl.ndarray((ROWS, d_psum_JND.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.tensor_scalar(dst=d_JD, data=d_psum_JND[:, j, :], op0=nl.multiply, operand0=factor)  # VectorE
+        nisa.tensor_scalar(  # VectorE
+            dst=d_JD, data=d_psum_JND[:, j, :], op0=nl.multiply, operand0=factor
+        )
         start = key_start + j * ROWS
         nisa.dma_copy(dst=d_hbm_KD[start : start + ROWS, :], src=d_JD)  # DMA
+
+
+def query_gradient_buffer(q_HSD):
+    """The SBUF buffer for dq of one group, fp32 [128, H * S / 128, D]: one index a row tile."""
+    num_heads, num_rows, head_dim = q_HSD.shape
+    num_tiles = num_heads * num_rows // ROWS
+    return nl.ndarray((ROWS, num_tiles, head_dim), dtype=nl.float32, buffer=nl.sbuf)
+
+
+def store_query_gradient(dq_hbm_HSD, dq_MTD):
+    """Write dq of one group from SBUF to HBM."""
+    num_tiles = dq_hbm_HSD.shape[1] // ROWS
+    for h in range(dq_hbm_HSD.shape[0]):
+        for i in range(num_tiles):
+            dq_MD = dq_MTD[:, h * num_tiles + i, :]
+            nisa.dma_copy(dst=dq_hbm_HSD[h, i * ROWS : (i + 1) * ROWS, :], src=dq_MD)  # DMA

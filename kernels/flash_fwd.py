@@ -3,7 +3,8 @@
 Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim;
 in a tile M = 128 query rows, N <= 512 keys, J = 128 keys.
 
-The recurrence over key tiles (online softmax, Milakov and Gimelshein 2018; FlashAttention-2, Dao 2023), per query row:
+The recurrence over key tiles, per query row (online softmax, Milakov and Gimelshein 2018;
+FlashAttention-2, Dao 2023):
 
     m'  = max(m, max_n s_n)                     s = q k^T, before the scale
     p_n = exp(scale * s_n - scale * m')
@@ -11,8 +12,8 @@ The recurrence over key tiles (online softmax, Milakov and Gimelshein 2018; Flas
     l   = a * l + sum_n p_n
     acc = a * acc + sum_n p_n v_n               at the end o = acc / l,  lse = scale * m + log l
 
-Precision: q, k, v and p are in the input dtype (bf16 or fp32); scores, m, l, acc, o and lse are fp32.
-A row that sees nothing leaves with o = 0 and lse = scale * EMPTY_ROW_MAX.
+Precision: q, k, v and p are in the input dtype (bf16 or fp32); scores, m, l, acc, o and lse are
+fp32. A row that sees nothing leaves with o = 0 and lse = scale * EMPTY_ROW_MAX.
 
 Not here: windows, documents, lengths that are no multiple of 128, head dim over 128.
 """
@@ -50,13 +51,16 @@ def flash_fwd(q_BHSD, k_BGKD, v_BGKD, mask, scale):
         scale: factor on the scores, a compile-time float.
 
     Returns:
-        o [B, H, S, D] fp32, normalised, and lse [B, H, S, 1] fp32, natural logarithm with the scale included.
+        o [B, H, S, D] fp32, normalised, and lse [B, H, S, 1] fp32, the natural logarithm with the
+        scale included.
     """
-    num_batches, num_heads, num_rows, head_dim = q_BHSD.shape
+    num_batches, num_heads, num_rows = q_BHSD.shape[0], q_BHSD.shape[1], q_BHSD.shape[2]
     num_groups = k_BGKD.shape[1]
     heads_per_group = num_heads // num_groups
     o_hbm_BHSD = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
-    lse_hbm_BHS1 = nl.ndarray((num_batches, num_heads, num_rows, 1), dtype=nl.float32, buffer=nl.shared_hbm)
+    lse_hbm_BHS1 = nl.ndarray(
+        (num_batches, num_heads, num_rows, 1), dtype=nl.float32, buffer=nl.shared_hbm
+    )
     identity_PP = make_identity(q_BHSD.dtype)
 
     for b in range(num_batches):
@@ -64,17 +68,16 @@ def flash_fwd(q_BHSD, k_BGKD, v_BGKD, mask, scale):
             kT_DK = load_transposed(k_BGKD[b, g, :, :], identity_PP)
             v_JKD = load_by_tile(v_BGKD[b, g, :, :])
             for h in range(g * heads_per_group, (g + 1) * heads_per_group):
-                for i in range(num_rows // ROWS):
-                    q_start = i * ROWS
-                    q_MD = load_rows(q_BHSD[b, h, :, :], q_start, ROWS, q_BHSD.dtype)
-                    o_MD, lse_M1 = attend_rows(q_MD, kT_DK, v_JKD, q_start, mask, scale, identity_PP)
-                    nisa.dma_copy(dst=o_hbm_BHSD[b, h, q_start : q_start + ROWS, :], src=o_MD)  # DMA
-                    nisa.dma_copy(dst=lse_hbm_BHS1[b, h, q_start : q_start + ROWS, :], src=lse_M1)  # DMA
+                for q in range(0, num_rows, ROWS):
+                    q_MD = load_rows(q_BHSD[b, h, :, :], q, ROWS, q_BHSD.dtype)
+                    o_MD, lse_M1 = attend_rows(q_MD, kT_DK, v_JKD, q, mask, scale, identity_PP)
+                    nisa.dma_copy(dst=o_hbm_BHSD[b, h, q : q + ROWS, :], src=o_MD)
+                    nisa.dma_copy(dst=lse_hbm_BHS1[b, h, q : q + ROWS, :], src=lse_M1)
     return o_hbm_BHSD, lse_hbm_BHS1
 
 
 def attend_rows(q_MD, kT_DK, v_JKD, q_start, mask, scale, identity_PP):
-    """One tile of 128 query rows over all its visible keys; returns o [128, D] and lse [128, 1], fp32."""
+    """128 query rows over all their visible keys; returns o [128, D] and lse [128, 1], fp32."""
     head_dim, num_keys = kT_DK.shape
     qT_DM = nl.ndarray((head_dim, ROWS), dtype=q_MD.dtype, buffer=nl.sbuf)
     transpose(qT_DM, q_MD, identity_PP)
@@ -88,14 +91,16 @@ def attend_rows(q_MD, kT_DK, v_JKD, q_start, mask, scale, identity_PP):
     for key_start in range(0, num_keys, KEY_TILE):
         tile_keys = num_visible(mask, q_start, key_start, min(KEY_TILE, num_keys - key_start))
         if tile_keys > 0:
-            s_MN = score_tile(qT_DM, kT_DK[:, key_start : key_start + tile_keys], q_start, key_start, mask)
+            s_MN = score_tile(
+                qT_DM, kT_DK[:, key_start : key_start + tile_keys], q_start, key_start, mask
+            )
             p_MN, alpha_M1 = update_softmax(s_MN, m_M1, l_M1, scale, q_MD.dtype)
             accumulate_output(acc_MD, p_MN, alpha_M1, v_JKD, key_start // ROWS, identity_PP)
     return normalise(acc_MD, m_M1, l_M1, scale)
 
 
 def score_tile(qT_DM, kT_DN, q_start, key_start, mask):
-    """Scores [128, N] fp32 before the scale: in PSUM, or in SBUF with the diagonal sub-tile masked."""
+    """Scores [128, N] fp32 before the scale: in PSUM, or in SBUF with the diagonal masked."""
     num_keys = kT_DN.shape[1]
     s_psum_MN = nl.ndarray((ROWS, num_keys), dtype=nl.float32, buffer=nl.psum)
     nisa.nc_matmul(dst=s_psum_MN, stationary=qT_DM, moving=kT_DN)  # TensorE  DM,DN->MN
@@ -108,7 +113,7 @@ def score_tile(qT_DM, kT_DN, q_start, key_start, mask):
 
 
 def update_softmax(s_MN, m_M1, l_M1, scale, dtype):
-    """Fold one score tile into the running m and l; returns p [128, N] in dtype and alpha [128, 1] fp32."""
+    """Fold one score tile into the running m and l; returns p [128, N] and alpha [128, 1] fp32."""
     tile_max_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_reduce(dst=tile_max_M1, op=nl.maximum, data=s_MN, axis=1)  # VectorE
     nisa.tensor_tensor(dst=tile_max_M1, data1=tile_max_M1, data2=m_M1, op=nl.maximum)  # VectorE
@@ -144,7 +149,9 @@ def accumulate_output(acc_MD, p_MN, alpha_M1, v_JKD, first_sub_tile, identity_PP
         pT_JM = nl.ndarray((ROWS, ROWS), dtype=p_MN.dtype, buffer=nl.sbuf)
         transpose(pT_JM, p_MN[:, j * ROWS : (j + 1) * ROWS], identity_PP)
         v_JD = v_JKD[:, first_sub_tile + j, :]
-        nisa.nc_matmul(dst=o_psum_MD, stationary=pT_JM, moving=v_JD)  # TensorE  JM,JD->MD, sums over j
+        nisa.nc_matmul(  # TensorE  JM,JD->MD
+            dst=o_psum_MD, stationary=pT_JM, moving=v_JD
+        )
     nisa.scalar_tensor_tensor(  # VectorE
         dst=acc_MD, data=acc_MD, op0=nl.multiply, operand0=alpha_M1, op1=nl.add, operand1=o_psum_MD
     )

@@ -2,7 +2,8 @@
 
 Letters: P partitions, F free elements per partition.
 
-Everything here is inlined into the kernel that calls it. Only NKI that versions 0.2 to 0.6 share is used.
+Everything here is inlined into the kernel that calls it. Only NKI that versions 0.2 to 0.6 share
+is used.
 """
 
 import nki.isa as nisa
@@ -13,15 +14,15 @@ KEY_TILE = 512  # keys of one score tile: one PSUM bank of fp32, the widest movi
 
 # A masked score. It lives in fp32 tiles only and is finite, so that no NaN can arise from it.
 MASKED_SCORE = -1.0e30
-# Where the running row maximum starts. It is far above a masked score, so exp() of a masked score is
-# exactly 0 even in a row that has seen nothing yet, and far below every real score.
+# Where the running row maximum starts: so far above a masked score that exp() of one is exactly 0
+# even in a row that has seen nothing yet, and far below every real score.
 EMPTY_ROW_MAX = -1.0e29
 # Floor of the row sum before log and reciprocal; a row that saw a key has a sum near 1 or above.
 ROW_SUM_FLOOR = 2.0**-40
 
 
 def make_identity(dtype):
-    """The [128, 128] identity that gen2's transpose multiplies by; later chips transpose without one."""
+    """The [128, 128] identity that gen2's transpose multiplies by; later chips need none."""
     if nisa.get_nc_version() == nisa.nc_version.gen2:
         return nl.shared_identity_matrix(ROWS, dtype=dtype)
     return None
@@ -44,7 +45,7 @@ def transpose(dst_FP, data_PF, identity_PP):
 
 
 def load_rows(hbm_SD, start, num_rows, dtype):
-    """Load rows [start, start + num_rows) of an HBM matrix to a fresh SBUF tile, rows on partitions."""
+    """Load rows start to start + num_rows of an HBM matrix to a fresh SBUF tile."""
     tile_RD = nl.ndarray((num_rows, hbm_SD.shape[1]), dtype=dtype, buffer=nl.sbuf)
     nisa.dma_copy(dst=tile_RD, src=hbm_SD[start : start + num_rows, :])  # DMA
     return tile_RD
@@ -61,7 +62,7 @@ def load_transposed(hbm_SD, identity_PP):
 
 
 def load_by_tile(hbm_SD):
-    """Load an HBM matrix [S, D] as [128, S / 128, D]: row j * 128 + p lies on partition p at index j."""
+    """Load an HBM matrix [S, D] as [128, S / 128, D]: row j * 128 + p on partition p, index j."""
     num_rows, num_cols = hbm_SD.shape
     num_tiles = num_rows // ROWS
     out_JND = nl.ndarray((ROWS, num_tiles, num_cols), dtype=hbm_SD.dtype, buffer=nl.sbuf)
