@@ -23,7 +23,6 @@ TEST = [
     "hypothesis>=6.100",
     "build>=1.2",
     "setuptools>=77",
-    "wheel>=0.43",
 ]
 SIMULATOR = ["numpy>=1.26", "ml_dtypes>=0.5"]
 PLOT = ["matplotlib>=3.8"]
