@@ -1,0 +1,34 @@
+"""The one place where a backend's name becomes a backend. An explicit request never falls back."""
+
+from __future__ import annotations
+
+import torch
+
+from nxd_cp.backends.base import Backend
+
+BACKENDS = ("torch", "simulate", "nki", "auto")
+NEURON_DEVICE_TYPES = ("neuron", "xla")
+
+
+def resolve_backend_name(name: str, device: torch.device) -> str:
+    """Turn "auto" into "nki" for tensors on a Neuron device, else "torch"; check other names.
+
+    Raises ValueError for a name that is not in `BACKENDS`.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    if name != "auto":
+        return name
+    return "nki" if device.type in NEURON_DEVICE_TYPES else "torch"
+
+
+def get_backend(name: str, device: torch.device) -> Backend:
+    """The backend called `name` for tensors on `device`; modules are imported when asked for."""
+    resolved = resolve_backend_name(name, device)
+    if resolved == "torch":
+        from nxd_cp.backends.torch_flash import TorchBackend
+
+        return TorchBackend()
+    from nxd_cp.backends.neuron import KernelBackend
+
+    return KernelBackend(resolved)

@@ -1,0 +1,60 @@
+"""What a backend is: attention over one rectangle of scores, forward and backward.
+
+Does: name the contract that the ring relies on. Does not: merge rectangles, talk to other ranks.
+Letters: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq), Sq/Skv rows, D head size.
+Source: FlashAttention-2 (arXiv 2307.08691) for the statistics that pass from forward to backward.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from nxd_cp.schedule import MaskKind, Plan
+
+
+class Backend(Protocol):
+    """Stateless and safe to call from several threads."""
+
+    name: str
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over one rectangle, normalised within it.
+
+        q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D], any supported dtype, strided views allowed;
+        query head h reads key head h // (Hq // Hkv), which is never repeated in memory.
+        Returns o [B, Hq, Sq, D] fp32 and lse [B, Hq, Sq] fp32, natural log, scale included.
+        A row that sees nothing returns o = 0 and lse = -inf.
+        """
+        ...
+
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        *,
+        mask: MaskKind,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial gradients of this rectangle alone.
+
+        do, o: [B, Hq, Sq, D]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and delta = rowsum(do * o)
+        belong to the whole row, over all keys of all ranks, not to this rectangle.
+        Returns dq [B, Hq, Sq, D], dk and dv [B, Hkv, Skv, D], fp32; rows with lse = -inf add zero.
+        """
+        ...
+
+    def validate(self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, rank: int) -> None:
+        """Raise ValueError, before any communication, for what this backend cannot compute.
+
+        q, k, v: this rank's tensors. `plan.tiles(rank)` are the rectangles that will be asked for.
+        """
+        ...
