@@ -236,9 +236,7 @@ def make_plan(
     return Plan(layout, size, seq_len, causal, order, steps)
 
 
-def _tiles(
-    q_runs: tuple[range, ...], k_runs: tuple[range, ...], causal: bool
-) -> tuple[Tile, ...]:
+def _tiles(q_runs: tuple[range, ...], k_runs: tuple[range, ...], causal: bool) -> tuple[Tile, ...]:
     """The fewest rectangles that hold every visible pair of these runs once."""
     q_len, k_len = sum(map(len, q_runs)), sum(map(len, k_runs))
     if not causal:

@@ -1,0 +1,206 @@
+"""A place in a context-parallel group: rank, size, layout, and the means to reach the other ranks.
+
+Does: wrap a process group, a mesh axis, or N threads of this process. Does not: create process
+groups, or know masks and shapes. Chunk index = group rank; the ring order is a separate list.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from nxd_cp.schedule import LAYOUTS
+from nxd_cp.transport import (
+    DistributedTransport,
+    LocalSession,
+    LocalTransport,
+    Transport,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+Result = TypeVar("Result")
+
+_handles = itertools.count(1)
+_contexts: weakref.WeakValueDictionary[str, CPContext] = weakref.WeakValueDictionary()
+_contexts_lock = threading.Lock()
+
+
+class CPContext:
+    """One rank's place in a context-parallel group. Make it once and keep it.
+
+    rank, size: place in the group, and its size. layout: "zigzag" (balanced, the default),
+    "striped" or "contiguous". ring_order: group ranks in the order in which messages travel.
+    check_ranks: agree on arguments before every call. transport: carries the messages.
+    handle: the name under which dispatcher ops find this context.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        layout: str = "zigzag",
+        ring_order: Sequence[int] | None = None,
+        check_ranks: bool = True,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+        order = tuple(range(transport.size)) if ring_order is None else tuple(ring_order)
+        if sorted(order) != list(range(transport.size)):
+            raise ValueError(
+                f"ring_order: expected a permutation of 0..{transport.size - 1} (group ranks), "
+                f"got {order}"
+            )
+        self.transport = transport
+        self.rank, self.size = transport.rank, transport.size
+        self.layout, self.ring_order, self.check_ranks = layout, order, check_ranks
+        with _contexts_lock:
+            self.handle = f"cp{next(_handles)}"
+            _contexts[self.handle] = self
+
+    @classmethod
+    def from_group(
+        cls,
+        group: ProcessGroup,
+        *,
+        layout: str = "zigzag",
+        ring_order: Sequence[int] | None = None,
+        check_ranks: bool = True,
+    ) -> CPContext:
+        """The context of this process in `group`. Every member calls it, with equal arguments.
+
+        Raises ValueError for a bad layout or order, and when this process is not in the group.
+        """
+        import torch.distributed as dist
+
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"group: expected a process group that this process is in, got {group!r}; "
+                "pass dist.group.WORLD or the result of dist.new_group"
+            )
+        transport = DistributedTransport(group)
+        return cls(transport, layout=layout, ring_order=ring_order, check_ranks=check_ranks)
+
+    @classmethod
+    def from_mesh(
+        cls,
+        mesh: DeviceMesh,
+        axis: str = "cp",
+        *,
+        layout: str = "zigzag",
+        ring_order: Sequence[int] | None = None,
+        check_ranks: bool = True,
+    ) -> CPContext:
+        """The context of this process along one axis of a device mesh."""
+        names = mesh.mesh_dim_names or ()
+        if axis not in names:
+            raise ValueError(f"axis: expected one of the mesh's axes {names}, got {axis!r}")
+        return cls.from_group(
+            mesh.get_group(axis), layout=layout, ring_order=ring_order, check_ranks=check_ranks
+        )
+
+    @classmethod
+    def local(
+        cls,
+        size: int,
+        *,
+        layout: str = "zigzag",
+        ring_order: Sequence[int] | None = None,
+        check_ranks: bool = True,
+        timeout_s: float = 120.0,
+    ) -> LocalGroup:
+        """A group of `size` threads of this process, for tests, simulation and small work."""
+        if size < 1:
+            raise ValueError(f"size: expected at least 1 rank, got {size}")
+        session = LocalSession(size, timeout_s)
+        contexts = [
+            cls(
+                LocalTransport(rank, session),
+                layout=layout,
+                ring_order=ring_order,
+                check_ranks=check_ranks,
+            )
+            for rank in range(size)
+        ]
+        return LocalGroup(contexts, timeout_s)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor` in rank order (equal shapes). No gradient flows."""
+        return self.transport.all_gather(tensor.detach())
+
+    def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
+        """A new tensor: the sum over ranks, added in rank order. No gradient flows."""
+        if op != "sum":
+            raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
+        return self.transport.all_reduce_sum(tensor.detach())
+
+    def __repr__(self) -> str:
+        return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"
+
+
+class LocalGroup:
+    """N contexts in one process; made by `CPContext.local`."""
+
+    def __init__(self, contexts: list[CPContext], timeout_s: float) -> None:
+        self.contexts = contexts
+        self.size = len(contexts)
+        self._timeout_s = timeout_s
+
+    def run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
+        """Call `fn(ctx)` in one thread per rank; return the results in rank order.
+
+        The first error of any rank is raised here; it ends the waits of all others. The group can
+        be used again afterwards.
+        """
+        session = LocalSession(self.size, self._timeout_s)
+        num_calls = max(context.transport.num_calls for context in self.contexts)
+        for context in self.contexts:
+            assert isinstance(context.transport, LocalTransport), "a local group has local ranks"
+            context.transport.enter(session, num_calls=num_calls)
+        results: dict[int, Result] = {}
+        errors: dict[int, BaseException] = {}
+
+        def work(context: CPContext) -> None:
+            try:
+                results[context.rank] = fn(context)
+                session.returned(context.rank)
+            except BaseException as error:
+                errors[context.rank] = error
+                session.fail(context.rank, error)
+
+        threads = [
+            threading.Thread(
+                target=contextvars.copy_context().run,
+                args=(work, context),
+                name=f"cp-rank-{context.rank}",
+                daemon=True,
+            )
+            for context in self.contexts
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if session.failed_rank is not None:
+            raise errors[session.failed_rank]
+        return [results[rank] for rank in range(self.size)]
+
+
+def find_context(handle: str) -> CPContext:
+    """The context with this handle. Raises ValueError when it is gone."""
+    with _contexts_lock:
+        context = _contexts.get(handle)
+    if context is None:
+        raise ValueError(
+            f"expected the handle of a live CPContext, got {handle!r}; keep the context as long as "
+            "tensors made with it"
+        )
+    return context

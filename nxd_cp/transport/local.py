@@ -1,0 +1,126 @@
+"""Messages between N ranks that are threads of one process.
+
+Does: meet (a receiver copies from its sender's buffer and tells it), wake everyone when one rank
+fails, and raise when a rank waits for one that has already returned. Does not: use torch.distributed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nxd_cp.schedule import Move
+from nxd_cp.transport.base import RingError, Transport
+
+
+@dataclass
+class _Letter:
+    tensor: Tensor
+    taken: bool = False
+
+
+@dataclass
+class _Ticket:
+    letter: _Letter  # ours, until the receiver has copied it
+    into: Tensor
+    source: int
+    index: int  # which of the source's letters to us this one is
+    move: Move
+
+
+class LocalSession:
+    """What the ranks of one `run` share: letters on their way, and the first failure."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.size, self.timeout_s = size, timeout_s
+        self._changed = threading.Condition()
+        self._letters: dict[tuple[int, int, int], _Letter] = {}
+        self._returned: set[int] = set()
+        self.failed_rank: int | None = None
+        self._error: BaseException | None = None
+
+    def fail(self, rank: int, error: BaseException) -> None:
+        """Record the first error and wake every rank that waits."""
+        with self._changed:
+            if self.failed_rank is None:
+                self.failed_rank, self._error = rank, error
+            self._changed.notify_all()
+
+    def returned(self, rank: int) -> None:
+        """`rank` will send nothing more."""
+        with self._changed:
+            self._returned.add(rank)
+            self._changed.notify_all()
+
+    def put(self, source: int, to: int, index: int, letter: _Letter) -> None:
+        with self._changed:
+            self._letters[source, to, index] = letter
+            self._changed.notify_all()
+
+    def take(self, rank: int, source: int, index: int) -> _Letter:
+        key = (source, rank, index)
+        self._wait(rank, source, lambda: key in self._letters)
+        return self._letters.pop(key)
+
+    def acknowledge(self, letter: _Letter) -> None:
+        with self._changed:
+            letter.taken = True
+            self._changed.notify_all()
+
+    def wait_taken(self, rank: int, to: int, letter: _Letter) -> None:
+        self._wait(rank, to, lambda: letter.taken)
+
+    def _wait(self, rank: int, other: int, done: Callable[[], bool]) -> None:
+        def settled() -> bool:
+            return done() or self.failed_rank is not None or other in self._returned
+
+        with self._changed:
+            in_time = self._changed.wait_for(settled, self.timeout_s)
+            if done():
+                return
+            if self.failed_rank is not None:
+                raise RingError(
+                    f"rank {rank} stopped because rank {self.failed_rank} failed: {self._error}"
+                )
+            if in_time:
+                raise RingError(f"rank {rank} waits for rank {other}, which has already returned")
+            raise RingError(f"rank {rank} waited {self.timeout_s:g} s for rank {other}")
+
+
+class LocalTransport(Transport):
+    """One thread's end of the ring."""
+
+    def __init__(self, rank: int, session: LocalSession) -> None:
+        super().__init__(rank, session.size)
+        self.enter(session, num_calls=0)
+
+    def enter(self, session: LocalSession, *, num_calls: int) -> None:
+        """Begin a new session: nothing in flight, calls numbered from `num_calls` on."""
+        self._session = session
+        self._failure = None
+        self.num_calls = num_calls
+        self._num_sent: defaultdict[int, int] = defaultdict(int)
+        self._num_received: defaultdict[int, int] = defaultdict(int)
+
+    def post(self, out: Tensor, into: Tensor, move: Move, channel: str) -> _Ticket:
+        letter = _Letter(out)
+        self._session.put(self.rank, move.to, self._num_sent[move.to], letter)
+        self._num_sent[move.to] += 1
+        index = self._num_received[move.source]
+        self._num_received[move.source] += 1
+        return _Ticket(letter, into, move.source, index, move)
+
+    def complete(self, ticket: _Ticket) -> None:
+        letter = self._session.take(self.rank, ticket.source, ticket.index)
+        if letter.tensor.numel() != ticket.into.numel():
+            raise RingError(
+                f"rank {self.rank} expected {ticket.into.numel()} bytes from rank {ticket.source}, "
+                f"got {letter.tensor.numel()}; the ranks run their rings in a different order"
+            )
+        ticket.into.copy_(letter.tensor)
+        self._session.acknowledge(letter)
+        self._session.wait_taken(self.rank, ticket.move.to, ticket.letter)
