@@ -1,0 +1,165 @@
+"""Compare the runs of the demo, and show them as a table and as a plot.
+
+Two kinds of bound. With the torch backend: 1e-6 for the first step, 1e-5 for later ones, relative,
+fp32. With the simulated kernels the bound comes from the data: see `rounding_bound`.
+
+Times are measured on the machine at hand; with `backend="simulate"` they are the time of the
+simulator on this CPU and say nothing about a device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from rich.table import Table
+
+from nxd_cp.demo.settings import RunSettings, StepRecord
+
+FIRST_STEP_BOUND = 1e-6
+LATER_STEP_BOUND = 1e-5
+FP32_ROUNDING = 2.0**-24
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """One row of the table: a run on `num_ranks` ranks beside the same run on one rank.
+
+    Differences are relative to the one-rank loss. `scheduled_bytes` is what the schedule says that
+    one rank sends per step.
+    """
+
+    num_ranks: int
+    first_loss: float
+    last_loss: float
+    first_difference: float
+    later_difference: float
+    tokens_per_second: float
+    sent_bytes: int
+    scheduled_bytes: int
+
+
+def compare(
+    run: RunSettings, records: dict[int, list[StepRecord]], scheduled_bytes: dict[int, int]
+) -> list[RankResult]:
+    """One row per number of ranks.
+
+    Args:
+        run: the settings that all these runs share.
+        records: by number of ranks; 1 must be there.
+        scheduled_bytes: bytes that a rank sends per step by the schedule, by number of ranks.
+
+    Raises:
+        ValueError: a step sent another number of bytes than its neighbours.
+    """
+    one = records[1]
+    rows = []
+    for num_ranks, steps in sorted(records.items()):
+        sent = {record.sent_bytes for record in steps}
+        if len(sent) != 1:
+            raise ValueError(f"expected equal bytes in every step, got {sorted(sent)}")
+        differences = [abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps, one, strict=True)]
+        rows.append(
+            RankResult(
+                num_ranks,
+                steps[0].loss,
+                steps[-1].loss,
+                differences[0],
+                max(differences[1:], default=0.0),
+                run.seq_len / median(record.seconds for record in steps[1:] or steps),
+                sent.pop(),
+                scheduled_bytes[num_ranks],
+            )
+        )
+    return rows
+
+
+def rounding_bound(plain: Sequence[StepRecord], moved: Sequence[StepRecord]) -> tuple[float, float]:
+    """How far losses may lie apart that differ only in the order of additions: (first, later).
+
+    `moved` is the one-rank run with every initial weight moved by one fp32 rounding. Each weight is
+    off by at most 2 ** -24 of itself there, the least that fp32 can be off, and the drift of its
+    losses is what training makes of that. A ring adds its own roundings in every layer and step, so
+    four such drifts are allowed, and never less than four roundings of the loss itself.
+    """
+    drift = [abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(moved, plain, strict=True)]
+    floor = 4 * FP32_ROUNDING
+    return max(4 * drift[0], floor), max(4 * max(drift[1:], default=0.0), floor)
+
+
+def failures(rows: Sequence[RankResult], first_bound: float, later_bound: float) -> list[str]:
+    """One sentence for everything that is not as promised; empty when all is well."""
+    found = []
+    for row in rows:
+        where = f"{row.num_ranks} ranks:"
+        # `not (a <= b)` also catches a loss that is NaN.
+        if not row.first_difference <= first_bound:
+            found.append(
+                f"{where} first loss off by {row.first_difference:.1e} > {first_bound:.1e}"
+            )
+        if not row.later_difference <= later_bound:
+            found.append(
+                f"{where} later loss off by {row.later_difference:.1e} > {later_bound:.1e}"
+            )
+        if row.sent_bytes != row.scheduled_bytes:
+            found.append(
+                f"{where} sent {row.sent_bytes} bytes per step, the schedule says "
+                f"{row.scheduled_bytes}"
+            )
+        if not row.last_loss < row.first_loss:
+            found.append(f"{where} loss did not fall: {row.first_loss:.4f} to {row.last_loss:.4f}")
+    return found
+
+
+def table(run: RunSettings, rows: Sequence[RankResult], first: float, later: float) -> Table:
+    """The rows, with the bounds that they were held against in the headings."""
+    title = f"backend={run.backend}, {run.seq_len} tokens, {run.num_steps} steps, {run.layout}"
+    result = Table(title=title, title_justify="left")
+    headings = ["ranks", "first loss", "last loss", f"first diff (<{first:.0e})"]
+    headings += [f"largest diff (<{later:.0e})", "tokens/s", "kB sent/step", "by schedule"]
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for row in rows:
+        result.add_row(
+            str(row.num_ranks),
+            f"{row.first_loss:.6f}",
+            f"{row.last_loss:.6f}",
+            f"{row.first_difference:.1e}",
+            f"{row.later_difference:.1e}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.sent_bytes / 1000:,.1f}",
+            f"{row.scheduled_bytes / 1000:,.1f}",
+        )
+    return result
+
+
+def plot(runs: Sequence[tuple[RunSettings, dict[int, list[StepRecord]]]], path: Path) -> None:
+    """Write one PNG: a column per run, losses above, differences to one rank below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, len(runs), figsize=(5.2 * len(runs), 6), height_ratios=[2, 1], squeeze=False
+    )
+    styles = {1: ("-", 4.0), 2: ("-", 1.8), 4: ("--", 1.2)}
+    for (above, below), (run, records) in zip(axes.T, runs, strict=True):
+        one = records[1]
+        for num_ranks, steps in sorted(records.items()):
+            line, width = styles.get(num_ranks, (":", 1.2))
+            label = f"{num_ranks} rank" + ("s" if num_ranks > 1 else "")
+            x = [record.step for record in steps]
+            above.plot(x, [r.loss for r in steps], line, linewidth=width, label=label)
+            if num_ranks > 1:
+                apart = [abs(a.loss - b.loss) / b.loss for a, b in zip(steps, one, strict=True)]
+                below.semilogy(x, [max(d, 1e-9) for d in apart], ".-", label=label)
+        above.set_title(f"backend={run.backend}, {run.seq_len} tokens per step", fontsize=10)
+        above.set_ylabel("loss (nats per byte)")
+        below.set_ylabel("relative difference\nto 1 rank (floor 1e-9)")
+        below.set_xlabel("step")
+        above.legend()
+        below.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

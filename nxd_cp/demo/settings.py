@@ -1,0 +1,62 @@
+"""What one demo run is made of, as plain data that travels to the workers as JSON.
+
+Not here: the number of ranks, which the launcher gives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Sizes of the model; the vocabulary is the 256 bytes."""
+
+    num_layers: int = 2
+    model_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    hidden_dim: int = 384
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """One training run.
+
+    `rounding_seed` is None for a plain run. With a number, every initial weight is moved by one
+    fp32 rounding in a random direction: how far such a run drifts from the plain one says how far
+    a run may drift that only adds up in another order.
+    """
+
+    name: str
+    backend: str
+    seq_len: int
+    num_steps: int
+    layout: str = "zigzag"
+    learning_rate: float = 2e-3
+    seed: int = 0
+    rounding_seed: int | None = None
+    model: ModelSettings = ModelSettings()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> RunSettings:
+        return cls(**{**data, "model": ModelSettings(**data["model"])})
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step: the loss of the whole sequence, and what rank 0 sent round the ring."""
+
+    step: int
+    loss: float
+    seconds: float
+    sent_bytes: int
+    sent_messages: int
