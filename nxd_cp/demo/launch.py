@@ -56,7 +56,7 @@ def launch(
                     continue
                 data = json.loads(line)
                 name = data.pop("run")
-                records[name].append(StepRecord(**data))
+                records[name].append(StepRecord.from_json(data))
                 if on_step is not None:
                     on_step(name, records[name][-1])
             code = worker.wait()

@@ -16,7 +16,7 @@ from nxd_cp.demo.report import (
     rounding_bound,
     table,
 )
-from nxd_cp.demo.settings import RunSettings, StepRecord
+from nxd_cp.demo.settings import RunSettings, Sent, StepRecord
 from nxd_cp.schedule import make_plan
 
 RANK_COUNTS = (1, 2, 4)
@@ -47,7 +47,7 @@ def run_demo(
         runs.append(simulate_run)
         plain = replace(simulate_run, name="plain", backend="torch")
         extra[1] = [plain, replace(plain, name="moved", rounding_seed=1)]
-    traffic = {run.name: {n: bytes_per_step(run, n) for n in rank_counts} for run in runs}
+    traffic = {run.name: {n: scheduled_per_step(run, n) for n in rank_counts} for run in runs}
     records = {n: _train(runs + extra.get(n, []), n, out, console) for n in rank_counts}
 
     problems: list[str] = []
@@ -68,8 +68,8 @@ def run_demo(
     return not problems
 
 
-def bytes_per_step(run: RunSettings, num_ranks: int) -> int:
-    """Bytes that rank 0 sends round the ring in one training step, by the schedule."""
+def scheduled_per_step(run: RunSettings, num_ranks: int) -> Sent:
+    """What rank 0 sends round the ring in one training step, by the schedule."""
     plan = make_plan(run.layout, num_ranks, run.seq_len, causal=True)
     model = run.model
     traffic = plan.traffic(
@@ -79,7 +79,10 @@ def bytes_per_step(run: RunSettings, num_ranks: int) -> int:
         head_dim=model.head_dim,
         itemsize=FP32_BYTES,
     )
-    return model.num_layers * (traffic.forward_bytes + traffic.backward_bytes)
+    return Sent(
+        model.num_layers * (traffic.forward_messages + traffic.backward_messages),
+        model.num_layers * (traffic.forward_bytes + traffic.backward_bytes),
+    )
 
 
 def _train(runs: list[RunSettings], num_ranks: int, out: Path, console: Console) -> Records:

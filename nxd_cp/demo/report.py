@@ -14,7 +14,7 @@ from statistics import median
 
 from rich.table import Table
 
-from nxd_cp.demo.settings import RunSettings, StepRecord
+from nxd_cp.demo.settings import RunSettings, Sent, StepRecord
 
 FIRST_STEP_BOUND = 1e-6
 LATER_STEP_BOUND = 1e-5
@@ -25,8 +25,8 @@ FP32_ROUNDING = 2.0**-24
 class RankResult:
     """One row of the table: a run on `num_ranks` ranks beside the same run on one rank.
 
-    Differences are relative to the one-rank loss. `scheduled_bytes` is what the schedule says that
-    one rank sends per step.
+    Differences are relative to the one-rank loss. `sent` was counted, `scheduled` is what the
+    schedule says, both for rank 0 and one training step.
     """
 
     num_ranks: int
@@ -35,29 +35,29 @@ class RankResult:
     first_difference: float
     later_difference: float
     tokens_per_second: float
-    sent_bytes: int
-    scheduled_bytes: int
+    sent: Sent
+    scheduled: Sent
 
 
 def compare(
-    run: RunSettings, records: dict[int, list[StepRecord]], scheduled_bytes: dict[int, int]
+    run: RunSettings, records: dict[int, list[StepRecord]], scheduled: dict[int, Sent]
 ) -> list[RankResult]:
     """One row per number of ranks.
 
     Args:
         run: the settings that all these runs share.
         records: by number of ranks; 1 must be there.
-        scheduled_bytes: bytes that a rank sends per step by the schedule, by number of ranks.
+        scheduled: what rank 0 sends per step by the schedule, by number of ranks.
 
     Raises:
-        ValueError: a step sent another number of bytes than its neighbours.
+        ValueError: a step sent another number of messages or bytes than its neighbours.
     """
     one = records[1]
     rows = []
     for num_ranks, steps in sorted(records.items()):
-        sent = {record.sent_bytes for record in steps}
+        sent = {record.sent for record in steps}
         if len(sent) != 1:
-            raise ValueError(f"expected equal bytes in every step, got {sorted(sent)}")
+            raise ValueError(f"expected every step to send the same, got {sent}")
         differences = [abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps, one, strict=True)]
         rows.append(
             RankResult(
@@ -68,7 +68,7 @@ def compare(
                 max(differences[1:], default=0.0),
                 run.seq_len / median(record.seconds for record in steps[1:] or steps),
                 sent.pop(),
-                scheduled_bytes[num_ranks],
+                scheduled[num_ranks],
             )
         )
     return rows
@@ -101,11 +101,8 @@ def failures(rows: Sequence[RankResult], first_bound: float, later_bound: float)
             found.append(
                 f"{where} later loss off by {row.later_difference:.1e} > {later_bound:.1e}"
             )
-        if row.sent_bytes != row.scheduled_bytes:
-            found.append(
-                f"{where} sent {row.sent_bytes} bytes per step, the schedule says "
-                f"{row.scheduled_bytes}"
-            )
+        if row.sent != row.scheduled:
+            found.append(f"{where} sent {row.sent} per step, the schedule says {row.scheduled}")
         if not row.last_loss < row.first_loss:
             found.append(f"{where} loss did not fall: {row.first_loss:.4f} to {row.last_loss:.4f}")
     return found
@@ -116,7 +113,7 @@ def table(run: RunSettings, rows: Sequence[RankResult], first: float, later: flo
     title = f"backend={run.backend}, {run.seq_len} tokens, {run.num_steps} steps, {run.layout}"
     result = Table(title=title, title_justify="left")
     headings = ["ranks", "first loss", "last loss", f"first diff (<{first:.0e})"]
-    headings += [f"largest diff (<{later:.0e})", "tokens/s", "kB sent/step", "by schedule"]
+    headings += [f"largest diff (<{later:.0e})", "tokens/s", "sent/step", "by schedule"]
     for heading in headings:
         result.add_column(heading, justify="right")
     for row in rows:
@@ -127,10 +124,14 @@ def table(run: RunSettings, rows: Sequence[RankResult], first: float, later: flo
             f"{row.first_difference:.1e}",
             f"{row.later_difference:.1e}",
             f"{row.tokens_per_second:,.0f}",
-            f"{row.sent_bytes / 1000:,.1f}",
-            f"{row.scheduled_bytes / 1000:,.1f}",
+            _sent(row.sent),
+            _sent(row.scheduled),
         )
     return result
+
+
+def _sent(sent: Sent) -> str:
+    return f"{sent.num_messages} x, {sent.size_bytes:,} B"
 
 
 def plot(runs: Sequence[tuple[RunSettings, dict[int, list[StepRecord]]]], path: Path) -> None:

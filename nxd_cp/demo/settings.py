@@ -52,11 +52,22 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class Sent:
+    """Messages and bytes that rank 0 sends round the ring in one training step."""
+
+    num_messages: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class StepRecord:
-    """One training step: the loss of the whole sequence, and what rank 0 sent round the ring."""
+    """One training step: the loss of the whole sequence, the time, and what rank 0 sent."""
 
     step: int
     loss: float
     seconds: float
-    sent_bytes: int
-    sent_messages: int
+    sent: Sent
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> StepRecord:
+        return cls(**{**data, "sent": Sent(**data["sent"])})

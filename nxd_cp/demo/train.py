@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from nxd_cp.context import CPContext
 from nxd_cp.demo.data import load_text, sample_batch
 from nxd_cp.demo.model import TinyLlama
-from nxd_cp.demo.settings import RunSettings, StepRecord
+from nxd_cp.demo.settings import RunSettings, Sent, StepRecord
 from nxd_cp.loss import allreduce_grads, token_mean_loss
 from nxd_cp.sharding import shard_batch
 
@@ -49,11 +49,11 @@ def train(
     records = []
     for step in range(run.num_steps):
         start = time.perf_counter()
-        sent_before = _sent(cp)
+        cp.transport.counters.reset()
         batch = sample_batch(text, run.seq_len, step, run.seed)
         loss = _train_step(model, optimiser, batch, cp, run.backend)
-        sent = [now - before for now, before in zip(_sent(cp), sent_before, strict=True)]
-        record = StepRecord(step, loss, time.perf_counter() - start, *sent)
+        sent = Sent(cp.transport.counters.ring_messages, cp.transport.counters.ring_bytes)
+        record = StepRecord(step, loss, time.perf_counter() - start, sent)
         records.append(record)
         if report is not None:
             report(record)
@@ -88,11 +88,6 @@ def _move_by_one_rounding(model: TinyLlama, seed: int) -> None:
         parameter.copy_(torch.nextafter(parameter, infinity))
 
 
-def _sent(cp: CPContext) -> tuple[int, int]:
-    counters = cp.transport.counters
-    return counters.ring_bytes, counters.ring_messages
-
-
 def main(path: str) -> None:
     """Run every entry of a JSON list of settings over the process group that torchrun describes."""
     torch.set_num_threads(1)
@@ -100,8 +95,10 @@ def main(path: str) -> None:
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
         runs = [RunSettings.from_json(entry) for entry in json.loads(Path(path).read_text())]
+        world = dist.group.WORLD
+        assert world is not None, "init_process_group makes the world group"
         for run in runs:
-            cp = CPContext.from_group(dist.group.WORLD, layout=run.layout)
+            cp = CPContext.from_group(world, layout=run.layout)
             train(run, cp, _print_line(run) if cp.rank == 0 else None)
     finally:
         dist.destroy_process_group()
