@@ -1,4 +1,4 @@
-"""The ring as data: who holds which tokens, which rectangles of scores each step computes, what moves.
+"""The ring as data: who holds which tokens, what each step computes, what moves.
 
 Does: turn (layout, causal, ring size, ring order, length) into a `Plan` of integers and slices.
 Does not: touch tensors, ranks of a process group, or time. Standard library only, so that the eager
@@ -63,10 +63,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Move:
-    """One exchange: what is here goes to group rank `to`, what comes in is from `source`."""
+    """One exchange: what is here goes to group rank `to`, what comes in is from `source`.
+
+    brings: the group rank that owns what comes in.
+    """
 
     to: int
     source: int
+    brings: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Step:
 
     owner: group rank whose keys and values are here. tiles: rectangles to compute, maybe none.
     kv: the move of keys and values during this step, None on the last. grad: the move of the
-    visitor's gradients at the end of this step in the backward, None when the ring has one rank.
+    visitor's gradients at the end of this step in the backward (the last brings our own home), None
+    when the ring has one rank.
     """
 
     index: int
@@ -102,7 +107,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole schedule. `steps[rank][i]` is step i of group rank `rank`; slices are local rows."""
+    """The whole schedule. `steps[rank][i]` is step i of group rank `rank`; slices are local."""
 
     layout: str
     size: int
@@ -221,9 +226,11 @@ def make_plan(
     place = {rank: index for index, rank in enumerate(order)}
 
     def step(rank: int, index: int) -> Step:
-        right, left = (order[(place[rank] + by) % size] for by in (1, -1))
-        owner = order[(place[rank] - index) % size]
-        move = Move(to=right, source=left) if size > 1 else None
+        def left(distance: int) -> int:
+            return order[(place[rank] - distance) % size]
+
+        owner = left(index)
+        move = Move(to=left(-1), source=left(1), brings=left(index + 1)) if size > 1 else None
         return Step(
             index=index,
             owner=owner,
@@ -268,7 +275,8 @@ def _mask(q_run: range, k_run: range) -> MaskKind | None:
         return None
     if offset >= len(k_run) - 1:
         return "full"
-    assert offset in (0, -1) and len(q_run) == len(k_run), f"no mask for {q_run} x {k_run}"
+    assert offset in (0, -1), f"no mask for {q_run} x {k_run}"
+    assert len(q_run) == len(k_run), f"expected a square, got {q_run} x {k_run}"
     return "causal" if offset == 0 else "strict"
 
 

@@ -46,8 +46,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial gradients of this rectangle alone.
 
-        do, o: [B, Hq, Sq, D]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and delta = rowsum(do * o)
-        belong to the whole row, over all keys of all ranks, not to this rectangle.
+        do, o: [B, Hq, Sq, D]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and
+        delta = rowsum(do * o) belong to the whole row, over all keys of all ranks.
         Returns dq [B, Hq, Sq, D], dk and dv [B, Hkv, Skv, D], fp32; rows with lse = -inf add zero.
         """
         ...

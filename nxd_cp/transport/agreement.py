@@ -1,7 +1,7 @@
 """Before a call computes anything, the ranks tell each other what they were asked to do.
 
-Does: send a small description of fixed size once round the ring and raise RankMismatchError on every
-rank, with every value and who gave it, when two differ. Does not: compare the data itself.
+Does: send a small description of fixed size once round the ring and raise RankMismatchError on
+every rank, with every value and who gave it, when two differ. Does not: compare the data itself.
 Cost per rank and call: n - 1 messages of `AGREEMENT_BYTES` on channel "agreement".
 """
 
@@ -13,7 +13,9 @@ from collections.abc import Mapping
 import torch
 
 from nxd_cp.schedule import HEADER_BYTES, Plan
-from nxd_cp.transport.base import Call, Parcel, RankMismatchError
+from nxd_cp.transport.call import Call
+from nxd_cp.transport.errors import RankMismatchError
+from nxd_cp.transport.parcel import Parcel
 
 _DESCRIPTION_BYTES = 1024
 AGREEMENT_BYTES = _DESCRIPTION_BYTES + HEADER_BYTES
@@ -34,8 +36,7 @@ def check_agreement(
     said = {rank: dict(description)}
     for step in plan.steps[rank][:-1]:
         payload = call.start(parcel, step.kv).wait()
-        owner = plan.steps[rank][step.index + 1].owner
-        said[owner] = json.loads(bytes(payload.tolist()))
+        said[parcel.owner] = json.loads(bytes(payload.tolist()))
     differences = _differences([said[r] for r in range(plan.size)])
     if differences:
         raise RankMismatchError(

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nxd_cp.schedule import Move
-from nxd_cp.transport.base import RingError, Transport
+from nxd_cp.transport.base import Transport
+from nxd_cp.transport.errors import RingError
 
 
 @dataclass
@@ -38,7 +39,7 @@ class DistributedTransport(Transport):
         # tag carries the length: ranks that disagree end in a timeout, and that is an error.
         tag = 1 + zlib.crc32(f"{channel} {out.numel()}".encode()) % 0x7FFF
         to, source = self._global_ranks[move.to], self._global_ranks[move.source]
-        self.reads_headers = out.device.type == "cpu"
+        self.verifies_at_once = out.device.type == "cpu"
         pair = [
             dist.P2POp(dist.isend, out, to, self._group, tag),
             dist.P2POp(dist.irecv, into, source, self._group, tag),

@@ -1,7 +1,8 @@
 """Messages between N ranks that are threads of one process.
 
 Does: meet (a receiver copies from its sender's buffer and tells it), wake everyone when one rank
-fails, and raise when a rank waits for one that has already returned. Does not: use torch.distributed.
+fails, and raise when a rank waits for one that has already returned. Does not: use
+torch.distributed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from nxd_cp.schedule import Move
-from nxd_cp.transport.base import RingError, Transport
+from nxd_cp.transport.base import Transport
+from nxd_cp.transport.errors import RingError
 
 
 @dataclass

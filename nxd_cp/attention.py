@@ -1,0 +1,75 @@
+"""`ring_attention`, the one call that a model makes.
+
+Does: check the arguments, choose the backend, and call the op. Does not: shard (`sharding.py`),
+communicate (`ring.py`) or own a process group (`context.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nxd_cp import ops
+from nxd_cp.backends import get_backend, resolve_backend_name
+from nxd_cp.context import CPContext
+from nxd_cp.schedule import make_plan
+from nxd_cp.validation import (
+    refuse_unsupported,
+    validate_dropout,
+    validate_length,
+    validate_scale,
+    validate_tensors,
+)
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cp: CPContext | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    segment_ids: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the sequence of all ranks, from each rank's part of it. Differentiable once.
+
+    q: [B, Hq, S, D]; k, v: [B, Hkv, S, D], Hkv divides Hq; float32, bfloat16 or float16; S is the
+    local length, tokens in the order of the context's layout (see `nxd_cp.shard`).
+    cp: the place in a context-parallel group; None is plain attention on one device.
+    causal: by global position. scale: of the scores, default D ** -0.5.
+    backend: "torch", "nki" (kernels on a Neuron device), "simulate" (the same kernels on a CPU) or
+    "auto" ("nki" for tensors on a Neuron device, else "torch").
+    return_lse: also return the natural logarithm of each row's sum of exponentials, scale included,
+    fp32 [B, Hq, S]; it carries no gradient.
+
+    Returns o [B, Hq, S, D] in q's dtype. Accumulation is fp32, rounded once. A row that sees
+    nothing has o = 0 and lse = -inf.
+
+    Raises ValueError, before any message is sent, for arguments that are not supported (window,
+    segment_ids, sinks, softcap and dropout_p are not, in this version); RankMismatchError, a
+    ValueError, on every rank when ranks differ; RingError when a rank is lost or late.
+    Source: Ring Attention (arXiv 2310.01889).
+    """
+    validate_tensors(q, k, v)
+    refuse_unsupported(window=window, segment_ids=segment_ids, sinks=sinks, softcap=softcap)
+    validate_dropout(dropout_p)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    validate_scale(scale)
+    name = resolve_backend_name(backend, q.device)
+    local_len = q.shape[2]
+    if cp is None:
+        handle, plan, rank = "", make_plan("contiguous", 1, local_len, causal=causal), 0
+    else:
+        validate_length(local_len, layout=cp.layout, size=cp.size)
+        handle, plan, rank = cp.handle, ops.plan_for(cp, local_len, causal), cp.rank
+    if not torch.compiler.is_compiling():
+        get_backend(name, q.device).validate(q, k, v, plan=plan, rank=rank)
+    o, lse, _ = ops.ring_forward(q, k, v, handle, causal, scale, name)
+    return (o, lse) if return_lse else o

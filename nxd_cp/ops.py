@@ -1,0 +1,187 @@
+"""The dispatcher ops `nxd_cp::ring_forward` and `nxd_cp::ring_backward`.
+
+Does: give the ring a schema, shapes without data (fake kernels) and a derivative, so that autograd,
+`torch.compile` and checkpoint policies see one op. Does not: validate (see `validation.py`, which
+`attention.py` calls first) or compute (`ring.py`).
+
+A context cannot pass the dispatcher, so its handle does; "" stands for one device. The call number
+is an output of the forward, so that a backward names the forward it belongs to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nxd_cp import ring
+from nxd_cp.backends import get_backend
+from nxd_cp.context import CPContext, find_context
+from nxd_cp.schedule import Plan, make_plan
+from nxd_cp.transport import Call, LocalSession, LocalTransport
+from nxd_cp.transport.agreement import check_agreement
+
+
+@torch.library.custom_op("nxd_cp::ring_forward", mutates_args=())
+def ring_forward(
+    q: Tensor, k: Tensor, v: Tensor, cp: str, causal: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """o [B, Hq, S, D] in q's dtype, lse [B, Hq, S] fp32, and the call number (int64, CPU).
+
+    cp: handle of a context, "" for one device. backend: a name that is not "auto".
+    """
+    context = _context(cp)
+    plan = plan_for(context, q.shape[2], causal)
+    with context.transport.call("forward") as call:
+        _agree(call, context, plan, q, k, causal, scale, backend, forward_call=call.number)
+        o, lse = ring.forward(
+            q,
+            k,
+            v,
+            plan=plan,
+            rank=context.rank,
+            backend=get_backend(backend, q.device),
+            call=call,
+            scale=scale,
+        )
+    return o.to(q.dtype), lse, torch.tensor(call.number)
+
+
+@torch.library.custom_op("nxd_cp::ring_backward", mutates_args=())
+def ring_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    forward_call: Tensor,
+    cp: str,
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the dtypes of q, k and v."""
+    context = _context(cp)
+    plan = plan_for(context, q.shape[2], causal)
+    number = int(forward_call)
+    with context.transport.call("backward") as call:
+        _agree(call, context, plan, q, k, causal, scale, backend, forward_call=number)
+        dq, dk, dv = ring.backward(
+            do.contiguous(),
+            q,
+            k,
+            v,
+            o,
+            lse,
+            plan=plan,
+            rank=context.rank,
+            backend=get_backend(backend, q.device),
+            call=call,
+            scale=scale,
+        )
+        # dk and dv lie in a message buffer; an op returns memory of its own.
+        return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+
+
+@ring_forward.register_fake
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, cp: str, causal: bool, scale: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty(q.shape), lse, torch.empty((), dtype=torch.int64, device="cpu")
+
+
+@ring_backward.register_fake
+def _backward_fake(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    forward_call: Tensor,
+    cp: str,
+    causal: bool,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, *ctx.options = inputs
+    o, lse, forward_call = output
+    handle = ctx.options[0]
+    ctx.context = find_context(handle) if handle else None  # stays alive until the backward
+    ctx.mark_non_differentiable(lse, forward_call)
+    ctx.save_for_backward(q, k, v, o, lse, forward_call)
+
+
+def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = ring_backward(do, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, None, None, None, None)
+
+
+def _refuse(ctx: Any, *_: Tensor) -> None:
+    raise RuntimeError(
+        "ring_attention: expected first derivatives only, got a request to differentiate its "
+        "backward; double backward is not supported"
+    )
+
+
+ring_forward.register_autograd(_differentiate, setup_context=_save)
+ring_backward.register_autograd(_refuse)
+
+
+def plan_for(context: CPContext, local_len: int, causal: bool) -> Plan:
+    """The plan of a context for `local_len` tokens per rank."""
+    return make_plan(
+        context.layout,
+        context.size,
+        local_len * context.size,
+        causal=causal,
+        ring_order=context.ring_order,
+    )
+
+
+def _context(handle: str) -> CPContext:
+    if handle:
+        return find_context(handle)
+    return CPContext(LocalTransport(0, LocalSession(1, timeout_s=0.0)))
+
+
+def _agree(
+    call: Call,
+    context: CPContext,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    scale: float,
+    backend: str,
+    *,
+    forward_call: int,
+) -> None:
+    """All ranks must be in the same call, with the same arguments."""
+    if context.size == 1 or not context.check_ranks:
+        return
+    batch, num_heads, local_len, head_dim = q.shape
+    description: dict[str, str | int | float] = {
+        "call": f"{call.kind} {call.number}",
+        "of forward call": forward_call,
+        "batch": batch,
+        "query heads": num_heads,
+        "key/value heads": k.shape[1],
+        "local sequence length": local_len,
+        "head dim": head_dim,
+        "dtype": str(q.dtype),
+        "device": q.device.type,
+        "causal": causal,
+        "scale": scale,
+        "backend": backend,
+        "layout": context.layout,
+        "ring order": str(context.ring_order),
+    }
+    check_agreement(call, plan, description, q.device)

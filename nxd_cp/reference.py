@@ -1,0 +1,95 @@
+"""Attention and its gradients in plain PyTorch: the truth that everything else is compared with.
+
+Does: compute in the dtype of its inputs (fp64 for truth), full, causal and strict masks, grouped KV
+heads, and the partial gradients of one rectangle of a longer row. Does not: care about speed; the
+scores of the rows it is given are held whole.
+
+    s = scale * q k^T     lse = log sum exp s     p = exp(s - lse)     o = p v
+    dv = p^T do           ds = p * (do v^T - delta), delta = rowsum(do * o)
+    dq = scale * ds k     dk = scale * ds^T q
+
+Letters: B batch, H query heads, G key/value heads (G divides H), M query rows, J keys, D head size.
+Source: FlashAttention-2 (arXiv 2307.08691), section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nxd_cp.schedule import MaskKind
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
+) -> tuple[Tensor, Tensor]:
+    """o [B, H, M, D] and lse [B, H, M] of q [B, H, M, D] and k, v [B, G, J, D], in q's dtype."""
+    return block_forward(q, k, v, mask=mask, scale=scale)
+
+
+def attention_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `attention`, in the shapes of q, k and v."""
+    o, lse = attention(q, k, v, mask=mask, scale=scale)
+    delta = (do * o).sum(-1)
+    return block_backward(do, q, k, v, lse, delta, mask=mask, scale=scale)
+
+
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float, first_row: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Rows first_row.. of `attention`. A row that sees nothing returns o = 0 and lse = -inf."""
+    B, _, M, D = q.shape
+    s = _scores(q, k, mask, scale, first_row)
+    lse = torch.logsumexp(s, dim=-1)
+    p = torch.exp(s - _finite(lse).unsqueeze(-1))
+    o = _stack(p) @ v
+    return o.reshape(B, -1, M, D), lse.reshape(B, -1, M)
+
+
+def block_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    *,
+    mask: MaskKind,
+    scale: float,
+    first_row: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial gradients of these rows and keys; lse and delta [B, H, M] are those of whole rows."""
+    B, H, M, D = q.shape
+    G = k.shape[1]
+    grouped = (B, G, H // G, M, 1)
+    p = torch.exp(_scores(q, k, mask, scale, first_row) - _finite(lse).reshape(grouped))
+    do_stacked, q_stacked = do.reshape(B, G, -1, D), q.reshape(B, G, -1, D)
+    dp = (do_stacked @ v.transpose(-1, -2)).reshape(p.shape)
+    ds = _stack(p * (dp - delta.reshape(grouped))) * scale
+    dq = (ds @ k).reshape(B, H, M, D)
+    return dq, ds.transpose(-1, -2) @ q_stacked, _stack(p).transpose(-1, -2) @ do_stacked
+
+
+def _scores(q: Tensor, k: Tensor, mask: MaskKind, scale: float, first_row: int) -> Tensor:
+    """[B, G, H/G, M, J]; -inf where nothing is visible. Query heads of a group share one matmul."""
+    B, H, M, D = q.shape
+    G, J = k.shape[1:3]
+    s = (q.reshape(B, G, -1, D) @ k.transpose(-1, -2)).reshape(B, G, H // G, M, J) * scale
+    if mask == "full":
+        return s
+    row = torch.arange(first_row, first_row + M, device=q.device).unsqueeze(-1)
+    key = torch.arange(J, device=q.device)
+    hidden = key > row if mask == "causal" else key >= row
+    return s.masked_fill(hidden, -torch.inf)
+
+
+def _stack(x: Tensor) -> Tensor:
+    """[B, G, H/G, M, J] to [B, G, H/G * M, J]."""
+    return x.flatten(2, 3)
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """0 in place of -inf: exp(-inf - 0) is 0, exp(-inf + inf) is NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)

@@ -1,0 +1,136 @@
+"""A numbered ring call and its hops.
+
+Does: number the messages, check what arrives, and refuse hops that nobody waits for. Does not: move
+a byte itself (`distributed.py`, `local.py`).
+
+    with transport.call("forward") as call:
+        hop = call.start(parcel, move)   # what is in the parcel leaves
+        ...                              # compute on parcel.payload, which may be read, not written
+        payload = hop.wait()             # what came in is in the parcel now
+
+Note [Headers]
+    Each message carries its call number, its place in the call, its channel, its sender and whose
+    data it is. Two rings that overlap in a different order on two ranks therefore raise and do not
+    mix their data, and gradients that come home are known to be ours. On an accelerator, where a
+    look at the header would stall it, headers are verified as the call ends.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nxd_cp.schedule import Move
+from nxd_cp.transport.errors import RingError
+from nxd_cp.transport.parcel import CHANNELS, Parcel
+
+if TYPE_CHECKING:
+    from nxd_cp.transport.base import Transport
+
+_MAGIC = 0x4E58444350  # "NXDCP"
+
+
+class Hop:
+    """One exchange under way. Every hop must be waited for, once."""
+
+    def __init__(self, call: Call, parcel: Parcel, move: Move | None) -> None:
+        self._call, self._parcel, self._move = call, parcel, move
+        self.sequence = 0
+        self.ticket: Any = None
+
+    def wait(self) -> Tensor:
+        """Block until both ends are done; return what is in the parcel now."""
+        if self._move is not None:
+            self._call.finish(self, self._parcel, self._move)
+        return self._parcel.payload
+
+
+class Call:
+    """One numbered ring call: the hops of a forward or of a backward."""
+
+    def __init__(self, transport: Transport, kind: str, number: int) -> None:
+        self.transport, self.kind, self.number = transport, kind, number
+        self._num_started = 0
+        self._open: list[Hop] = []
+        self._unverified: list[tuple[Tensor, list[int]]] = []
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None:
+            if self._open:
+                self.transport.fail(f"{self} stopped in mid-ring: {error}")
+            return
+        for header, expected in self._unverified:
+            self._verify(header.tolist(), expected)
+        if self._open:
+            which = ", ".join(str(hop.sequence) for hop in self._open)
+            raise self._failed(f"{self}: nobody waited for hop {which}; call hop.wait()")
+
+    def start(self, parcel: Parcel, move: Move | None) -> Hop:
+        """Send what is in the parcel and receive into its other buffer; None moves nothing."""
+        hop = Hop(self, parcel, move)
+        if move is None:
+            return hop
+        transport = self.transport
+        transport.check_usable()
+        self._num_started += 1
+        hop.sequence = self._num_started
+        out = parcel.outgoing(self._header(hop, parcel, transport.rank, parcel.owner))
+        self._open.append(hop)
+        hop.ticket = transport.post(out, parcel.spare(), move, parcel.channel)
+        transport.counters.messages[parcel.channel] += 1
+        transport.counters.size_bytes[parcel.channel] += parcel.size_bytes
+        return hop
+
+    def finish(self, hop: Hop, parcel: Parcel, move: Move) -> None:
+        """What `hop.wait` does when something moves."""
+        if hop not in self._open:
+            raise RingError(f"{self}: hop {hop.sequence} is not under way; wait for a hop once")
+        try:
+            self.transport.complete(hop.ticket)
+        except RingError as error:
+            raise self._failed(
+                f"{self}, message {hop.sequence} ({parcel.channel}): {error}"
+            ) from error
+        self._open.remove(hop)
+        expected = self._header(hop, parcel, move.source, move.brings)
+        if self.transport.verifies_at_once:
+            self._verify(parcel.header_received().tolist(), expected)
+        else:
+            self._unverified.append((parcel.header_received().clone(), expected))
+        parcel.owner = move.brings
+        parcel.swap()
+
+    def _header(self, hop: Hop, parcel: Parcel, sender: int, owner: int) -> list[int]:
+        channel = CHANNELS.index(parcel.channel)
+        return [_MAGIC, self.number, hop.sequence, channel, sender, owner, parcel.size_bytes, 0]
+
+    def _verify(self, header: list[int], expected: list[int]) -> None:
+        if header != expected:
+            raise self._failed(
+                f"rank {self.transport.rank} expected {_describe(expected)}, got "
+                f"{_describe(header)}; the ranks run their rings in a different order"
+            )
+
+    def _failed(self, message: str) -> RingError:
+        self.transport.fail(message)
+        return RingError(message)
+
+    def __str__(self) -> str:
+        return f"ring call {self.number} ({self.kind}) on rank {self.transport.rank}"
+
+
+def _describe(header: list[int]) -> str:
+    magic, number, sequence, channel, sender, owner, size_bytes, _ = header
+    if magic != _MAGIC:
+        return "a message that is not ours"
+    return (
+        f"message {sequence} of ring call {number} from rank {sender} "
+        f"({CHANNELS[channel]} of rank {owner}, {size_bytes} bytes)"
+    )

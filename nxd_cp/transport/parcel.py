@@ -1,0 +1,94 @@
+"""What travels, and how much of it.
+
+Does: own the buffers of a message, write and read its header, count what is sent. Does not: send.
+
+Note [Two buffers]
+    A parcel owns two buffers. One holds what is here and is sent, the other receives; when a hop is
+    done they are swapped. So a buffer in flight is never written, and the one that was sent is
+    never read again (in debug mode it is filled with NaN).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nxd_cp.debugging import debug_enabled
+from nxd_cp.schedule import HEADER_BYTES
+
+CHANNELS = ("kv", "grad", "agreement", "gather")
+RING_CHANNELS = ("kv", "grad")
+
+
+@dataclass
+class Counters:
+    """Messages and bytes that this rank has sent, by channel; headers are included."""
+
+    messages: Counter[str] = field(default_factory=Counter)
+    size_bytes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ring_messages(self) -> int:
+        """Messages of keys, values and their gradients: what `Plan.traffic` counts."""
+        return sum(self.messages[channel] for channel in RING_CHANNELS)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of keys, values and their gradients: what `Plan.traffic` counts."""
+        return sum(self.size_bytes[channel] for channel in RING_CHANNELS)
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.messages.clear()
+        self.size_bytes.clear()
+
+
+class Parcel:
+    """A tensor that travels, in two owned buffers; see Note [Two buffers]."""
+
+    def __init__(
+        self,
+        channel: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+        owner: int,
+    ) -> None:
+        assert channel in CHANNELS, f"expected one of {CHANNELS}, got {channel!r}"
+        self.channel = channel
+        self.owner = owner  # group rank whose data this is; travels with the data
+        self.shape, self.dtype = shape, dtype
+        payload_bytes = torch.Size(shape).numel() * dtype.itemsize
+        self.size_bytes = HEADER_BYTES + payload_bytes
+        self._here = torch.empty(self.size_bytes, dtype=torch.uint8, device=device)
+        self._spare: Tensor | None = None  # a ring of one never needs it
+
+    @property
+    def payload(self) -> Tensor:
+        """What is here now."""
+        return self._here[HEADER_BYTES:].view(self.dtype).view(self.shape)
+
+    def spare(self) -> Tensor:
+        """The buffer that receives."""
+        if self._spare is None:
+            self._spare = torch.empty_like(self._here)
+        return self._spare
+
+    def swap(self) -> None:
+        """What came in becomes what is here."""
+        here, self._here = self._here, self.spare()
+        self._spare = here
+        if debug_enabled():
+            self._spare.fill_(0xFF)  # NaN in every floating dtype
+
+    def outgoing(self, header: list[int]) -> Tensor:
+        """The buffer to send, with its header written."""
+        self._here[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
+        return self._here
+
+    def header_received(self) -> Tensor:
+        """The header of what came in."""
+        return self.spare()[:HEADER_BYTES].view(torch.int64)
