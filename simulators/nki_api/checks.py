@@ -1,0 +1,145 @@
+"""Checks shared by instructions, and the two ways to touch memory: `source` and `destination`.
+
+`source` returns the NumPy view of an operand after checking place, partitions and that its bytes
+were written. `destination` does the same for the output and records the write (so call it after
+every `source`). A tensor object is checked once; later uses cost a few comparisons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import dtypes
+from .chips import NUM_PARTITIONS
+from .errors import broken, fail
+from .initmap import FRESH, OTHER
+from .memory import HBM, PSUM, SBUF
+from .ops import Op
+from .rules import documented
+from .tensor import NkiTensor
+
+_TILE = documented("operand.tile", "nki.isa (memory types of each instruction)",
+                   "an engine's operand is an on-chip NkiTensor in a memory the engine reaches")
+_START = documented("operand.partition_start", "architecture guide, SBUF/PSUM access",
+                    "start partition: 0 for more than 64 partitions, 0 or 64 for 33 to 64, "
+                    "a multiple of 32 below; one partition after another")
+_UNWRITTEN = documented("memory.uninitialised", "nki.language guide, Creating Tensors",
+                        "memory is written before an engine reads it")
+_SHAPES = documented("operand.shapes", "nki.isa (tile size of each instruction)",
+                     "operands have equal partition counts and equal elements per partition")
+_VECTOR = documented("operand.per_partition", "nki.isa.tensor_scalar",
+                     "a broadcast operand is a number or a [partitions, 1] tile")
+_OP = documented("operand.op", "nki.api.shared, Supported Math Operators",
+                 "the operator is one that this field of the instruction takes")
+
+
+def source(instr: str, role: str, tensor: Any) -> Any:
+    """The NumPy view of an input operand in SBUF or PSUM, checked."""
+    if not (type(tensor) is NkiTensor and tensor.checked):
+        check_tile(instr, role, tensor)
+    if tensor.storage.init.uniform <= 0:
+        check_written(instr, role, tensor)
+    return tensor.array
+
+
+def destination(instr: str, role: str, tensor: Any, code: int = OTHER) -> Any:
+    """The NumPy view of an output operand, checked and marked as written by `code`."""
+    if not (type(tensor) is NkiTensor and tensor.checked):
+        check_tile(instr, role, tensor)
+    init = tensor.storage.init
+    if init.uniform != code:
+        mark(tensor, code)
+    return tensor.array
+
+
+def mark(tensor: NkiTensor, code: int) -> None:
+    """Record that an instruction writes this view; fresh memory is filled first if needed."""
+    storage = tensor.storage
+    rect = tensor.rect
+    if storage.init.uniform == FRESH and not (tensor.dense and rect == storage.init.whole):
+        storage.fill()
+    storage.init.mark(rect, tensor.dense, tensor.pattern, code)
+
+
+def check_tile(instr: str, role: str, tensor: Any) -> None:
+    """Place, partition count and start partition of an on-chip operand."""
+    if not isinstance(tensor, NkiTensor):
+        fail(_TILE, instr, f"{role} is not a tensor", **{role: tensor})
+    if tensor.space == HBM:
+        fail(_TILE, instr, f"{role} is in HBM; load it with nisa.dma_copy first", **{role: tensor})
+    count, start = tensor.shape[0], tensor.partition_start
+    step = 128 if count > 64 else 64 if count > 32 else 32
+    if count > NUM_PARTITIONS or start % step or (count > 1 and tensor.strides[0] != tensor.row):
+        fail(_START, instr, f"{role} takes {count} partitions from {start}", **{role: tensor})
+    tensor.checked = True
+
+
+def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
+    """Raise if any byte of the view was never written."""
+    storage = tensor.storage
+    if FRESH in storage.init.codes(tensor.rect, tensor.dense, tensor.pattern):
+        where = ""
+        if storage.site is not None:
+            where = f", allocated at {storage.site[0].co_filename}:{storage.site[1]}"
+        fail(_UNWRITTEN, instr, f"{role} was never written (or only in part){where}",
+             **{role: tensor})
+
+
+def in_sbuf(instr: str, **operands: Any) -> None:
+    """GpSimdE and TensorE inputs: no PSUM."""
+    for role, tensor in operands.items():
+        if type(tensor) is not NkiTensor or tensor.space != SBUF:
+            fail(_TILE, instr, f"{role} must be in SBUF", **{role: tensor})
+
+
+def in_psum(tensor: Any) -> bool:
+    """Whether an operand is a PSUM tile."""
+    return type(tensor) is NkiTensor and tensor.space == PSUM
+
+
+def same_tiles(instr: str, **operands: NkiTensor) -> None:
+    """Equal partitions and elements per partition (ranks may differ)."""
+    names = list(operands)
+    first = operands[names[0]]
+    for name in names[1:]:
+        other = operands[name]
+        if other.shape != first.shape and (
+            other.shape[0] != first.shape[0] or other.size != first.size
+        ):
+            fail(_SHAPES, instr, f"{names[0]} has shape {first.shape}, {name} {other.shape}",
+                 **operands)
+
+
+def like(array: Any, shape: tuple[int, ...]) -> Any:
+    """`array` in `shape` (same partitions and count), copying only if it must."""
+    return array if array.shape == shape else array.reshape(shape)
+
+
+def per_partition(instr: str, role: str, value: Any, data: NkiTensor, *,
+                  float32_only: bool = False) -> Any:
+    """A broadcast operand as a float, or as an fp32 array that broadcasts over `data`."""
+    if type(value) is NkiTensor:
+        array = source(instr, role, value)
+        if value.shape[0] != data.shape[0] or value.size != data.shape[0]:
+            fail(_VECTOR, instr, f"{role} has shape {value.shape}, data {data.shape}",
+                 **{role: value, "data": data})
+        if float32_only and value.dtype is not dtypes.float32:
+            fail(_VECTOR, instr, f"{role} must be float32", **{role: value})
+        wide = dtypes.to_f32(array, value.dtype)
+        return wide if data.ndim == wide.ndim else wide.reshape((-1,) + (1,) * (data.ndim - 1))
+    if isinstance(value, (int, float)) or hasattr(value, "__float__"):
+        return float(value)
+    fail(_VECTOR, instr, f"{role} is neither a number nor a tile", **{role: value})
+
+
+def operator(instr: str, role: str, op: Any, kind: str) -> Op:
+    """`op` as an Op that can play `kind` ("binary", "unary", "reduce", "activate")."""
+    if type(op) is not Op or getattr(op, kind) is None:
+        fail(_OP, instr, f"{role}={op!r} is no {kind} operator", **{role: op})
+    return op
+
+
+def require(condition: bool, rule: Any, instr: str, detail: str, **operands: Any) -> None:
+    """Break `rule` unless `condition`."""
+    if not condition:
+        broken(rule, instr, detail, **operands)

@@ -1,0 +1,86 @@
+"""What goes wrong in a kernel, said once and well.
+
+A message has the instruction, the rule with its source, every operand with shape, dtype and
+place, and the user's own line: the first frame outside the simulator. The stack is walked only
+here, when something is already wrong. Does not decide whether something is wrong.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import warnings
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NoReturn
+
+from .rules import DOCUMENTED, Rule
+
+STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
+_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+class NkiValidationError(ValueError):
+    """A kernel broke a rule of the language or the hardware."""
+
+
+class NkiUnsupportedError(NkiValidationError, NotImplementedError):
+    """The simulator does not implement this; it never guesses."""
+
+
+class NkiSimulatorWarning(UserWarning):
+    """A rule of the inferred tier was broken."""
+
+
+def user_frame() -> FrameType | None:
+    """The innermost frame outside the simulator, or None."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and os.path.abspath(frame.f_code.co_filename).startswith(_HERE):
+        frame = frame.f_back
+    return frame
+
+
+def user_line() -> str:
+    """`file:line: source text` of the user's frame."""
+    frame = user_frame()
+    if frame is None:
+        return "<no user frame>"
+    name, line = frame.f_code.co_filename, frame.f_lineno
+    return f"{name}:{line}: {linecache.getline(name, line).strip()}"
+
+
+def _operand(name: str, value: Any) -> str:
+    described = value.describe() if hasattr(value, "describe") else repr(value)
+    return f"    {name:<12} {described}"
+
+
+def message(rule: Rule, instruction: str, detail: str, operands: dict[str, Any]) -> str:
+    """The full text of a broken rule."""
+    lines = [
+        f"{instruction}: {detail}",
+        f"  rule {rule.id} ({rule.tier}; {rule.source}): {rule.text}",
+    ]
+    lines += [_operand(name, value) for name, value in operands.items()]
+    lines.append(f"  at {user_line()}")
+    return "\n".join(lines)
+
+
+def broken(rule: Rule, instruction: str, detail: str, **operands: Any) -> None:
+    """Raise NkiValidationError for a documented rule, warn for an inferred one."""
+    text = message(rule, instruction, detail, operands)
+    if rule.tier == DOCUMENTED or STRICT.get():
+        raise NkiValidationError(text)
+    warnings.warn(text, NkiSimulatorWarning, stacklevel=2)
+
+
+def fail(rule: Rule, instruction: str, detail: str, **operands: Any) -> NoReturn:
+    """Raise whatever the tier: for breaches after which nothing sensible can be computed."""
+    raise NkiValidationError(message(rule, instruction, detail, operands))
+
+
+def unsupported(what: str, hint: str = "") -> NoReturn:
+    """Raise NkiUnsupportedError that names `what`."""
+    tail = f"; {hint}" if hint else ""
+    raise NkiUnsupportedError(f"the simulator does not implement {what}{tail}\n  at {user_line()}")
+

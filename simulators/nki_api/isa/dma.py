@@ -1,0 +1,87 @@
+"""DMA: dma_copy between HBM and SBUF.
+
+Equal dtypes move bits; different ones go through fp32. Bytes that were never written may travel
+(padding), with one warning per line. Run-time addresses are not implemented.
+
+Source: nki.isa.dma_copy; NKI migration guide (no PSUM, hardware DGE dtypes).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from .. import dtypes
+from ..checks import mark
+from ..errors import broken, fail
+from ..initmap import FRESH, OTHER
+from ..memory import PSUM
+from ..rules import documented, inferred
+from ..runtime import Run, current
+from ..tensor import NkiTensor
+from .enums import dge_mode as modes
+from .enums import engine as engines
+from .enums import oob_mode as oob_modes
+
+_PAGE = "nki.isa.dma_copy"
+_PLACES = documented("dma_copy.memory", _PAGE, "src and dst are tensors in HBM or SBUF")
+_SIZES = documented("dma_copy.elements", _PAGE, "src and dst have the same number of elements")
+_MODE = documented("dma_copy.mode", _PAGE,
+                   "hwdge needs gen3 and equal dtypes; engine only with hwdge (sync or scalar); "
+                   "priority 0 to 3 only on gen4")
+_PADDING = inferred("dma_copy.uninitialised", "nki.language guide, Creating Tensors",
+                    "a DMA moves memory that was written")
+
+
+def dma_copy(dst: Any, src: Any, priority: int | None = None,
+             oob_mode: Any = oob_modes.error, dge_mode: Any = modes.unknown,
+             engine: Any = engines.unknown, name: str | None = None) -> None:
+    """dst = src by DMA, in row-major element order."""
+    instr = "nki.isa.dma_copy"
+    run = current(instr)
+    for role, tensor in (("dst", dst), ("src", src)):
+        if type(tensor) is not NkiTensor or tensor.space == PSUM:
+            fail(_PLACES, instr, f"{role} is not in HBM or SBUF", **{role: tensor})
+    if dst.shape != src.shape and dst.size != src.size:
+        fail(_SIZES, instr, f"{src.size} elements into {dst.size}", dst=dst, src=src)
+    if dge_mode is not modes.unknown or engine is not engines.unknown or priority is not None:
+        _check_mode(instr, run, dst, src, priority, dge_mode, engine)
+    if src.storage.init.uniform <= 0:
+        _check_padding(instr, run, src)
+    if dst.storage.init.uniform != OTHER:
+        mark(dst, OTHER)
+    values, out = src.array, dst.array
+    if values.shape != out.shape:
+        values = values.reshape(out.shape)
+    if dst.dtype is src.dtype:
+        out[...] = values
+    else:
+        dtypes.store_f32(out, dtypes.to_f32(values, src.dtype), dst.dtype)
+    if run.log is not None:
+        run.log.add("dma_copy", "dma", dst, (src,), dst.size)
+
+
+def _check_mode(instr: str, run: Run, dst: Any, src: Any, priority: int | None, mode: Any,
+                engine: Any) -> None:
+    hardware = mode is modes.hwdge
+    legal = not hardware or (run.chip.hardware_dge and dst.dtype is src.dtype)
+    if engine is not engines.unknown:
+        legal = legal and hardware and engine in (engines.sync, engines.scalar)
+    if priority is not None:
+        legal = legal and run.chip.dma_priority and 0 <= priority <= 3
+    if not legal:
+        fail(_MODE, instr, f"dge_mode={mode}, engine={engine}, priority={priority} on "
+             f"{run.chip.generation}", dst=dst, src=src)
+
+
+def _check_padding(instr: str, run: Run, src: NkiTensor) -> None:
+    storage = src.storage
+    if FRESH not in storage.init.codes(src.rect, src.dense, src.pattern):
+        return
+    if storage.init.uniform == FRESH:
+        storage.fill()
+    frame = sys._getframe(2)
+    line = (frame.f_code, frame.f_lineno)
+    if line not in run.seen:
+        run.seen.add(line)
+        broken(_PADDING, instr, "src was never written (or only in part)", src=src)

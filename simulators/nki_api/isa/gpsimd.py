@@ -1,0 +1,101 @@
+"""GpSimdE: iota and affine_select. It cannot reach PSUM.
+
+Letters: the affine value of partition p and free index (w, z, y, x) is
+offset + p * channel_multiplier + sum of index * step.
+Source: nki.isa.iota, nki.isa.affine_select.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from .. import dtypes
+from ..checks import check_tile, destination, in_sbuf, like, operator, same_tiles, source
+from ..errors import fail
+from ..initmap import OTHER
+from ..ops import OPS
+from ..rules import documented
+from ..runtime import current
+from ..tensor import NkiTensor
+
+_PATTERN = documented("affine.pattern", "nki.isa.iota, nki.isa.affine_select",
+                      "pattern is up to 4 [step, count] pairs whose counts multiply to the "
+                      "elements per partition")
+_COMPARE = documented("affine_select.cmp_op", "nki.isa.affine_select",
+                      "cmp_op is a comparison operator")
+_COMPARISONS = ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
+
+
+def _affine(pattern: tuple[tuple[int, int], ...], partitions: int, offset: int,
+            multiplier: int) -> Any:
+    """int64 [partitions, elements] of affine values."""
+    free = np.zeros(1, np.int64)
+    for step, count in pattern:
+        free = (free[:, None] + step * np.arange(count, dtype=np.int64)).reshape(-1)
+    return offset + multiplier * np.arange(partitions, dtype=np.int64)[:, None] + free
+
+
+def _pairs(instr: str, pattern: Any, tile: NkiTensor) -> tuple[tuple[int, int], ...]:
+    pairs = tuple((int(step), int(count)) for step, count in pattern)
+    total = 1
+    for _, count in pairs:
+        total *= count
+    if not 1 <= len(pairs) <= 4 or total != tile.size // tile.shape[0]:
+        fail(_PATTERN, instr, f"pattern {pattern}", tile=tile)
+    return pairs
+
+
+def iota(dst: Any, pattern: Any, offset: int = 0, channel_multiplier: int = 0,
+         name: str | None = None) -> None:
+    """dst = affine values, computed in int32."""
+    instr = "nki.isa.iota"
+    run = current(instr)
+    check_tile(instr, "dst", dst)
+    in_sbuf(instr, dst=dst)
+    pairs = _pairs(instr, pattern, dst)
+    values = _affine(pairs, dst.shape[0], int(offset), int(channel_multiplier))
+    out = destination(instr, "dst", dst, OTHER)
+    values = values.astype(np.int32).reshape(out.shape)
+    if dst.dtype is dtypes.int32:
+        out[...] = values
+    else:
+        dtypes.store_f32(out, values.astype(np.float32), dst.dtype)
+    if run.log is not None:
+        run.log.add("iota", "gpsimd", dst, (), dst.size // dst.shape[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _predicate(pairs: tuple[tuple[int, int], ...], partitions: int, offset: int, multiplier: int,
+               cmp_op: str) -> Any:
+    found = getattr(np, cmp_op)(_affine(pairs, partitions, offset, multiplier), 0)
+    found.flags.writeable = False
+    return found
+
+
+def affine_select(dst: Any, pattern: Any, channel_multiplier: int, on_true_tile: Any,
+                  on_false_value: Any, cmp_op: Any = OPS["equal"], offset: int = 0,
+                  name: str | None = None) -> None:
+    """dst = on_true_tile where cmp_op(affine value, 0), else on_false_value."""
+    instr = "nki.isa.affine_select"
+    run = current(instr)
+    values = source(instr, "on_true_tile", on_true_tile)
+    check_tile(instr, "dst", dst)
+    in_sbuf(instr, dst=dst, on_true_tile=on_true_tile)
+    if operator(instr, "cmp_op", cmp_op, "binary").name not in _COMPARISONS:
+        fail(_COMPARE, instr, f"cmp_op={cmp_op}", dst=dst)
+    pairs = _pairs(instr, pattern, dst)
+    keep = _predicate(pairs, dst.shape[0], int(offset), int(channel_multiplier), cmp_op.name)
+    out = destination(instr, "dst", dst, OTHER)
+    same_tiles(instr, dst=dst, on_true_tile=on_true_tile)
+    keep = like(keep, out.shape)
+    if dst.dtype is dtypes.float32:
+        chosen = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
+        out[...] = np.where(keep, chosen, np.float32(on_false_value))
+    else:
+        wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
+        dtypes.store_f32(out, np.where(keep, wide, np.float32(on_false_value)), dst.dtype)
+    if run.log is not None:
+        run.log.add("affine_select", "gpsimd", dst, (on_true_tile,), dst.size // dst.shape[0])

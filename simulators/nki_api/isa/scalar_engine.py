@@ -1,0 +1,150 @@
+"""ScalarE: activation and activation_reduce.
+
+dst = op(data * scale + bias) in fp32, with an optional running sum per partition kept in the
+engine's reduce registers across instructions. Functions are exact here; the device approximates
+them by polynomials, and results outside the documented input range mean nothing there.
+
+Source: nki.isa.activation, nki.isa.activation_reduce; nki.api.shared for functions and ranges.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import dtypes
+from ..checks import (
+    destination,
+    like,
+    operator,
+    per_partition,
+    same_tiles,
+    source,
+)
+from ..errors import fail, unsupported
+from ..initmap import OTHER
+from ..ops import OPS
+from ..rules import documented
+from ..runtime import Run, current
+from ..tensor import NkiTensor
+from .enums import reduce_cmd as commands
+
+_PAGE = "nki.isa.activation"
+_BIAS = documented("activation.bias", _PAGE,
+                   "bias is a [P, 1] tile, any dtype but tfloat32 (a constant from gen3); none "
+                   "with op=reciprocal on gen2")
+_SCALE = documented("activation.scale", _PAGE, "scale is a number or a float32 [P, 1] tile")
+_REDUCE = documented("activation.reduce", _PAGE,
+                     "reduce_op is nl.add, reduce_res holds one element per partition, and both "
+                     "need a reduce_cmd that fits")
+_EMPTY = documented("activation.accumulator", _PAGE,
+                    "reduce_cmd.reduce continues a reduction that reset or reset_reduce began")
+
+
+def activation(dst: Any, op: Any, data: Any, bias: Any = None, scale: Any = 1.0,
+               reduce_op: Any = None, reduce_res: Any = None, reduce_cmd: Any = commands.idle,
+               name: str | None = None) -> None:
+    """dst = op(data * scale + bias); optionally sums the result over the free dims."""
+    _activation("nki.isa.activation", dst, op, data, bias, scale, reduce_op, reduce_res,
+                reduce_cmd)
+
+
+def activation_reduce(dst: Any, op: Any, data: Any, reduce_op: Any, reduce_res: Any,
+                      bias: Any = None, scale: Any = 1.0, name: str | None = None) -> None:
+    """activation with reduce_cmd=reset_reduce."""
+    _activation("nki.isa.activation_reduce", dst, op, data, bias, scale, reduce_op, reduce_res,
+                commands.reset_reduce)
+
+
+def _activation(instr: str, dst: Any, op: Any, data: Any, bias: Any, scale: Any, reduce_op: Any,
+                reduce_res: Any, reduce_cmd: Any) -> None:
+    run = current(instr)
+    function = operator(instr, "op", op, "activate").activate
+    assert function is not None, "operator() has checked the role"
+    x = dtypes.to_f32(source(instr, "data", data), data.dtype)
+    factor = _scale(instr, scale, data)
+    shift = _bias(instr, run, op, bias, data)
+    values = _affine(x, factor, shift)
+    values = function(values, out=None if values is x else values)
+    if reduce_cmd is not commands.idle or reduce_op is not None or reduce_res is not None:
+        _reduce(instr, run, values, data, reduce_op, reduce_res, reduce_cmd)
+    out = destination(instr, "dst", dst, OTHER)
+    same_tiles(instr, dst=dst, data=data)
+    dtypes.store_f32(out, like(values, out.shape), dst.dtype)
+    if reduce_res is not None:
+        _read_out(instr, run, reduce_res, data)
+    if run.log is not None:
+        tiles = tuple(t for t in (data, bias, scale, reduce_res) if type(t) is NkiTensor)
+        run.log.add("activation", "scalar", dst, tiles, data.size // data.shape[0], depth=3)
+
+
+def _affine(x: Any, factor: Any, shift: Any) -> Any:
+    """x * factor + shift, a new array, or x itself when both are neutral."""
+    if type(factor) is float:
+        if factor == 1.0:
+            if type(shift) is float and shift == 0.0:
+                return x
+            return np.add(x, np.float32(shift) if type(shift) is float else shift)
+        values = np.multiply(x, np.float32(factor))
+    else:
+        values = np.multiply(x, factor)
+    if type(shift) is not float:
+        values += shift
+    elif shift != 0.0:
+        values += np.float32(shift)
+    return values
+
+
+def _scale(instr: str, scale: Any, data: NkiTensor) -> Any:
+    if type(scale) is float:
+        return scale
+    if type(scale) is NkiTensor and scale.dtype is not dtypes.float32:
+        fail(_SCALE, instr, f"scale is {scale.dtype}", scale=scale)
+    return per_partition(instr, "scale", scale, data)
+
+
+def _bias(instr: str, run: Run, op: Any, bias: Any, data: NkiTensor) -> Any:
+    if bias is None:
+        return 0.0
+    gen2 = not run.chip.constant_bias
+    if type(bias) is not NkiTensor:
+        if gen2:
+            fail(_BIAS, instr, "a constant bias on gen2", bias=bias)
+    elif bias.dtype is dtypes.tfloat32:
+        fail(_BIAS, instr, "a tfloat32 bias", bias=bias)
+    if gen2 and op is OPS["reciprocal"]:
+        fail(_BIAS, instr, "a bias with op=reciprocal on gen2", bias=bias)
+    return per_partition(instr, "bias", bias, data)
+
+
+def _reduce(instr: str, run: Run, values: Any, data: NkiTensor, reduce_op: Any, reduce_res: Any,
+            reduce_cmd: Any) -> None:
+    """Update the reduce registers: [128, 1] fp32, or absent while nothing was reset."""
+    sums = reduce_cmd in (commands.reduce, commands.reset_reduce)
+    if reduce_cmd is commands.load_reduce or (sums and reduce_op is not OPS["add"]):
+        fail(_REDUCE, instr, f"reduce_op={reduce_op}, reduce_cmd={reduce_cmd}", data=data)
+    registers = run.accumulators.get("scalar")
+    if reduce_cmd in (commands.reset, commands.reset_reduce):
+        registers = run.accumulators["scalar"] = np.zeros((128, 1), np.float32)
+    elif registers is None:
+        fail(_EMPTY, instr, f"reduce_cmd={reduce_cmd} before any reset", data=data)
+    if sums:
+        partitions = data.shape[0]
+        flat = values if values.ndim == 2 else values.reshape(partitions, -1)
+        registers[:partitions] += np.add.reduce(flat, axis=1, keepdims=True)
+
+
+def _read_out(instr: str, run: Run, reduce_res: Any, data: NkiTensor) -> None:
+    out = destination(instr, "reduce_res", reduce_res, OTHER)
+    partitions = data.shape[0]
+    if reduce_res.shape[0] != partitions or reduce_res.size != partitions:
+        fail(_REDUCE, instr, f"reduce_res has shape {reduce_res.shape}", reduce_res=reduce_res,
+             data=data)
+    values = run.accumulators["scalar"][:partitions]
+    dtypes.store_f32(out, like(values, out.shape), reduce_res.dtype)
+
+
+def activate2(*args: Any, **kwargs: Any) -> None:
+    """Two-step activation (gen4)."""
+    unsupported("nki.isa.activate2")

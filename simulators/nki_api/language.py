@@ -1,0 +1,109 @@
+"""nki.language: dtypes, memory regions, allocation, ranges, program ids and operator names.
+
+Operators are values to pass as `op=`. Ranges are plain Python ranges, as documented. Names of
+the vendor's API that are not implemented raise when called. Code that needs a builtin that an
+operator shadows (abs, max, min) lives in other files.
+
+Source: nki.language.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .allocation import (
+    full,
+    is_hbm,
+    is_on_chip,
+    is_psum,
+    is_sbuf,
+    ndarray,
+    ones,
+    shared_identity_matrix,
+    zeros,
+)
+from .dtypes import (
+    DType,
+    bfloat16,
+    bool_,
+    float8_e4m3,
+    float8_e4m3fn,
+    float8_e5m2,
+    float8_e8m0fnu,
+    float16,
+    float32,
+    int8,
+    int16,
+    int32,
+    tfloat32,
+    uint8,
+    uint16,
+    uint32,
+)
+from .errors import unsupported
+from .memory import MemoryRegion
+from .ops import OPS
+from .runtime import current
+from .tensor import DynamicSlice, NkiTensor
+from .tile_size import NKIObject, tile_size
+
+sbuf = MemoryRegion.sbuf
+psum = MemoryRegion.psum
+private_hbm = MemoryRegion.private_hbm
+hbm = private_hbm
+shared_hbm = MemoryRegion.shared_hbm
+ds = DynamicSlice
+
+_NOT_YET = frozenset("""
+    all average broadcast_to ceil cos device_print dropout dynamic_range empty_like expand_dims
+    arctan sin tan floor trunc negative fmod mod logical_not sum mean prod var softmax rms_norm
+    where zeros_like random_seed transpose matmul no_reorder load load_transpose2d
+    gather_flattened fori_loop while_loop store shared_constant rand prelu
+    float8_e5m2_x4 float8_e4m3fn_x4 float4_e2m1fn_x4
+""".split())
+
+
+def affine_range(start: int, stop: int | None = None, step: int = 1) -> range:
+    """range()."""
+    return range(start) if stop is None else range(start, stop, step)
+
+
+sequential_range = affine_range
+static_range = affine_range
+
+
+def program_id(axis: int = 0) -> int:
+    """This core's number in the launch grid."""
+    return current("nki.language.program_id").program_id
+
+
+def num_programs(axes: int = 0) -> int:
+    """Cores in the launch grid."""
+    return current("nki.language.num_programs").num_programs
+
+
+def program_ndim() -> int:
+    """Axes of the launch grid: 0 without a grid."""
+    return 0 if current("nki.language.program_ndim").num_programs == 1 else 1
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NOT_YET:
+        def missing(*args: Any, **kwargs: Any) -> None:
+            unsupported(f"nki.language.{name}")
+
+        return missing
+    raise AttributeError(f"module 'nki.language' has no attribute {name!r}")
+
+
+globals().update(OPS)
+
+__all__ = [
+    "DType", "DynamicSlice", "MemoryRegion", "NKIObject", "NkiTensor",
+    "affine_range", "bfloat16", "bool_", "ds", "float16", "float32", "float8_e4m3",
+    "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "full", "hbm", "int16", "int32", "int8", "is_hbm",
+    "is_on_chip", "is_psum", "is_sbuf", "ndarray", "num_programs", "ones", "private_hbm",
+    "program_id", "program_ndim", "psum", "sbuf", "sequential_range", "shared_hbm",
+    "shared_identity_matrix",
+    "static_range", "tfloat32", "tile_size", "uint16", "uint32", "uint8", "zeros", *OPS,
+]

@@ -1,0 +1,123 @@
+"""The instruction log: one fixed-size record of integers per instruction.
+
+Records refer to tables (opcodes, engines, source lines, buffers, views), so that appending costs
+well under a microsecond; byte ranges are worked out from the view table when asked for.
+Does not time anything: costs are a pure function of the log, computed elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+MAX_OPERANDS = 6  # the destination first
+WIDTH = 5 + MAX_OPERANDS  # opcode, engine, line, elements, flags, operands
+NONE = -1
+
+
+@dataclass(frozen=True)
+class View:
+    """One access pattern: element offset, shape and strides in a buffer, read as `dtype`."""
+
+    buffer: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class BufferInfo:
+    """One allocation: `space` is hbm, sbuf or psum; `address` in bytes within a partition."""
+
+    space: str
+    name: str
+    dtype: str
+    partitions: int
+    row_bytes: int
+    first_partition: int
+    address: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction, tables resolved. `elements` is per partition of the largest operand."""
+
+    seq: int
+    opcode: str
+    engine: str
+    file: str
+    line: int
+    elements: int
+    flags: int
+    dst: View | None
+    sources: tuple[View, ...]
+
+
+class Log:
+    """Instructions of one run in program order. `len`, indexing and iteration give Records."""
+
+    def __init__(self) -> None:
+        self.rows = array("q")
+        self.buffers: list[BufferInfo] = []
+        self._names: list[str] = []
+        self._name_ids: dict[str, int] = {}
+        self._views: list[View] = []
+        self._view_ids: dict[tuple[Any, ...], int] = {}
+        self._lines: list[tuple[str, int]] = []
+        self._line_ids: dict[tuple[Any, int], int] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows) // WIDTH
+
+    def __getitem__(self, seq: int) -> Record:
+        if seq < 0:
+            seq += len(self)
+        if not 0 <= seq < len(self):
+            raise IndexError(f"log has {len(self)} records, asked for {seq}")
+        row = self.rows[seq * WIDTH : (seq + 1) * WIDTH]
+        file, line = self._lines[row[2]]
+        views = [self._views[v] if v != NONE else None for v in row[5:]]
+        return Record(seq, self._names[row[0]], self._names[row[1]], file, line, row[3], row[4],
+                      views[0], tuple(v for v in views[1:] if v is not None))
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    def counts(self) -> Counter[str]:
+        """How often each opcode occurs."""
+        return Counter(self._names[i] for i in self.rows[::WIDTH])
+
+    def add(self, opcode: str, engine: str, dst: Any, sources: tuple[Any, ...], elements: int,
+            flags: int = 0, depth: int = 2) -> None:
+        """Append one instruction; `depth` frames up is the kernel's line."""
+        frame = sys._getframe(depth)
+        key = (frame.f_code, frame.f_lineno)
+        line = self._line_ids.get(key)
+        if line is None:
+            line = self._line_ids[key] = len(self._lines)
+            self._lines.append((frame.f_code.co_filename, frame.f_lineno))
+        operands = [NONE if dst is None else self._view(dst)]
+        operands += [self._view(s) for s in sources]
+        operands += [NONE] * (MAX_OPERANDS - len(operands))
+        self.rows.extend((self._name(opcode), self._name(engine), line, elements, flags))
+        self.rows.extend(operands[:MAX_OPERANDS])
+
+    def _name(self, name: str) -> int:
+        found = self._name_ids.get(name)
+        if found is None:
+            found = self._name_ids[name] = len(self._names)
+            self._names.append(name)
+        return found
+
+    def _view(self, tensor: Any) -> int:
+        key = (tensor.storage.number, tensor.offset, tensor.shape, tensor.strides, tensor.dtype)
+        found = self._view_ids.get(key)
+        if found is None:
+            found = self._view_ids[key] = len(self._views)
+            self._views.append(View(*key[:4], str(tensor.dtype)))
+        return found

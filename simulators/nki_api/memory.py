@@ -1,0 +1,239 @@
+"""Memory: HBM buffers, and SBUF and PSUM as one byte array per core.
+
+SBUF and PSUM are single address spaces, so tensors placed by `address=` can collide visibly.
+Tensors without an address are placed automatically (first fit) and give their bytes back when
+the last Python reference to them goes. Fresh memory reads as NaN (integers as 4).
+Does not know instructions or views: see tensor.py and checks.py.
+
+Sources: architecture guides ("SBUF", "PSUM"); nki.language.ndarray (address); nki.language
+.tile_size (alignments).
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import insort
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from . import chips, dtypes
+from .errors import fail
+from .initmap import FRESH, OTHER, InitMap
+from .rules import documented
+
+HBM, SBUF, PSUM = 0, 1, 2
+ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
+MIN_ALIGN = 4
+
+_CAPACITY = documented(
+    "memory.capacity", "architecture guide, SBUF and PSUM",
+    "live tensors fit in the memory of one core",
+)
+_PARTITIONS = documented(
+    "memory.partitions", "nki.language.tile_size.pmax", "an on-chip tensor has at most 128 partitions",
+)
+_ADDRESS = documented(
+    "memory.address", "nki.language.ndarray",
+    "address=(partition, byte) lies inside the memory, aligned (4 bytes; a PSUM bank for PSUM)",
+)
+
+
+class MemoryRegion(Enum):
+    """Where a tensor lives (nki.language.MemoryRegion)."""
+
+    sbuf = "sbuf"
+    psum = "psum"
+    private_hbm = "private_hbm"
+    shared_hbm = "shared_hbm"
+
+
+_SPACE = {"sbuf": SBUF, "psum": PSUM, "private_hbm": HBM, "shared_hbm": HBM}
+
+
+class FreeList:
+    """First-fit free intervals of [0, size); blocks of at most `block` bytes never cross one."""
+
+    def __init__(self, size: int, block: int = 0) -> None:
+        self.size = size
+        self.block = block
+        self.free: list[tuple[int, int]] = [(0, size)]
+        self.used = 0
+        self.peak = 0
+
+    def take(self, num_bytes: int) -> int | None:
+        """The address of a new block, or None when nothing fits."""
+        for index, (start, end) in enumerate(self.free):
+            at = self._fit(start, num_bytes)
+            if at + num_bytes <= end:
+                pieces = [p for p in ((start, at), (at + num_bytes, end)) if p[0] < p[1]]
+                self.free[index : index + 1] = pieces
+                self.used += num_bytes
+                self.peak = max(self.peak, self.used)
+                return at
+        return None
+
+    def _fit(self, start: int, num_bytes: int) -> int:
+        block = self.block
+        if block and (num_bytes > block or start // block != (start + num_bytes - 1) // block):
+            return -(-start // block) * block
+        return start
+
+    def give(self, at: int, num_bytes: int) -> None:
+        """Give a block back; neighbours merge."""
+        self.used -= num_bytes
+        insort(self.free, (at, at + num_bytes))
+        merged: list[tuple[int, int]] = []
+        for start, end in self.free:
+            if merged and merged[-1][1] == start:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((start, end))
+        self.free = merged
+
+
+class Storage:
+    """One allocation: bytes, place, owner and write state. Tensors are views of it.
+
+    `row_bytes` is its size per partition (HBM: its whole size), `base` the byte offset of its
+    first element in `data`, `pitch` the bytes from one partition to the next.
+    """
+
+    __slots__ = (
+        "space", "region", "data", "base", "pitch", "partitions", "first_partition", "row_bytes",
+        "dtype", "name", "init", "number", "core", "epoch", "site", "placed", "__weakref__",
+    )
+
+    def __init__(self, space: int, region: MemoryRegion, data: Any, base: int, pitch: int,
+                 partitions: int, row_bytes: int, dtype: dtypes.DType, name: str) -> None:
+        self.space = space
+        self.region = region
+        self.data = data
+        self.base = base
+        self.pitch = pitch
+        self.partitions = partitions
+        self.first_partition = 0
+        self.row_bytes = row_bytes
+        self.dtype = dtype
+        self.name = name
+        self.init = InitMap(partitions, row_bytes, dtype.itemsize)
+        self.number = -1
+        self.core: Core | None = None
+        self.epoch = 0
+        self.site: Any = None  # (code, line) of the allocation
+        self.placed = False
+
+    def fill(self) -> None:
+        """Give never-written memory its mark; called before the first read or partial write."""
+        item = self.dtype.itemsize
+        shape = (self.partitions, self.row_bytes // item)
+        view = np.ndarray(shape, self.dtype.np_dtype, self.data, self.base, (self.pitch, item))
+        dtypes.fill_unwritten(view, self.dtype)
+
+    def __del__(self) -> None:
+        core = self.core
+        if core is not None and core.epoch == self.epoch:
+            core.release(self)
+
+
+class Core:
+    """SBUF and PSUM of one NeuronCore. Byte arrays are pooled between runs."""
+
+    def __init__(self, chip: chips.Chip) -> None:
+        self.chip = chip
+        self.epoch = 0
+        self.sbuf = np.empty((chips.NUM_PARTITIONS, chip.sbuf_bytes + ROW_PAD), np.uint8)
+        self.psum = np.empty((chips.NUM_PARTITIONS, chips.PSUM_BYTES + ROW_PAD), np.uint8)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every tensor; storages of earlier epochs no longer give bytes back."""
+        self.epoch += 1
+        self.sbuf_list = FreeList(self.chip.sbuf_usable_bytes)
+        self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
+        self.live: dict[int, tuple[int, int, str, int]] = {}
+
+    def allocate(self, shape: tuple[int, ...], dtype: dtypes.DType, region: MemoryRegion,
+                 name: str, number: int, address: tuple[int, int] | None) -> Storage:
+        """Place a tensor of `shape`; `number` identifies it in the log."""
+        space = _SPACE[region.value]
+        memory, free = (self.sbuf, self.sbuf_list) if space == SBUF else (self.psum, self.psum_list)
+        row_bytes = dtype.itemsize
+        for count in shape[1:]:
+            row_bytes *= count
+        asked = (shape, str(dtype), region.value)
+        if shape[0] > chips.NUM_PARTITIONS:
+            fail(_PARTITIONS, "nki.language.ndarray", f"{shape[0]} partitions", tensor=asked)
+        padded = -(-row_bytes // MIN_ALIGN) * MIN_ALIGN
+        at = self._at(address, shape[0], row_bytes, space) if address else free.take(padded)
+        if at is None:
+            fail(_CAPACITY, "nki.language.ndarray", self._full(space, padded, free), tensor=asked)
+        pitch = memory.shape[1]
+        first = address[0] if address else 0
+        storage = Storage(space, region, memory, first * pitch + at, pitch, shape[0], row_bytes,
+                          dtype, name)
+        storage.number, storage.core, storage.epoch = number, self, self.epoch
+        storage.first_partition = first
+        storage.placed = address is not None
+        if address is None:
+            self.live[number] = (space, at, name or f"tensor {number} {shape}", padded)
+        return storage
+
+    def _at(self, address: tuple[int, int], partitions: int, row_bytes: int, space: int) -> int:
+        partition, at = address
+        size = chips.PSUM_BYTES if space == PSUM else self.chip.sbuf_usable_bytes
+        align = chips.PSUM_BANK_BYTES if space == PSUM else MIN_ALIGN
+        inside = 0 <= partition <= chips.NUM_PARTITIONS - partitions and 0 <= at <= size - row_bytes
+        if not inside or at % align:
+            fail(_ADDRESS, "nki.language.ndarray",
+                 f"address {address} for {partitions} partitions x {row_bytes} bytes; "
+                 f"memory is 128 x {size} bytes, alignment {align}")
+        return at
+
+    def _full(self, space: int, wanted: int, free: FreeList) -> str:
+        rows = sorted((r for r in self.live.values() if r[0] == space), key=lambda r: -r[3])
+        largest = ", ".join(f"{r[2]}: {r[3]}" for r in rows[:5])
+        word = "PSUM" if space == PSUM else "SBUF"
+        return (f"no room in {word} for {wanted} bytes per partition: {free.used} of {free.size} "
+                f"in use by {len(rows)} live tensors (largest, bytes per partition: {largest}); "
+                "a tensor lives as long as a Python name refers to it")
+
+    def release(self, storage: Storage) -> None:
+        """Take an automatically placed tensor's bytes back."""
+        entry = self.live.pop(storage.number, None)
+        if entry is not None:
+            (self.sbuf_list if entry[0] == SBUF else self.psum_list).give(entry[1], entry[3])
+
+
+def hbm_storage(num_bytes: int, dtype: dtypes.DType, region: MemoryRegion, name: str,
+                data: Any = None) -> Storage:
+    """An HBM buffer: fresh, or over `data` (a flat uint8 array), which then counts as written."""
+    fresh = data is None
+    flat = np.empty(num_bytes, np.uint8) if fresh else data
+    storage = Storage(HBM, region, flat, 0, num_bytes, 1, num_bytes, dtype, name)
+    storage.init.uniform = FRESH if fresh else OTHER
+    return storage
+
+
+class CorePool:
+    """Cores that are not in use, by generation: their memory is costly to touch first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[Core]] = {}
+
+    def borrow(self, chip: chips.Chip) -> Core:
+        """A core with nothing in it."""
+        with self._lock:
+            idle = self._idle.get(chip.generation)
+            core = idle.pop() if idle else None
+        if core is None:
+            return Core(chip)
+        core.reset()
+        return core
+
+    def give_back(self, core: Core) -> None:
+        """Hand a core back; its tensors must not be used any more."""
+        with self._lock:
+            self._idle.setdefault(core.chip.generation, []).append(core)
