@@ -29,6 +29,7 @@ TINY = RunSettings(
     backend="torch",
     seq_len=48,
     num_steps=4,
+    learning_rate=5e-3,
     model=ModelSettings(num_layers=1, model_dim=32, num_heads=4, num_kv_heads=2, hidden_dim=48),
 )
 
@@ -85,12 +86,11 @@ def test_batches_depend_on_seed_and_step_alone():
 
 
 def test_torchrun_workers_report_every_step(tmp_path):
-    run = replace(TINY, num_steps=2)
     seen = []
-    records = launch([run], 2, tmp_path, lambda name, record: seen.append((name, record.step)))
-    assert seen == [("tiny", 0), ("tiny", 1)]
-    one, two = _train(run, 1)[0], records["tiny"]
-    rows = compare(run, {1: one, 2: two}, {n: scheduled_per_step(run, n) for n in (1, 2)})
+    records = launch([TINY], 2, tmp_path, lambda name, record: seen.append((name, record.step)))
+    assert seen == [("tiny", step) for step in range(4)]
+    one, two = _train(TINY, 1)[0], records["tiny"]
+    rows = compare(TINY, {1: one, 2: two}, {n: scheduled_per_step(TINY, n) for n in (1, 2)})
     assert failures(rows, FIRST_STEP_BOUND, LATER_STEP_BOUND) == []
 
 

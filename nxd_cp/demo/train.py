@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record as record_errors
 from torch.nn import functional as F
 
 from nxd_cp.context import CPContext
@@ -71,12 +72,14 @@ def _train_step(
     logits_BLV = model(local["input_ids"], local["position_ids"], cp, backend)
     labels = local["labels"].flatten()
     per_token = F.cross_entropy(logits_BLV.flatten(0, 1), labels, reduction="none")
-    loss = token_mean_loss(per_token, labels, cp)
+    # Losses of single tokens are fp32; their sum is not, so that it adds no rounding of its own to
+    # the comparison.
+    loss = token_mean_loss(per_token.double(), labels, cp)
     optimiser.zero_grad()
     loss.backward()
     allreduce_grads(model.parameters(), cp)
     optimiser.step()
-    return float(cp.all_reduce(loss.detach().double(), op="sum"))
+    return float(cp.all_reduce(loss.detach()))
 
 
 @torch.no_grad()
@@ -88,6 +91,7 @@ def _move_by_one_rounding(model: TinyLlama, seed: int) -> None:
         parameter.copy_(torch.nextafter(parameter, infinity))
 
 
+@record_errors
 def main(path: str) -> None:
     """Run every entry of a JSON list of settings over the process group that torchrun describes."""
     torch.set_num_threads(1)
