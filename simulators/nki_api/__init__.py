@@ -16,7 +16,20 @@ from .rules import RULES, Rule
 from .runtime import SimParams, parameters, record
 
 __all__ = [
-    "RULES", "Kernel", "Log", "NkiSimulatorWarning", "NkiUnsupportedError", "NkiValidationError",
-    "Record", "Rule", "SimParams", "View", "install", "load", "parameters", "real_nki_present",
-    "record", "simulate",
+    "RULES",
+    "Kernel",
+    "Log",
+    "NkiSimulatorWarning",
+    "NkiUnsupportedError",
+    "NkiValidationError",
+    "Record",
+    "Rule",
+    "SimParams",
+    "View",
+    "install",
+    "load",
+    "parameters",
+    "real_nki_present",
+    "record",
+    "simulate",
 ]

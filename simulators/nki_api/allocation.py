@@ -21,10 +21,14 @@ from .rules import documented
 from .runtime import current
 from .tensor import NkiTensor, row_major
 
-_SHAPE = documented("ndarray.shape", "nki.language.ndarray",
-                    "a shape is 1 to 5 positive integers, 2 to 5 on chip")
-_BUFFER = documented("ndarray.buffer", "NKI migration guide",
-                     "buffer is one of nl.sbuf, nl.psum, nl.hbm, nl.private_hbm, nl.shared_hbm")
+_SHAPE = documented(
+    "ndarray.shape", "nki.language.ndarray", "a shape is 1 to 5 positive integers, 2 to 5 on chip"
+)
+_BUFFER = documented(
+    "ndarray.buffer",
+    "NKI migration guide",
+    "buffer is one of nl.sbuf, nl.psum, nl.hbm, nl.private_hbm, nl.shared_hbm",
+)
 
 sbuf = MemoryRegion.sbuf
 psum = MemoryRegion.psum
@@ -50,15 +54,18 @@ def is_hbm(buffer: Any) -> bool:
     return buffer is MemoryRegion.private_hbm or buffer is MemoryRegion.shared_hbm
 
 
-def ndarray(shape: Any, dtype: Any, buffer: Any = sbuf, name: str = "",
-            address: tuple[int, int] | None = None) -> NkiTensor:
+def ndarray(
+    shape: Any,
+    dtype: Any,
+    buffer: Any = sbuf,
+    name: str = "",
+    address: tuple[int, int] | None = None,
+) -> NkiTensor:
     """A new, unwritten tensor. On chip it lives until the last name for it goes."""
     run = current("nki.language.ndarray")
     kind = dtype if type(dtype) is DType else dtypes.dtype_of(dtype)
     sizes = _shape(shape, buffer)
     if buffer is sbuf or buffer is psum:
-        if address is not None:
-            unsupported("nl.ndarray(address=...)")
         number = run.next_number()
         storage = run.core.allocate(sizes, kind, buffer, name, number, address)
     else:
@@ -105,8 +112,9 @@ def ones(shape: Any, dtype: Any, buffer: Any = sbuf, name: str = "") -> NkiTenso
     return tensor
 
 
-def full(shape: Any, fill_value: float, dtype: Any, buffer: Any = sbuf,
-         name: str = "") -> NkiTensor:
+def full(
+    shape: Any, fill_value: float, dtype: Any, buffer: Any = sbuf, name: str = ""
+) -> NkiTensor:
     """ndarray and memset(fill_value), on chip."""
     tensor = ndarray(shape, dtype, buffer, name)
     if tensor.space == HBM:

@@ -18,19 +18,37 @@ from .ops import Op
 from .rules import documented
 from .tensor import NkiTensor
 
-_TILE = documented("operand.tile", "nki.isa (memory types of each instruction)",
-                   "an engine's operand is an on-chip NkiTensor in a memory the engine reaches")
-_START = documented("operand.partition_start", "architecture guide, SBUF/PSUM access",
-                    "start partition: 0 for more than 64 partitions, 0 or 64 for 33 to 64, "
-                    "a multiple of 32 below; one partition after another")
-_UNWRITTEN = documented("memory.uninitialised", "nki.language guide, Creating Tensors",
-                        "memory is written before an engine reads it")
-_SHAPES = documented("operand.shapes", "nki.isa (tile size of each instruction)",
-                     "operands have equal partition counts and equal elements per partition")
-_VECTOR = documented("operand.per_partition", "nki.isa.tensor_scalar",
-                     "a broadcast operand is a number or a [partitions, 1] tile")
-_OP = documented("operand.op", "nki.api.shared, Supported Math Operators",
-                 "the operator is one that this field of the instruction takes")
+_TILE = documented(
+    "operand.tile",
+    "nki.isa (memory types of each instruction)",
+    "an engine's operand is an on-chip NkiTensor in a memory the engine reaches",
+)
+_START = documented(
+    "operand.partition_start",
+    "architecture guide, SBUF/PSUM access",
+    "start partition: 0 for more than 64 partitions, 0 or 64 for 33 to 64, "
+    "a multiple of 32 below; one partition after another",
+)
+_UNWRITTEN = documented(
+    "memory.uninitialised",
+    "nki.language guide, Creating Tensors",
+    "memory is written before an engine reads it",
+)
+_SHAPES = documented(
+    "operand.shapes",
+    "nki.isa (tile size of each instruction)",
+    "operands have equal partition counts and equal elements per partition",
+)
+_VECTOR = documented(
+    "operand.per_partition",
+    "nki.isa.tensor_scalar",
+    "a broadcast operand is a number or a [partitions, 1] tile",
+)
+_OP = documented(
+    "operand.op",
+    "nki.api.shared, Supported Math Operators",
+    "the operator is one that this field of the instruction takes",
+)
 
 
 def source(instr: str, role: str, tensor: Any) -> Any:
@@ -81,8 +99,12 @@ def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
         where = ""
         if storage.site is not None:
             where = f", allocated at {storage.site[0].co_filename}:{storage.site[1]}"
-        fail(_UNWRITTEN, instr, f"{role} was never written (or only in part){where}",
-             **{role: tensor})
+        fail(
+            _UNWRITTEN,
+            instr,
+            f"{role} was never written (or only in part){where}",
+            **{role: tensor},
+        )
 
 
 def in_sbuf(instr: str, **operands: Any) -> None:
@@ -106,8 +128,12 @@ def same_tiles(instr: str, **operands: NkiTensor) -> None:
         if other.shape != first.shape and (
             other.shape[0] != first.shape[0] or other.size != first.size
         ):
-            fail(_SHAPES, instr, f"{names[0]} has shape {first.shape}, {name} {other.shape}",
-                 **operands)
+            fail(
+                _SHAPES,
+                instr,
+                f"{names[0]} has shape {first.shape}, {name} {other.shape}",
+                **operands,
+            )
 
 
 def like(array: Any, shape: tuple[int, ...]) -> Any:
@@ -115,14 +141,19 @@ def like(array: Any, shape: tuple[int, ...]) -> Any:
     return array if array.shape == shape else array.reshape(shape)
 
 
-def per_partition(instr: str, role: str, value: Any, data: NkiTensor, *,
-                  float32_only: bool = False) -> Any:
+def per_partition(
+    instr: str, role: str, value: Any, data: NkiTensor, *, float32_only: bool = False
+) -> Any:
     """A broadcast operand as a float, or as an fp32 array that broadcasts over `data`."""
     if type(value) is NkiTensor:
         array = source(instr, role, value)
         if value.shape[0] != data.shape[0] or value.size != data.shape[0]:
-            fail(_VECTOR, instr, f"{role} has shape {value.shape}, data {data.shape}",
-                 **{role: value, "data": data})
+            fail(
+                _VECTOR,
+                instr,
+                f"{role} has shape {value.shape}, data {data.shape}",
+                **{role: value, "data": data},
+            )
         if float32_only and value.dtype is not dtypes.float32:
             fail(_VECTOR, instr, f"{role} must be float32", **{role: value})
         wide = dtypes.to_f32(array, value.dtype)

@@ -40,12 +40,15 @@ class Chip:
 
 
 CHIPS = {
-    "gen2": Chip("gen2", 2, 192 * 1024, 180_224, 512, 0, True, False, False, False, False, False,
-                 False),
-    "gen3": Chip("gen3", 3, 224 * 1024, 212_984, 512, 0, True, False, True, True, True, True,
-                 False),
-    "gen4": Chip("gen4", 4, 256 * 1024, 245_752, 4096, 8192, False, True, True, True, True, True,
-                 True),
+    "gen2": Chip(
+        "gen2", 2, 192 * 1024, 180_224, 512, 0, True, False, False, False, False, False, False
+    ),
+    "gen3": Chip(
+        "gen3", 3, 224 * 1024, 212_984, 512, 0, True, False, True, True, True, True, False
+    ),
+    "gen4": Chip(
+        "gen4", 4, 256 * 1024, 245_752, 4096, 8192, False, True, True, True, True, True, True
+    ),
 }
 _ALIASES = {"trn1": "gen2", "inf2": "gen2", "trn2": "gen3", "trn3": "gen4"}
 

@@ -50,8 +50,21 @@ float8_e5m2 = DType("float8_e5m2", ml_dtypes.float8_e5m2, "f")
 float8_e8m0fnu = DType("float8_e8m0fnu", ml_dtypes.float8_e8m0fnu, "f")
 
 ALL = (
-    bool_, int8, int16, int32, uint8, uint16, uint32, float16, float32, bfloat16, tfloat32,
-    float8_e4m3, float8_e4m3fn, float8_e5m2, float8_e8m0fnu,
+    bool_,
+    int8,
+    int16,
+    int32,
+    uint8,
+    uint16,
+    uint32,
+    float16,
+    float32,
+    bfloat16,
+    tfloat32,
+    float8_e4m3,
+    float8_e4m3fn,
+    float8_e5m2,
+    float8_e8m0fnu,
 )
 FLOAT8 = frozenset((float8_e4m3, float8_e4m3fn, float8_e5m2))
 _BY_NAME = {str(d): d for d in ALL}
@@ -86,12 +99,12 @@ def to_f32(array: Any, dtype: DType) -> Any:
     return array.astype(np.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _float8_values(dtype: DType) -> Any:
     return np.arange(256, dtype=np.uint8).view(dtype.np_dtype).astype(np.float32)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _float8_codes(dtype: DType) -> Any:
     upper = np.arange(65536, dtype=np.uint32) << 16
     return upper.view(np.float32).astype(dtype.np_dtype).view(np.uint8)

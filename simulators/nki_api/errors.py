@@ -8,7 +8,6 @@ here, when something is already wrong. Does not decide whether something is wron
 from __future__ import annotations
 
 import linecache
-import os
 import sys
 import warnings
 from contextvars import ContextVar
@@ -18,7 +17,7 @@ from typing import Any, NoReturn
 from .rules import DOCUMENTED, Rule
 
 STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
-_HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PACKAGE = __name__.rpartition(".")[0]
 
 
 class NkiValidationError(ValueError):
@@ -36,7 +35,7 @@ class NkiSimulatorWarning(UserWarning):
 def user_frame() -> FrameType | None:
     """The innermost frame outside the simulator, or None."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and os.path.abspath(frame.f_code.co_filename).startswith(_HERE):
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
         frame = frame.f_back
     return frame
 
@@ -83,4 +82,3 @@ def unsupported(what: str, hint: str = "") -> NoReturn:
     """Raise NkiUnsupportedError that names `what`."""
     tail = f"; {hint}" if hint else ""
     raise NkiUnsupportedError(f"the simulator does not implement {what}{tail}\n  at {user_line()}")
-

@@ -21,11 +21,16 @@ from .rules import documented
 from .runtime import Run
 from .tensor import NkiTensor, row_major
 
-_OUTPUT = documented("kernel.output", "NKI migration guide",
-                     "a kernel returns tensors allocated with buffer=nl.shared_hbm")
-_TORCH_BITS = {"bfloat16": ("int16", ml_dtypes.bfloat16),
-               "float8_e4m3fn": ("uint8", ml_dtypes.float8_e4m3fn),
-               "float8_e5m2": ("uint8", ml_dtypes.float8_e5m2)}
+_OUTPUT = documented(
+    "kernel.output",
+    "NKI migration guide",
+    "a kernel returns tensors allocated with buffer=nl.shared_hbm",
+)
+_TORCH_BITS = {
+    "bfloat16": ("int16", ml_dtypes.bfloat16),
+    "float8_e4m3fn": ("uint8", ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": ("uint8", ml_dtypes.float8_e5m2),
+}
 
 
 def is_torch(value: Any) -> bool:
@@ -53,8 +58,9 @@ def _numpy_to_torch(array: Any) -> Any:
     return torch.from_numpy(array)
 
 
-def tensor_from_array(run: Run, array: Any, name: str,
-                      after: list[Callable[[], None]]) -> NkiTensor:
+def tensor_from_array(
+    run: Run, array: Any, name: str, after: list[Callable[[], None]]
+) -> NkiTensor:
     """An HBM tensor over `array`; when that needs a copy, `after` gets the copy back."""
     dtype = dtypes.dtype_of(array.dtype)
     usable = array.flags.c_contiguous and array.flags.writeable

@@ -25,8 +25,9 @@ BOUND_GENERATION: ContextVar[str | None] = ContextVar("nki_simulator_generation"
 class Kernel:
     """A simulated kernel. `kernel[lnc]` sets the number of cores; `generation` may be fixed."""
 
-    def __init__(self, function: Callable[..., Any], generation: str | None = None,
-                 lnc: int = 1) -> None:
+    def __init__(
+        self, function: Callable[..., Any], generation: str | None = None, lnc: int = 1
+    ) -> None:
         self.function = function
         self.generation = generation
         self.lnc = lnc
@@ -60,7 +61,7 @@ class Kernel:
 
 
 def _parameter_names(function: Callable[..., Any], count: int) -> list[str]:
-    names = [n for n in inspect.signature(function).parameters][:count]
+    names = list(inspect.signature(function).parameters)[:count]
     return names + [f"arg{i}" for i in range(len(names), count)]
 
 

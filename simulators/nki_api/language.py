@@ -54,13 +54,53 @@ hbm = private_hbm
 shared_hbm = MemoryRegion.shared_hbm
 ds = DynamicSlice
 
-_NOT_YET = frozenset("""
-    all average broadcast_to ceil cos device_print dropout dynamic_range empty_like expand_dims
-    arctan sin tan floor trunc negative fmod mod logical_not sum mean prod var softmax rms_norm
-    where zeros_like random_seed transpose matmul no_reorder load load_transpose2d
-    gather_flattened fori_loop while_loop store shared_constant rand prelu
-    float8_e5m2_x4 float8_e4m3fn_x4 float4_e2m1fn_x4
-""".split())
+_NOT_YET = frozenset(
+    [
+        "all",
+        "average",
+        "broadcast_to",
+        "ceil",
+        "cos",
+        "device_print",
+        "dropout",
+        "dynamic_range",
+        "empty_like",
+        "expand_dims",
+        "arctan",
+        "sin",
+        "tan",
+        "floor",
+        "trunc",
+        "negative",
+        "fmod",
+        "mod",
+        "logical_not",
+        "sum",
+        "mean",
+        "prod",
+        "var",
+        "softmax",
+        "rms_norm",
+        "where",
+        "zeros_like",
+        "random_seed",
+        "transpose",
+        "matmul",
+        "no_reorder",
+        "load",
+        "load_transpose2d",
+        "gather_flattened",
+        "fori_loop",
+        "while_loop",
+        "store",
+        "shared_constant",
+        "rand",
+        "prelu",
+        "float8_e5m2_x4",
+        "float8_e4m3fn_x4",
+        "float4_e2m1fn_x4",
+    ]
+)
 
 
 def affine_range(start: int, stop: int | None = None, step: int = 1) -> range:
@@ -89,6 +129,7 @@ def program_ndim() -> int:
 
 def __getattr__(name: str) -> Any:
     if name in _NOT_YET:
+
         def missing(*args: Any, **kwargs: Any) -> None:
             unsupported(f"nki.language.{name}")
 
@@ -99,11 +140,47 @@ def __getattr__(name: str) -> Any:
 globals().update(OPS)
 
 __all__ = [
-    "DType", "DynamicSlice", "MemoryRegion", "NKIObject", "NkiTensor",
-    "affine_range", "bfloat16", "bool_", "ds", "float16", "float32", "float8_e4m3",
-    "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "full", "hbm", "int16", "int32", "int8", "is_hbm",
-    "is_on_chip", "is_psum", "is_sbuf", "ndarray", "num_programs", "ones", "private_hbm",
-    "program_id", "program_ndim", "psum", "sbuf", "sequential_range", "shared_hbm",
+    "DType",
+    "DynamicSlice",
+    "MemoryRegion",
+    "NKIObject",
+    "NkiTensor",
+    "affine_range",
+    "bfloat16",
+    "bool_",
+    "ds",
+    "float16",
+    "float32",
+    "float8_e4m3",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "full",
+    "hbm",
+    "int16",
+    "int32",
+    "int8",
+    "is_hbm",
+    "is_on_chip",
+    "is_psum",
+    "is_sbuf",
+    "ndarray",
+    "num_programs",
+    "ones",
+    "private_hbm",
+    "program_id",
+    "program_ndim",
+    "psum",
+    "sbuf",
+    "sequential_range",
+    "shared_hbm",
     "shared_identity_matrix",
-    "static_range", "tfloat32", "tile_size", "uint16", "uint32", "uint8", "zeros", *OPS,
+    "static_range",
+    "tfloat32",
+    "tile_size",
+    "uint16",
+    "uint32",
+    "uint8",
+    "zeros",
+    *OPS,
 ]

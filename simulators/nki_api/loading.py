@@ -124,8 +124,11 @@ class _Importer:
         module = PrivateModule(private)
         package = spec.submodule_search_locations
         values: dict[str, Any] = {
-            "__importer__": self, "__real_name__": name, "__builtins__": self.builtins,
-            "__file__": spec.origin, "__spec__": None,
+            "__importer__": self,
+            "__real_name__": name,
+            "__builtins__": self.builtins,
+            "__file__": spec.origin,
+            "__spec__": None,
             "__package__": private if package is not None else private.rpartition(".")[0],
         }
         if package is not None:
@@ -147,8 +150,9 @@ class _Importer:
         finally:
             BOUND_GENERATION.reset(token)
 
-    def import_(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (),
-                level: int = 0) -> Any:
+    def import_(
+        self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+    ) -> Any:
         """`__import__` of private modules."""
         if level:
             base = globals["__package__"]

@@ -15,8 +15,17 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_OPERANDS = 6  # the destination first
-WIDTH = 5 + MAX_OPERANDS  # opcode, engine, line, elements, flags, operands
+WIDTH = 6 + MAX_OPERANDS  # opcode, engine, line, elements, flags, detail, operands
 NONE = -1
+
+# Bits of `flags`. Bits 8..15 hold a row tile size of TensorE, 16..23 a column tile size (0: 128).
+ACCUMULATE = 1  # a matmul adds onto its PSUM destination
+READ_ACCUMULATOR = 2  # reduce_res is given (last of the sources): a second, read-out instruction
+TRANSPOSE = 4  # a matmul or DMA in transpose mode
+DOUBLE_ROW = 8  # a matmul in a double-rate fp8 mode
+DYNAMIC = 16  # an address known at run time only
+SKIPPED = 32  # a DMA skipped because its index is out of bounds
+ONEZERO = 64  # a matmul operand declared to hold ones and zeros
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,10 @@ class BufferInfo:
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction, tables resolved. `elements` is per partition of the largest operand."""
+    """One instruction, tables resolved. `elements` is per partition of the largest operand.
+
+    `detail` is one word: the activation function, the first operator, or a DMA's dge mode.
+    """
 
     seq: int
     opcode: str
@@ -54,6 +66,7 @@ class Record:
     line: int
     elements: int
     flags: int
+    detail: str
     dst: View | None
     sources: tuple[View, ...]
 
@@ -81,9 +94,19 @@ class Log:
             raise IndexError(f"log has {len(self)} records, asked for {seq}")
         row = self.rows[seq * WIDTH : (seq + 1) * WIDTH]
         file, line = self._lines[row[2]]
-        views = [self._views[v] if v != NONE else None for v in row[5:]]
-        return Record(seq, self._names[row[0]], self._names[row[1]], file, line, row[3], row[4],
-                      views[0], tuple(v for v in views[1:] if v is not None))
+        views = [self._views[v] if v != NONE else None for v in row[6:]]
+        return Record(
+            seq,
+            self._names[row[0]],
+            self._names[row[1]],
+            file,
+            line,
+            row[3],
+            row[4],
+            self._names[row[5]],
+            views[0],
+            tuple(v for v in views[1:] if v is not None),
+        )
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
@@ -92,8 +115,17 @@ class Log:
         """How often each opcode occurs."""
         return Counter(self._names[i] for i in self.rows[::WIDTH])
 
-    def add(self, opcode: str, engine: str, dst: Any, sources: tuple[Any, ...], elements: int,
-            flags: int = 0, depth: int = 2) -> None:
+    def add(
+        self,
+        opcode: str,
+        engine: str,
+        dst: Any,
+        sources: tuple[Any, ...],
+        elements: int,
+        flags: int = 0,
+        depth: int = 2,
+        detail: str = "",
+    ) -> None:
         """Append one instruction; `depth` frames up is the kernel's line."""
         frame = sys._getframe(depth)
         key = (frame.f_code, frame.f_lineno)
@@ -104,7 +136,8 @@ class Log:
         operands = [NONE if dst is None else self._view(dst)]
         operands += [self._view(s) for s in sources]
         operands += [NONE] * (MAX_OPERANDS - len(operands))
-        self.rows.extend((self._name(opcode), self._name(engine), line, elements, flags))
+        names = self._name(opcode), self._name(engine), self._name(detail)
+        self.rows.extend((names[0], names[1], line, elements, flags, names[2]))
         self.rows.extend(operands[:MAX_OPERANDS])
 
     def _name(self, name: str) -> int:

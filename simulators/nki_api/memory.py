@@ -1,6 +1,6 @@
 """Memory: HBM buffers, and SBUF and PSUM as one byte array per core.
 
-SBUF and PSUM are single address spaces, so tensors placed by `address=` can collide visibly.
+SBUF and PSUM are single address spaces, so tensors placed by `address=` share bytes visibly.
 Tensors without an address are placed automatically (first fit) and give their bytes back when
 the last Python reference to them goes. Fresh memory reads as NaN (integers as 4).
 Does not know instructions or views: see tensor.py and checks.py.
@@ -20,7 +20,7 @@ import numpy as np
 
 from . import chips, dtypes
 from .errors import fail
-from .initmap import FRESH, OTHER, InitMap
+from .initmap import FRESH, OTHER, InitMap, Rect, overlap
 from .rules import documented
 
 HBM, SBUF, PSUM = 0, 1, 2
@@ -28,14 +28,18 @@ ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
 MIN_ALIGN = 4
 
 _CAPACITY = documented(
-    "memory.capacity", "architecture guide, SBUF and PSUM",
+    "memory.capacity",
+    "architecture guide, SBUF and PSUM",
     "live tensors fit in the memory of one core",
 )
 _PARTITIONS = documented(
-    "memory.partitions", "nki.language.tile_size.pmax", "an on-chip tensor has at most 128 partitions",
+    "memory.partitions",
+    "nki.language.tile_size.pmax",
+    "an on-chip tensor has at most 128 partitions",
 )
 _ADDRESS = documented(
-    "memory.address", "nki.language.ndarray",
+    "memory.address",
+    "nki.language.ndarray",
     "address=(partition, byte) lies inside the memory, aligned (4 bytes; a PSUM bank for PSUM)",
 )
 
@@ -63,10 +67,11 @@ class FreeList:
         self.peak = 0
 
     def take(self, num_bytes: int) -> int | None:
-        """The address of a new block, or None when nothing fits."""
-        for index, (start, end) in enumerate(self.free):
-            at = self._fit(start, num_bytes)
-            if at + num_bytes <= end:
+        """The address of a new block, or None; high addresses first (people place from 0)."""
+        for index in range(len(self.free) - 1, -1, -1):
+            start, end = self.free[index]
+            at = self._fit(end, num_bytes)
+            if at >= start:
                 pieces = [p for p in ((start, at), (at + num_bytes, end)) if p[0] < p[1]]
                 self.free[index : index + 1] = pieces
                 self.used += num_bytes
@@ -74,11 +79,25 @@ class FreeList:
                 return at
         return None
 
-    def _fit(self, start: int, num_bytes: int) -> int:
-        block = self.block
-        if block and (num_bytes > block or start // block != (start + num_bytes - 1) // block):
-            return -(-start // block) * block
-        return start
+    def _fit(self, end: int, num_bytes: int) -> int:
+        """The highest start of a block that ends at or before `end`."""
+        at, block = end - num_bytes, self.block
+        if not block:
+            return at
+        if num_bytes > block:
+            return at // block * block
+        limit = (end - 1) // block * block  # start of the last block before `end`
+        return at if at >= limit else limit - num_bytes
+
+    def reserve(self, start: int, end: int) -> None:
+        """Take [start, end) out of automatic use for the rest of the run."""
+        pieces = [
+            (s, e)
+            for low, high in self.free
+            for s, e in ((low, min(high, start)), (max(low, end), high))
+            if s < e
+        ]
+        self.free = sorted(set(pieces))
 
     def give(self, at: int, num_bytes: int) -> None:
         """Give a block back; neighbours merge."""
@@ -101,12 +120,37 @@ class Storage:
     """
 
     __slots__ = (
-        "space", "region", "data", "base", "pitch", "partitions", "first_partition", "row_bytes",
-        "dtype", "name", "init", "number", "core", "epoch", "site", "placed", "__weakref__",
+        "__weakref__",
+        "base",
+        "core",
+        "data",
+        "dtype",
+        "epoch",
+        "first_partition",
+        "init",
+        "map_origin",
+        "name",
+        "number",
+        "partitions",
+        "pitch",
+        "region",
+        "row_bytes",
+        "site",
+        "space",
     )
 
-    def __init__(self, space: int, region: MemoryRegion, data: Any, base: int, pitch: int,
-                 partitions: int, row_bytes: int, dtype: dtypes.DType, name: str) -> None:
+    def __init__(
+        self,
+        space: int,
+        region: MemoryRegion,
+        data: Any,
+        base: int,
+        pitch: int,
+        partitions: int,
+        row_bytes: int,
+        dtype: dtypes.DType,
+        name: str,
+    ) -> None:
         self.space = space
         self.region = region
         self.data = data
@@ -122,7 +166,7 @@ class Storage:
         self.core: Core | None = None
         self.epoch = 0
         self.site: Any = None  # (code, line) of the allocation
-        self.placed = False
+        self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
 
     def fill(self) -> None:
         """Give never-written memory its mark; called before the first read or partial write."""
@@ -153,9 +197,18 @@ class Core:
         self.sbuf_list = FreeList(self.chip.sbuf_usable_bytes)
         self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
         self.live: dict[int, tuple[int, int, str, int]] = {}
+        self.placed: dict[int, dict[int, Rect]] = {}
+        self.placed_init: dict[int, InitMap] = {}
 
-    def allocate(self, shape: tuple[int, ...], dtype: dtypes.DType, region: MemoryRegion,
-                 name: str, number: int, address: tuple[int, int] | None) -> Storage:
+    def allocate(
+        self,
+        shape: tuple[int, ...],
+        dtype: dtypes.DType,
+        region: MemoryRegion,
+        name: str,
+        number: int,
+        address: tuple[int, int] | None,
+    ) -> Storage:
         """Place a tensor of `shape`; `number` identifies it in the log."""
         space = _SPACE[region.value]
         memory, free = (self.sbuf, self.sbuf_list) if space == SBUF else (self.psum, self.psum_list)
@@ -171,14 +224,47 @@ class Core:
             fail(_CAPACITY, "nki.language.ndarray", self._full(space, padded, free), tensor=asked)
         pitch = memory.shape[1]
         first = address[0] if address else 0
-        storage = Storage(space, region, memory, first * pitch + at, pitch, shape[0], row_bytes,
-                          dtype, name)
+        storage = Storage(
+            space, region, memory, first * pitch + at, pitch, shape[0], row_bytes, dtype, name
+        )
         storage.number, storage.core, storage.epoch = number, self, self.epoch
-        storage.first_partition = first
-        storage.placed = address is not None
+        label = name or f"tensor {number} {shape}"
         if address is None:
-            self.live[number] = (space, at, name or f"tensor {number} {shape}", padded)
+            self.live[number] = (space, at, label, padded)
+        else:
+            storage.first_partition = first
+            self._share(storage, space, at, label)
         return storage
+
+    def _share(self, storage: Storage, space: int, at: int, label: str) -> None:
+        """Enter a placed tensor: its write state is that of the memory it lies in.
+
+        Memory under no other live placed tensor starts as never written.
+        """
+        end = at + storage.row_bytes
+        first = storage.first_partition
+        rect = (first, first + storage.partitions, at, end)
+        for other_space, other, name, size in self.live.values():
+            if other_space == space and other < end and at < other + size:
+                fail(
+                    _ADDRESS,
+                    "nki.language.ndarray",
+                    f"address {(first, at)} of {label} collides "
+                    f"with {name}, which the simulator placed automatically; place both",
+                )
+        (self.sbuf_list if space == SBUF else self.psum_list).reserve(at, end)
+        init = self.placed_init.get(space)
+        if init is None:
+            size = self.chip.sbuf_bytes if space == SBUF else chips.PSUM_BYTES
+            init = InitMap(chips.NUM_PARTITIONS, size, MIN_ALIGN, collapse=False)
+            self.placed_init[space] = init
+        storage.init, storage.map_origin = init, (first, at)
+        neighbours = self.placed.setdefault(space, {})
+        if not any(overlap(rect, other) for other in neighbours.values()):
+            shape = (storage.partitions, storage.row_bytes)
+            init.mark(rect, True, (first, at, shape, (1, 1), 1), FRESH)
+            storage.fill()
+        neighbours[storage.number] = rect
 
     def _at(self, address: tuple[int, int], partitions: int, row_bytes: int, space: int) -> int:
         partition, at = address
@@ -186,28 +272,35 @@ class Core:
         align = chips.PSUM_BANK_BYTES if space == PSUM else MIN_ALIGN
         inside = 0 <= partition <= chips.NUM_PARTITIONS - partitions and 0 <= at <= size - row_bytes
         if not inside or at % align:
-            fail(_ADDRESS, "nki.language.ndarray",
-                 f"address {address} for {partitions} partitions x {row_bytes} bytes; "
-                 f"memory is 128 x {size} bytes, alignment {align}")
+            fail(
+                _ADDRESS,
+                "nki.language.ndarray",
+                f"address {address} for {partitions} partitions x {row_bytes} bytes; "
+                f"memory is 128 x {size} bytes, alignment {align}",
+            )
         return at
 
     def _full(self, space: int, wanted: int, free: FreeList) -> str:
         rows = sorted((r for r in self.live.values() if r[0] == space), key=lambda r: -r[3])
         largest = ", ".join(f"{r[2]}: {r[3]}" for r in rows[:5])
         word = "PSUM" if space == PSUM else "SBUF"
-        return (f"no room in {word} for {wanted} bytes per partition: {free.used} of {free.size} "
-                f"in use by {len(rows)} live tensors (largest, bytes per partition: {largest}); "
-                "a tensor lives as long as a Python name refers to it")
+        return (
+            f"no room in {word} for {wanted} bytes per partition: {free.used} of {free.size} "
+            f"in use by {len(rows)} live tensors (largest, bytes per partition: {largest}); "
+            "a tensor lives as long as a Python name refers to it"
+        )
 
     def release(self, storage: Storage) -> None:
-        """Take an automatically placed tensor's bytes back."""
+        """A tensor is no longer used; one that was placed automatically gives its bytes back."""
+        self.placed.get(storage.space, {}).pop(storage.number, None)
         entry = self.live.pop(storage.number, None)
         if entry is not None:
             (self.sbuf_list if entry[0] == SBUF else self.psum_list).give(entry[1], entry[3])
 
 
-def hbm_storage(num_bytes: int, dtype: dtypes.DType, region: MemoryRegion, name: str,
-                data: Any = None) -> Storage:
+def hbm_storage(
+    num_bytes: int, dtype: dtypes.DType, region: MemoryRegion, name: str, data: Any = None
+) -> Storage:
     """An HBM buffer: fresh, or over `data` (a flat uint8 array), which then counts as written."""
     fresh = data is None
     flat = np.empty(num_bytes, np.uint8) if fresh else data

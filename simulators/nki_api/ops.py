@@ -24,12 +24,19 @@ F32 = np.float32
 class Op:
     """One operator. `binary(a, b, out)`, `unary(a, out)`, `activate(a, out)`; None if it cannot."""
 
-    __slots__ = ("name", "binary", "unary", "activate", "reduce", "bitvec", "valid")
+    __slots__ = ("activate", "binary", "bitvec", "name", "reduce", "unary", "valid")
 
-    def __init__(self, name: str, *, binary: Callable[..., Any] | None = None,
-                 unary: Callable[..., Any] | None = None,
-                 activate: Callable[..., Any] | None = None, reduce: Any = None,
-                 bitvec: bool = False, valid: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        binary: Callable[..., Any] | None = None,
+        unary: Callable[..., Any] | None = None,
+        activate: Callable[..., Any] | None = None,
+        reduce: Any = None,
+        bitvec: bool = False,
+        valid: tuple[float, float] | None = None,
+    ) -> None:
         self.name = name
         self.binary = binary
         self.unary = unary
@@ -62,6 +69,7 @@ def _of_abs(ufunc: Any) -> Callable[..., Any]:
 
 def _formula(function: Callable[[Any], Any]) -> Callable[..., Any]:
     """A unary function from an expression; writes into `out` when given."""
+
     def apply(a: Any, out: Any = None) -> Any:
         result = function(a)
         if out is None:
@@ -121,55 +129,60 @@ def _sigmoid_gelu_dx(x: Any) -> Any:
 
 
 _WIDE = (2.0**-64, 2.0**64)
-OPS: dict[str, Op] = {op.name: op for op in (
-    Op("add", binary=np.add, reduce=np.add),
-    Op("subtract", binary=np.subtract, reduce=np.subtract),
-    Op("multiply", binary=np.multiply, reduce=np.multiply),
-    Op("maximum", binary=np.maximum, reduce=np.maximum),
-    Op("minimum", binary=np.minimum, reduce=np.minimum),
-    Op("max", binary=np.maximum, reduce=np.maximum),
-    Op("min", binary=np.minimum, reduce=np.minimum),
-    Op("divide", binary=np.divide),
-    Op("power", binary=np.power),
-    Op("abs_max", binary=_of_abs(np.maximum)),
-    Op("abs_min", binary=_of_abs(np.minimum)),
-    Op("equal", binary=_compare(np.equal)),
-    Op("not_equal", binary=_compare(np.not_equal)),
-    Op("greater_equal", binary=_compare(np.greater_equal)),
-    Op("greater", binary=_compare(np.greater)),
-    Op("less_equal", binary=_compare(np.less_equal)),
-    Op("less", binary=_compare(np.less)),
-    Op("logical_and", binary=_compare(np.logical_and), reduce=np.logical_and),
-    Op("logical_or", binary=_compare(np.logical_or), reduce=np.logical_or),
-    Op("logical_xor", binary=_compare(np.logical_xor), reduce=np.logical_xor),
-    Op("bitwise_and", binary=np.bitwise_and, reduce=np.bitwise_and, bitvec=True),
-    Op("bitwise_or", binary=np.bitwise_or, reduce=np.bitwise_or, bitvec=True),
-    Op("bitwise_xor", binary=np.bitwise_xor, reduce=np.bitwise_xor, bitvec=True),
-    Op("left_shift", binary=np.left_shift, bitvec=True),
-    Op("right_shift", binary=np.right_shift, bitvec=True),
-    Op("invert", unary=np.invert, bitvec=True),
-    Op("bypass", unary=_copy),
-    Op("copy", activate=_copy),
-    Op("abs", unary=np.abs, activate=np.abs),
-    Op("square", unary=np.square, activate=np.square),
-    Op("relu", unary=_relu, activate=_relu),
-    Op("rsqrt", unary=_formula(_rsqrt), activate=_formula(_rsqrt), valid=(2.0**-87, 2.0**97)),
-    Op("reciprocal", unary=np.reciprocal, activate=np.reciprocal, valid=(2.0**-42, 2.0**42)),
-    Op("exp", activate=np.exp),
-    Op("log", activate=np.log, valid=_WIDE),
-    Op("sqrt", activate=np.sqrt, valid=(2.0**-116, 2.0**118)),
-    Op("tanh", activate=np.tanh),
-    Op("sigmoid", activate=_formula(_sigmoid)),
-    Op("silu", activate=_formula(lambda x: x * _sigmoid(x))),
-    Op("silu_dx", activate=_formula(_silu_dx)),
-    Op("softplus", activate=_formula(_softplus)),
-    Op("mish", activate=_formula(lambda x: x * np.tanh(_softplus(x)))),
-    Op("erf", activate=_formula(_erf)),
-    Op("erf_dx", activate=_formula(lambda x: _TWO_RSQRT_PI * np.exp(-x * x))),
-    Op("gelu", activate=_formula(lambda x: F32(0.5) * x * (F32(1) + _erf(x * F32(0.70710678))))),
-    Op("gelu_dx", activate=_formula(_gelu_dx)),
-    Op("gelu_apprx_tanh", activate=_formula(_gelu_tanh)),
-    Op("gelu_apprx_sigmoid", activate=_formula(lambda x: x * _sigmoid(F32(1.702) * x))),
-    Op("gelu_apprx_sigmoid_dx", activate=_formula(_sigmoid_gelu_dx)),
-    Op("sign", activate=np.sign),
-)}
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("add", binary=np.add, reduce=np.add),
+        Op("subtract", binary=np.subtract, reduce=np.subtract),
+        Op("multiply", binary=np.multiply, reduce=np.multiply),
+        Op("maximum", binary=np.maximum, reduce=np.maximum),
+        Op("minimum", binary=np.minimum, reduce=np.minimum),
+        Op("max", binary=np.maximum, reduce=np.maximum),
+        Op("min", binary=np.minimum, reduce=np.minimum),
+        Op("divide", binary=np.divide),
+        Op("power", binary=np.power),
+        Op("abs_max", binary=_of_abs(np.maximum)),
+        Op("abs_min", binary=_of_abs(np.minimum)),
+        Op("equal", binary=_compare(np.equal)),
+        Op("not_equal", binary=_compare(np.not_equal)),
+        Op("greater_equal", binary=_compare(np.greater_equal)),
+        Op("greater", binary=_compare(np.greater)),
+        Op("less_equal", binary=_compare(np.less_equal)),
+        Op("less", binary=_compare(np.less)),
+        Op("logical_and", binary=_compare(np.logical_and), reduce=np.logical_and),
+        Op("logical_or", binary=_compare(np.logical_or), reduce=np.logical_or),
+        Op("logical_xor", binary=_compare(np.logical_xor), reduce=np.logical_xor),
+        Op("bitwise_and", binary=np.bitwise_and, reduce=np.bitwise_and, bitvec=True),
+        Op("bitwise_or", binary=np.bitwise_or, reduce=np.bitwise_or, bitvec=True),
+        Op("bitwise_xor", binary=np.bitwise_xor, reduce=np.bitwise_xor, bitvec=True),
+        Op("left_shift", binary=np.left_shift, bitvec=True),
+        Op("right_shift", binary=np.right_shift, bitvec=True),
+        Op("invert", unary=np.invert, bitvec=True),
+        Op("bypass", unary=_copy),
+        Op("copy", activate=_copy),
+        Op("abs", unary=np.abs, activate=np.abs),
+        Op("square", unary=np.square, activate=np.square),
+        Op("relu", unary=_relu, activate=_relu),
+        Op("rsqrt", unary=_formula(_rsqrt), activate=_formula(_rsqrt), valid=(2.0**-87, 2.0**97)),
+        Op("reciprocal", unary=np.reciprocal, activate=np.reciprocal, valid=(2.0**-42, 2.0**42)),
+        Op("exp", activate=np.exp),
+        Op("log", activate=np.log, valid=_WIDE),
+        Op("sqrt", activate=np.sqrt, valid=(2.0**-116, 2.0**118)),
+        Op("tanh", activate=np.tanh),
+        Op("sigmoid", activate=_formula(_sigmoid)),
+        Op("silu", activate=_formula(lambda x: x * _sigmoid(x))),
+        Op("silu_dx", activate=_formula(_silu_dx)),
+        Op("softplus", activate=_formula(_softplus)),
+        Op("mish", activate=_formula(lambda x: x * np.tanh(_softplus(x)))),
+        Op("erf", activate=_formula(_erf)),
+        Op("erf_dx", activate=_formula(lambda x: _TWO_RSQRT_PI * np.exp(-x * x))),
+        Op(
+            "gelu", activate=_formula(lambda x: F32(0.5) * x * (F32(1) + _erf(x * F32(0.70710678))))
+        ),
+        Op("gelu_dx", activate=_formula(_gelu_dx)),
+        Op("gelu_apprx_tanh", activate=_formula(_gelu_tanh)),
+        Op("gelu_apprx_sigmoid", activate=_formula(lambda x: x * _sigmoid(F32(1.702) * x))),
+        Op("gelu_apprx_sigmoid_dx", activate=_formula(_sigmoid_gelu_dx)),
+        Op("sign", activate=np.sign),
+    )
+}

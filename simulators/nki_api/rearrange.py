@@ -11,8 +11,11 @@ from .errors import fail
 from .rules import documented
 from .tensor import NkiTensor
 
-_NAMES = documented("view.rearrange", "nki.language.NkiTensor.rearrange",
-                    "both patterns use the same dim names, and the sizes fit")
+_NAMES = documented(
+    "view.rearrange",
+    "nki.language.NkiTensor.rearrange",
+    "both patterns use the same dim names, and the sizes fit",
+)
 
 
 def _groups(pattern: Any) -> list[tuple[str, ...]]:

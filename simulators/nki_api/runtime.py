@@ -34,11 +34,21 @@ class SimParams:
 class Run:
     """One kernel call. `accumulators` are the engines' reduce registers, [128, 1] fp32 each."""
 
-    __slots__ = ("chip", "core", "params", "log", "program_id", "num_programs", "accumulators",
-                 "seen", "num_buffers")
+    __slots__ = (
+        "accumulators",
+        "chip",
+        "core",
+        "log",
+        "num_buffers",
+        "num_programs",
+        "params",
+        "program_id",
+        "seen",
+    )
 
-    def __init__(self, chip: chips.Chip, core: memory.Core, params: SimParams,
-                 log: Log | None) -> None:
+    def __init__(
+        self, chip: chips.Chip, core: memory.Core, params: SimParams, log: Log | None
+    ) -> None:
         self.chip = chip
         self.core = core
         self.params = params
@@ -59,14 +69,22 @@ class Run:
     def describe_buffer(self, storage: memory.Storage) -> None:
         """Enter a new buffer in the log's table."""
         assert self.log is not None, "only called when there is a log"
-        self.log.buffers.append(BufferInfo(
-            _SPACES[storage.space], storage.name, str(storage.dtype), storage.partitions,
-            storage.row_bytes, storage.first_partition, storage.base % (storage.pitch or 1)))
+        self.log.buffers.append(
+            BufferInfo(
+                _SPACES[storage.space],
+                storage.name,
+                str(storage.dtype),
+                storage.partitions,
+                storage.row_bytes,
+                storage.first_partition,
+                storage.base % (storage.pitch or 1),
+            )
+        )
 
 
 _RUN: ContextVar[Run | None] = ContextVar("nki_simulator_run", default=None)
 _RECORDER: ContextVar[Log | None] = ContextVar("nki_simulator_recorder", default=None)
-_PARAMS: ContextVar[SimParams] = ContextVar("nki_simulator_params", default=SimParams())
+_PARAMS: ContextVar[SimParams | None] = ContextVar("nki_simulator_params", default=None)
 _POOL = memory.CorePool()
 
 
@@ -107,7 +125,7 @@ def parameters(params: SimParams) -> Iterator[None]:
 @contextmanager
 def running(generation: str) -> Iterator[Run]:
     """A fresh run on an empty core. Kernels may not be nested."""
-    params = _PARAMS.get()
+    params = _PARAMS.get() or SimParams()
     log = _RECORDER.get()
     if log is None and params.log:
         log = Log()

@@ -46,8 +46,9 @@ def nki_modules() -> dict[str, types.ModuleType]:
     package = types.ModuleType("nki", "NKI on NumPy, by nxd_cp.simulators.nki_api.")
     package.__path__ = []
     parts = {"language": language, "isa": isa, "collectives": _collectives(), "typing": _typing()}
-    package.__dict__.update(jit=jit.jit, simulate=jit.simulate, Kernel=jit.Kernel,
-                            __simulated__=True, **parts)
+    package.__dict__.update(
+        jit=jit.jit, simulate=jit.simulate, Kernel=jit.Kernel, __simulated__=True, **parts
+    )
     found = {"nki": package, **{f"nki.{name}": module for name, module in parts.items()}}
-    found["nki.isa.constants"] = isa.enums  # type: ignore[attr-defined]
+    found["nki.isa.constants"] = isa.enums
     return found

@@ -16,24 +16,40 @@ import numpy as np
 
 from . import dtypes
 from .errors import fail, unsupported
+from .initmap import Pattern
 from .memory import HBM, MemoryRegion, Storage
 from .rules import documented
 
-_BOUNDS = documented("view.bounds", "nki.language.NkiTensor",
-                     "an index or slice lies inside the tensor and is not empty")
-_SHAPE = documented("view.shape", "nki.language.NkiTensor",
-                    "a view has at most 5 dims and covers what it is a view of")
-_LAYOUT = documented("view.layout", "nki.language.NkiTensor",
-                     "the memory layout allows the requested view without a copy")
-_PARTITION = documented("view.partition_dim", "nki.language.NkiTensor",
-                        "dim 0 of an on-chip tensor stays the partition dim, in steps of one")
+_BOUNDS = documented(
+    "view.bounds",
+    "nki.language.NkiTensor",
+    "an index or slice lies inside the tensor and is not empty",
+)
+_SHAPE = documented(
+    "view.shape",
+    "nki.language.NkiTensor",
+    "a view has at most 5 dims and covers what it is a view of",
+)
+_LAYOUT = documented(
+    "view.layout",
+    "nki.language.NkiTensor",
+    "the memory layout allows the requested view without a copy",
+)
+_PARTITION = documented(
+    "view.partition_dim",
+    "nki.language.NkiTensor",
+    "dim 0 of an on-chip tensor stays the partition dim, in steps of one",
+)
 MAX_DIMS = 5
+
+
+Slice = slice  # NkiTensor has a method of that name
 
 
 class DynamicSlice:
     """nl.ds(start, size)."""
 
-    __slots__ = ("start", "size")
+    __slots__ = ("size", "start")
 
     def __init__(self, start: int, size: int) -> None:
         self.start = start
@@ -52,11 +68,28 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 class NkiTensor:
     """A tensor in SBUF, PSUM or HBM; see the module for what its fields mean."""
 
-    __slots__ = ("storage", "space", "shape", "strides", "offset", "dtype", "row", "array_",
-                 "rect_", "checked", "dense")
+    __slots__ = (
+        "array_",
+        "checked",
+        "dense",
+        "dtype",
+        "offset",
+        "rect_",
+        "row",
+        "shape",
+        "space",
+        "storage",
+        "strides",
+    )
 
-    def __init__(self, storage: Storage, shape: tuple[int, ...], strides: tuple[int, ...],
-                 offset: int, dtype: dtypes.DType) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        offset: int,
+        dtype: dtypes.DType,
+    ) -> None:
         self.storage = storage
         self.space = storage.space
         self.shape = shape
@@ -101,8 +134,10 @@ class NkiTensor:
     __repr__ = describe
 
     def __bool__(self) -> bool:
-        raise TypeError("a tensor's values are not known while a kernel is built; "
-                        "Python control flow cannot depend on them")
+        raise TypeError(
+            "a tensor's values are not known while a kernel is built; "
+            "Python control flow cannot depend on them"
+        )
 
     def __iter__(self) -> Any:
         raise TypeError("an NkiTensor is not iterable; index it instead")
@@ -124,18 +159,20 @@ class NkiTensor:
             else:
                 partition, inner = divmod(self.offset, self.row)
                 at = storage.base + partition * storage.pitch + inner * item
-                steps = (self.strides[0] // self.row * storage.pitch,
-                         *(s * item for s in self.strides[1:]))
+                steps = (
+                    self.strides[0] // self.row * storage.pitch,
+                    *(s * item for s in self.strides[1:]),
+                )
             found = np.ndarray(self.shape, self.dtype.np_dtype, storage.data, at, steps)
             self.array_ = found
         return found
 
     @property
     def rect(self) -> Any:
-        """(partition, end, byte, end) bounds within the allocation; sets `dense`."""
+        """(partition, end, byte, end) bounds in the storage's InitMap; sets `dense`."""
         found = self.rect_
         if found is None:
-            item = self.dtype.itemsize
+            storage, item = self.storage, self.dtype.itemsize
             if self.space == HBM:
                 first, counts, strides, at = 0, self.shape, self.strides, self.offset
                 last = 1
@@ -147,20 +184,24 @@ class NkiTensor:
             for count, stride in zip(counts, strides, strict=True):
                 span += (count - 1) * stride
                 num *= count
-            found = self.rect_ = (first, last, at * item, (at + span) * item)
+            partition, byte = storage.map_origin
+            start = byte + at * item
+            found = (partition + first, partition + last, start, start + span * item)
+            self.rect_ = found
             self.dense = num == span
         return found
 
     @property
-    def pattern(self) -> tuple[Any, ...]:
-        """(byte offset, counts, strides) for InitMap: partitions first, the rest in bytes."""
+    def pattern(self) -> Pattern:
+        """The access pattern in the storage's InitMap."""
         item = self.dtype.itemsize
+        partition, byte = self.storage.map_origin
         if self.space == HBM:
-            return (self.offset * item, (1, *self.shape), (0, *(s * item for s in self.strides)))
+            steps = (0, *(s * item for s in self.strides))
+            return (0, self.offset * item, (1, *self.shape), steps, item)
         first, inner = divmod(self.offset, self.row)
-        at = first * self.storage.row_bytes + inner * item
         steps = (self.strides[0] // self.row, *(s * item for s in self.strides[1:]))
-        return (at, self.shape, steps)
+        return (partition + first, byte + inner * item, self.shape, steps, item)
 
     def _view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> NkiTensor:
         if len(shape) > MAX_DIMS:
@@ -172,13 +213,17 @@ class NkiTensor:
         if Ellipsis in keys:
             keys = _expand_ellipsis(keys, len(self.shape))
         if len(keys) > len(self.shape):
-            fail(_BOUNDS, "NkiTensor[...]", f"{len(keys)} indices for {len(self.shape)} dims",
-                 tensor=self)
+            fail(
+                _BOUNDS,
+                "NkiTensor[...]",
+                f"{len(keys)} indices for {len(self.shape)} dims",
+                tensor=self,
+            )
         shape, strides, offset = [], [], self.offset
         old_shape, old_strides = self.shape, self.strides
         for dim, k in enumerate(keys):
             count, stride = old_shape[dim], old_strides[dim]
-            if type(k) is slice:
+            if type(k) is Slice:
                 start, size, step = self._slice(dim, k, count)
                 offset += start * stride
                 shape.append(size)
@@ -195,15 +240,15 @@ class NkiTensor:
                 if dim == 0 and self.space != HBM:
                     shape.append(1)
                     strides.append(stride)
-        shape.extend(old_shape[len(keys):])
-        strides.extend(old_strides[len(keys):])
+        shape.extend(old_shape[len(keys) :])
+        strides.extend(old_strides[len(keys) :])
         least = 1 if self.space == HBM else 2
         while len(shape) < least:
             shape.append(1)
             strides.append(1)
         return NkiTensor(self.storage, tuple(shape), tuple(strides), offset, self.dtype)
 
-    def _slice(self, dim: int, k: slice, count: int) -> tuple[int, int, int]:
+    def _slice(self, dim: int, k: Slice, count: int) -> tuple[int, int, int]:
         start = 0 if k.start is None else k.start
         stop = count if k.stop is None else k.stop
         step = 1 if k.step is None else k.step
@@ -227,21 +272,25 @@ class NkiTensor:
         return int(index + count if index < 0 else index)
 
     def _out_of_bounds(self, dim: int, what: str) -> None:
-        fail(_BOUNDS, "NkiTensor[...]",
-             f"index {what} of dim {dim} is outside 0:{self.shape[dim]} or empty", tensor=self)
+        fail(
+            _BOUNDS,
+            "NkiTensor[...]",
+            f"index {what} of dim {dim} is outside 0:{self.shape[dim]} or empty",
+            tensor=self,
+        )
 
     def __setitem__(self, key: Any, value: Any) -> None:
         unsupported("assignment to tensor elements", "use nisa.tensor_copy or nisa.dma_copy")
 
     def slice(self, dim: int, start: int, end: int, step: int = 1) -> NkiTensor:
         """The view [start:end:step] of one dim."""
-        keys: list[Any] = [slice(None)] * len(self.shape)
-        keys[dim] = slice(start, end, step)
+        keys: list[Any] = [Slice(None)] * len(self.shape)
+        keys[dim] = Slice(start, end, step)
         return self[tuple(keys)]
 
     def select(self, dim: int, index: Any) -> NkiTensor:
         """One element of a dim, which goes away (an on-chip dim 0 stays, with size 1)."""
-        keys: list[Any] = [slice(None)] * len(self.shape)
+        keys: list[Any] = [Slice(None)] * len(self.shape)
         keys[dim] = index
         return self[tuple(keys)]
 
@@ -252,15 +301,20 @@ class NkiTensor:
             fail(_SHAPE, "NkiTensor.permute", f"{dims} is no permutation", tensor=self)
         if self.space != HBM and dims[0] != 0:
             fail(_PARTITION, "NkiTensor.permute", f"dims {dims}", tensor=self)
-        return self._view(tuple(self.shape[d] for d in dims),
-                          tuple(self.strides[d] for d in dims), self.offset)
+        return self._view(
+            tuple(self.shape[d] for d in dims), tuple(self.strides[d] for d in dims), self.offset
+        )
 
     def broadcast(self, dim: int, size: int) -> NkiTensor:
         """Repeat a size-1 dim `size` times."""
         self._free_dim("broadcast", dim)
         if self.shape[dim] != 1:
-            fail(_SHAPE, "NkiTensor.broadcast", f"dim {dim} has size {self.shape[dim]}, not 1",
-                 tensor=self)
+            fail(
+                _SHAPE,
+                "NkiTensor.broadcast",
+                f"dim {dim} has size {self.shape[dim]}, not 1",
+                tensor=self,
+            )
         shape, strides = list(self.shape), list(self.strides)
         shape[dim], strides[dim] = size, 0
         return self._view(tuple(shape), tuple(strides), self.offset)
@@ -277,35 +331,56 @@ class NkiTensor:
         """Remove a size-1 dim."""
         self._free_dim("squeeze_dim", dim)
         if self.shape[dim] != 1:
-            fail(_SHAPE, "NkiTensor.squeeze_dim", f"dim {dim} has size {self.shape[dim]}, not 1",
-                 tensor=self)
-        return self._view(self.shape[:dim] + self.shape[dim + 1 :],
-                          self.strides[:dim] + self.strides[dim + 1 :], self.offset)
+            fail(
+                _SHAPE,
+                "NkiTensor.squeeze_dim",
+                f"dim {dim} has size {self.shape[dim]}, not 1",
+                tensor=self,
+            )
+        return self._view(
+            self.shape[:dim] + self.shape[dim + 1 :],
+            self.strides[:dim] + self.strides[dim + 1 :],
+            self.offset,
+        )
 
     def reshape_dim(self, dim: int, shape: tuple[int, ...]) -> NkiTensor:
         """Split one dim; one entry of `shape` may be -1."""
         sizes = _infer(tuple(shape), self.shape[dim])
         if sizes is None:
-            fail(_SHAPE, "NkiTensor.reshape_dim", f"{shape} does not split {self.shape[dim]}",
-                 tensor=self)
+            fail(
+                _SHAPE,
+                "NkiTensor.reshape_dim",
+                f"{shape} does not split {self.shape[dim]}",
+                tensor=self,
+            )
         if len(sizes) > 1:
             self._free_dim("reshape_dim", dim)
         inner = tuple(s * self.strides[dim] for s in row_major(sizes))
-        return self._view(self.shape[:dim] + sizes + self.shape[dim + 1 :],
-                          self.strides[:dim] + inner + self.strides[dim + 1 :], self.offset)
+        return self._view(
+            self.shape[:dim] + sizes + self.shape[dim + 1 :],
+            self.strides[:dim] + inner + self.strides[dim + 1 :],
+            self.offset,
+        )
 
     def flatten_dims(self, start_dim: int, end_dim: int) -> NkiTensor:
         """Merge dims start_dim..end_dim (inclusive), which must be contiguous."""
         self._free_dim("flatten_dims", start_dim)
-        part = slice(start_dim, end_dim + 1)
+        part = Slice(start_dim, end_dim + 1)
         size = math.prod(self.shape[part])
         steps = _reshape_strides(self.shape[part], self.strides[part], (size,))
         if steps is None:
-            fail(_LAYOUT, "NkiTensor.flatten_dims", f"dims {start_dim}..{end_dim}", tensor=self,
-                 strides=self.strides)
-        return self._view((*self.shape[:start_dim], size, *self.shape[end_dim + 1 :]),
-                          (*self.strides[:start_dim], *steps, *self.strides[end_dim + 1 :]),
-                          self.offset)
+            fail(
+                _LAYOUT,
+                "NkiTensor.flatten_dims",
+                f"dims {start_dim}..{end_dim}",
+                tensor=self,
+                strides=self.strides,
+            )
+        return self._view(
+            (*self.shape[:start_dim], size, *self.shape[end_dim + 1 :]),
+            (*self.strides[:start_dim], *steps, *self.strides[end_dim + 1 :]),
+            self.offset,
+        )
 
     def reshape(self, shape: tuple[int, ...]) -> NkiTensor:
         """Another shape over the same bytes; an on-chip dim 0 stays."""
@@ -341,8 +416,15 @@ class NkiTensor:
 
     reinterpret_cast = view
 
-    def ap(self, pattern: Any, offset: int | None = None, scalar_offset: Any = None,
-           vector_offset: Any = None, indirect_dim: int = 0, dtype: Any = None) -> NkiTensor:
+    def ap(
+        self,
+        pattern: Any,
+        offset: int | None = None,
+        scalar_offset: Any = None,
+        vector_offset: Any = None,
+        indirect_dim: int = 0,
+        dtype: Any = None,
+    ) -> NkiTensor:
         """Explicit [[stride, count], ...] over the storage, `offset` elements from this view."""
         if scalar_offset is not None or vector_offset is not None:
             unsupported("NkiTensor.ap with scalar_offset or vector_offset")
@@ -356,16 +438,24 @@ class NkiTensor:
         if len(shape) > MAX_DIMS or min(shape) < 1:
             fail(_SHAPE, "NkiTensor.ap", f"pattern {pattern}", tensor=self)
         if self.space != HBM and shape[0] > 1 and strides[0] != made.row:
-            fail(_PARTITION, "NkiTensor.ap",
-                 f"the first stride is {strides[0]}, one partition is {made.row} elements",
-                 tensor=self)
+            fail(
+                _PARTITION,
+                "NkiTensor.ap",
+                f"the first stride is {strides[0]}, one partition is {made.row} elements",
+                tensor=self,
+            )
         if not 0 <= base <= last < total:
-            fail(_BOUNDS, "NkiTensor.ap", f"pattern {pattern} from {base} ends at {last} of {total}",
-                 tensor=self)
+            fail(
+                _BOUNDS,
+                "NkiTensor.ap",
+                f"pattern {pattern} from {base} ends at {last} of {total}",
+                tensor=self,
+            )
         return made
 
-    def rearrange(self, src_pattern: Any, dst_pattern: Any,
-                  fixed_sizes: dict[str, int] | None = None) -> NkiTensor:
+    def rearrange(
+        self, src_pattern: Any, dst_pattern: Any, fixed_sizes: dict[str, int] | None = None
+    ) -> NkiTensor:
         """einops-style split, reorder and merge by named dims."""
         from .rearrange import rearrange
 
@@ -401,7 +491,7 @@ class NkiTensor:
 
 def _expand_ellipsis(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
     at = next(i for i, k in enumerate(keys) if k is Ellipsis)
-    return (*keys[:at], *[slice(None)] * (ndim - len(keys) + 1), *keys[at + 1 :])
+    return (*keys[:at], *[Slice(None)] * (ndim - len(keys) + 1), *keys[at + 1 :])
 
 
 def _infer(shape: tuple[int, ...], total: int) -> tuple[int, ...] | None:
@@ -411,8 +501,9 @@ def _infer(shape: tuple[int, ...], total: int) -> tuple[int, ...] | None:
     return shape if math.prod(shape) == total and min(shape, default=1) > 0 else None
 
 
-def _reshape_strides(old: tuple[int, ...], strides: tuple[int, ...],
-                     new: tuple[int, ...]) -> tuple[int, ...] | None:
+def _reshape_strides(
+    old: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
+) -> tuple[int, ...] | None:
     """Strides of `new` over the same elements, or None when a copy would be needed."""
     pairs = [(n, s) for n, s in zip(old, strides, strict=True) if n != 1]
     runs: list[tuple[int, int]] = []  # (elements, inner stride) of contiguous runs
@@ -422,7 +513,7 @@ def _reshape_strides(old: tuple[int, ...], strides: tuple[int, ...],
         else:
             runs.append((count, stride))
     result: list[int] = []
-    left, step = 1, 1
+    left, step, done = 1, 1, 1
     for size in reversed(new):
         if size == 1:
             result.append(step * left if left > 1 else 1)

@@ -11,14 +11,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from .. import dtypes
-from ..checks import mark
-from ..errors import broken, fail
-from ..initmap import FRESH, OTHER
-from ..memory import PSUM
-from ..rules import documented, inferred
-from ..runtime import Run, current
-from ..tensor import NkiTensor
+from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api.checks import mark
+from nxd_cp.simulators.nki_api.errors import broken, fail
+from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER
+from nxd_cp.simulators.nki_api.memory import PSUM
+from nxd_cp.simulators.nki_api.rules import documented, inferred
+from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
+
 from .enums import dge_mode as modes
 from .enums import engine as engines
 from .enums import oob_mode as oob_modes
@@ -26,16 +27,28 @@ from .enums import oob_mode as oob_modes
 _PAGE = "nki.isa.dma_copy"
 _PLACES = documented("dma_copy.memory", _PAGE, "src and dst are tensors in HBM or SBUF")
 _SIZES = documented("dma_copy.elements", _PAGE, "src and dst have the same number of elements")
-_MODE = documented("dma_copy.mode", _PAGE,
-                   "hwdge needs gen3 and equal dtypes; engine only with hwdge (sync or scalar); "
-                   "priority 0 to 3 only on gen4")
-_PADDING = inferred("dma_copy.uninitialised", "nki.language guide, Creating Tensors",
-                    "a DMA moves memory that was written")
+_MODE = documented(
+    "dma_copy.mode",
+    _PAGE,
+    "hwdge needs gen3 and equal dtypes; engine only with hwdge (sync or scalar); "
+    "priority 0 to 3 only on gen4",
+)
+_PADDING = inferred(
+    "dma_copy.uninitialised",
+    "nki.language guide, Creating Tensors",
+    "a DMA moves memory that was written",
+)
 
 
-def dma_copy(dst: Any, src: Any, priority: int | None = None,
-             oob_mode: Any = oob_modes.error, dge_mode: Any = modes.unknown,
-             engine: Any = engines.unknown, name: str | None = None) -> None:
+def dma_copy(
+    dst: Any,
+    src: Any,
+    priority: int | None = None,
+    oob_mode: Any = oob_modes.error,
+    dge_mode: Any = modes.unknown,
+    engine: Any = engines.unknown,
+    name: str | None = None,
+) -> None:
     """dst = src by DMA, in row-major element order."""
     instr = "nki.isa.dma_copy"
     run = current(instr)
@@ -61,8 +74,9 @@ def dma_copy(dst: Any, src: Any, priority: int | None = None,
         run.log.add("dma_copy", "dma", dst, (src,), dst.size)
 
 
-def _check_mode(instr: str, run: Run, dst: Any, src: Any, priority: int | None, mode: Any,
-                engine: Any) -> None:
+def _check_mode(
+    instr: str, run: Run, dst: Any, src: Any, priority: int | None, mode: Any, engine: Any
+) -> None:
     hardware = mode is modes.hwdge
     legal = not hardware or (run.chip.hardware_dge and dst.dtype is src.dtype)
     if engine is not engines.unknown:
@@ -70,8 +84,13 @@ def _check_mode(instr: str, run: Run, dst: Any, src: Any, priority: int | None, 
     if priority is not None:
         legal = legal and run.chip.dma_priority and 0 <= priority <= 3
     if not legal:
-        fail(_MODE, instr, f"dge_mode={mode}, engine={engine}, priority={priority} on "
-             f"{run.chip.generation}", dst=dst, src=src)
+        fail(
+            _MODE,
+            instr,
+            f"dge_mode={mode}, engine={engine}, priority={priority} on {run.chip.generation}",
+            dst=dst,
+            src=src,
+        )
 
 
 def _check_padding(instr: str, run: Run, src: NkiTensor) -> None:

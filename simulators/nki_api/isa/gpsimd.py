@@ -12,25 +12,37 @@ from typing import Any
 
 import numpy as np
 
-from .. import dtypes
-from ..checks import check_tile, destination, in_sbuf, like, operator, same_tiles, source
-from ..errors import fail
-from ..initmap import OTHER
-from ..ops import OPS
-from ..rules import documented
-from ..runtime import current
-from ..tensor import NkiTensor
+from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api.checks import (
+    check_tile,
+    destination,
+    in_sbuf,
+    like,
+    operator,
+    same_tiles,
+    source,
+)
+from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.initmap import OTHER
+from nxd_cp.simulators.nki_api.ops import OPS
+from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.runtime import current
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
-_PATTERN = documented("affine.pattern", "nki.isa.iota, nki.isa.affine_select",
-                      "pattern is up to 4 [step, count] pairs whose counts multiply to the "
-                      "elements per partition")
-_COMPARE = documented("affine_select.cmp_op", "nki.isa.affine_select",
-                      "cmp_op is a comparison operator")
+_PATTERN = documented(
+    "affine.pattern",
+    "nki.isa.iota, nki.isa.affine_select",
+    "pattern is up to 4 [step, count] pairs whose counts multiply to the elements per partition",
+)
+_COMPARE = documented(
+    "affine_select.cmp_op", "nki.isa.affine_select", "cmp_op is a comparison operator"
+)
 _COMPARISONS = ("equal", "not_equal", "greater", "greater_equal", "less", "less_equal")
 
 
-def _affine(pattern: tuple[tuple[int, int], ...], partitions: int, offset: int,
-            multiplier: int) -> Any:
+def _affine(
+    pattern: tuple[tuple[int, int], ...], partitions: int, offset: int, multiplier: int
+) -> Any:
     """int64 [partitions, elements] of affine values."""
     free = np.zeros(1, np.int64)
     for step, count in pattern:
@@ -48,8 +60,9 @@ def _pairs(instr: str, pattern: Any, tile: NkiTensor) -> tuple[tuple[int, int], 
     return pairs
 
 
-def iota(dst: Any, pattern: Any, offset: int = 0, channel_multiplier: int = 0,
-         name: str | None = None) -> None:
+def iota(
+    dst: Any, pattern: Any, offset: int = 0, channel_multiplier: int = 0, name: str | None = None
+) -> None:
     """dst = affine values, computed in int32."""
     instr = "nki.isa.iota"
     run = current(instr)
@@ -68,16 +81,24 @@ def iota(dst: Any, pattern: Any, offset: int = 0, channel_multiplier: int = 0,
 
 
 @functools.lru_cache(maxsize=256)
-def _predicate(pairs: tuple[tuple[int, int], ...], partitions: int, offset: int, multiplier: int,
-               cmp_op: str) -> Any:
+def _predicate(
+    pairs: tuple[tuple[int, int], ...], partitions: int, offset: int, multiplier: int, cmp_op: str
+) -> Any:
     found = getattr(np, cmp_op)(_affine(pairs, partitions, offset, multiplier), 0)
     found.flags.writeable = False
     return found
 
 
-def affine_select(dst: Any, pattern: Any, channel_multiplier: int, on_true_tile: Any,
-                  on_false_value: Any, cmp_op: Any = OPS["equal"], offset: int = 0,
-                  name: str | None = None) -> None:
+def affine_select(
+    dst: Any,
+    pattern: Any,
+    channel_multiplier: int,
+    on_true_tile: Any,
+    on_false_value: Any,
+    cmp_op: Any = OPS["equal"],
+    offset: int = 0,
+    name: str | None = None,
+) -> None:
     """dst = on_true_tile where cmp_op(affine value, 0), else on_false_value."""
     instr = "nki.isa.affine_select"
     run = current(instr)

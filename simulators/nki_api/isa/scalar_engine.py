@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import dtypes
-from ..checks import (
+from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api.checks import (
     destination,
     like,
     operator,
@@ -22,43 +22,86 @@ from ..checks import (
     same_tiles,
     source,
 )
-from ..errors import fail, unsupported
-from ..initmap import OTHER
-from ..ops import OPS
-from ..rules import documented
-from ..runtime import Run, current
-from ..tensor import NkiTensor
+from nxd_cp.simulators.nki_api.errors import fail, unsupported
+from nxd_cp.simulators.nki_api.initmap import OTHER
+from nxd_cp.simulators.nki_api.ops import OPS
+from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
+
 from .enums import reduce_cmd as commands
 
 _PAGE = "nki.isa.activation"
-_BIAS = documented("activation.bias", _PAGE,
-                   "bias is a [P, 1] tile, any dtype but tfloat32 (a constant from gen3); none "
-                   "with op=reciprocal on gen2")
+_BIAS = documented(
+    "activation.bias",
+    _PAGE,
+    "bias is a [P, 1] tile, any dtype but tfloat32 (a constant from gen3); none "
+    "with op=reciprocal on gen2",
+)
 _SCALE = documented("activation.scale", _PAGE, "scale is a number or a float32 [P, 1] tile")
-_REDUCE = documented("activation.reduce", _PAGE,
-                     "reduce_op is nl.add, reduce_res holds one element per partition, and both "
-                     "need a reduce_cmd that fits")
-_EMPTY = documented("activation.accumulator", _PAGE,
-                    "reduce_cmd.reduce continues a reduction that reset or reset_reduce began")
+_REDUCE = documented(
+    "activation.reduce",
+    _PAGE,
+    "reduce_op is nl.add, reduce_res holds one element per partition, and both "
+    "need a reduce_cmd that fits",
+)
+_EMPTY = documented(
+    "activation.accumulator",
+    _PAGE,
+    "reduce_cmd.reduce continues a reduction that reset or reset_reduce began",
+)
 
 
-def activation(dst: Any, op: Any, data: Any, bias: Any = None, scale: Any = 1.0,
-               reduce_op: Any = None, reduce_res: Any = None, reduce_cmd: Any = commands.idle,
-               name: str | None = None) -> None:
+def activation(
+    dst: Any,
+    op: Any,
+    data: Any,
+    bias: Any = None,
+    scale: Any = 1.0,
+    reduce_op: Any = None,
+    reduce_res: Any = None,
+    reduce_cmd: Any = commands.idle,
+    name: str | None = None,
+) -> None:
     """dst = op(data * scale + bias); optionally sums the result over the free dims."""
-    _activation("nki.isa.activation", dst, op, data, bias, scale, reduce_op, reduce_res,
-                reduce_cmd)
+    _activation("nki.isa.activation", dst, op, data, bias, scale, reduce_op, reduce_res, reduce_cmd)
 
 
-def activation_reduce(dst: Any, op: Any, data: Any, reduce_op: Any, reduce_res: Any,
-                      bias: Any = None, scale: Any = 1.0, name: str | None = None) -> None:
+def activation_reduce(
+    dst: Any,
+    op: Any,
+    data: Any,
+    reduce_op: Any,
+    reduce_res: Any,
+    bias: Any = None,
+    scale: Any = 1.0,
+    name: str | None = None,
+) -> None:
     """activation with reduce_cmd=reset_reduce."""
-    _activation("nki.isa.activation_reduce", dst, op, data, bias, scale, reduce_op, reduce_res,
-                commands.reset_reduce)
+    _activation(
+        "nki.isa.activation_reduce",
+        dst,
+        op,
+        data,
+        bias,
+        scale,
+        reduce_op,
+        reduce_res,
+        commands.reset_reduce,
+    )
 
 
-def _activation(instr: str, dst: Any, op: Any, data: Any, bias: Any, scale: Any, reduce_op: Any,
-                reduce_res: Any, reduce_cmd: Any) -> None:
+def _activation(
+    instr: str,
+    dst: Any,
+    op: Any,
+    data: Any,
+    bias: Any,
+    scale: Any,
+    reduce_op: Any,
+    reduce_res: Any,
+    reduce_cmd: Any,
+) -> None:
     run = current(instr)
     function = operator(instr, "op", op, "activate").activate
     assert function is not None, "operator() has checked the role"
@@ -118,8 +161,15 @@ def _bias(instr: str, run: Run, op: Any, bias: Any, data: NkiTensor) -> Any:
     return per_partition(instr, "bias", bias, data)
 
 
-def _reduce(instr: str, run: Run, values: Any, data: NkiTensor, reduce_op: Any, reduce_res: Any,
-            reduce_cmd: Any) -> None:
+def _reduce(
+    instr: str,
+    run: Run,
+    values: Any,
+    data: NkiTensor,
+    reduce_op: Any,
+    reduce_res: Any,
+    reduce_cmd: Any,
+) -> None:
     """Update the reduce registers: [128, 1] fp32, or absent while nothing was reset."""
     sums = reduce_cmd in (commands.reduce, commands.reset_reduce)
     if reduce_cmd is commands.load_reduce or (sums and reduce_op is not OPS["add"]):
@@ -139,8 +189,13 @@ def _read_out(instr: str, run: Run, reduce_res: Any, data: NkiTensor) -> None:
     out = destination(instr, "reduce_res", reduce_res, OTHER)
     partitions = data.shape[0]
     if reduce_res.shape[0] != partitions or reduce_res.size != partitions:
-        fail(_REDUCE, instr, f"reduce_res has shape {reduce_res.shape}", reduce_res=reduce_res,
-             data=data)
+        fail(
+            _REDUCE,
+            instr,
+            f"reduce_res has shape {reduce_res.shape}",
+            reduce_res=reduce_res,
+            data=data,
+        )
     values = run.accumulators["scalar"][:partitions]
     dtypes.store_f32(out, like(values, out.shape), reduce_res.dtype)
 

@@ -14,53 +14,96 @@ from typing import Any
 
 import numpy as np
 
-from .. import dtypes
-from ..checks import destination, in_psum, in_sbuf, like, require, source
-from ..chips import PSUM_BANK_BYTES
-from ..errors import fail, unsupported
-from ..initmap import FRESH, MATMUL, MIXED, OTHER, ZEROED
-from ..rules import documented, inferred
-from ..runtime import Run, current
-from ..tensor import NkiTensor
+from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api.checks import destination, in_psum, in_sbuf, like, require, source
+from nxd_cp.simulators.nki_api.chips import PSUM_BANK_BYTES
+from nxd_cp.simulators.nki_api.errors import fail, unsupported
+from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, MIXED, OTHER, ZEROED
+from nxd_cp.simulators.nki_api.rules import documented, inferred
+from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
+
 from .enums import engine as engines
 from .enums import matmul_perf_mode
 
 _PAGE = "nki.isa.nc_matmul"
 _PLACES = documented("nc_matmul.memory", _PAGE, "inputs come from SBUF, dst is in PSUM")
-_SHAPES = documented("nc_matmul.shape", _PAGE,
-                     "stationary [K, M] and moving [K, N] give dst [M, N]; K and M at most 128")
-_MOVING = documented("nc_matmul.moving_free", _PAGE,
-                     "N is at most 512 (gen4: 4096 for a float32 dst, 8192 for bfloat16)")
-_BANK = documented("nc_matmul.bank", "architecture guide, PSUM",
-                   "before gen4 the output fits in one 2 KiB PSUM bank per partition")
-_INPUTS = documented("nc_matmul.input_dtype", _PAGE,
-                     "inputs are float types of TensorE; float32 and tfloat32 only pair with each "
-                     "other; float8_e4m3fn needs gen4 and never meets float8_e4m3")
-_OUTPUT = documented("nc_matmul.dst_dtype", _PAGE,
-                     "dst is float32 (gen4: or bfloat16; transpose mode from gen3: as the input)")
-_FIRST = documented("nc_matmul.accumulate_first", _PAGE,
-                    "accumulate=True needs memory that a matmul has written before")
-_FOREIGN = documented("nc_matmul.accumulate_foreign", _PAGE,
-                      "on gen2 and gen3 a matmul cannot accumulate onto another engine's values")
-_PARTIAL = inferred("nc_matmul.accumulate_mixed", "our reading of nki.isa.nc_matmul",
-                    "accumulate=None covers memory that is all first-written or all accumulated")
-_DOUBLE = documented("nc_matmul.double_row", _PAGE,
-                     "double_row needs gen3, fp8 inputs of shape [K, 2, free], no column tiling")
-_TILING = documented("nc_matmul.tile", _PAGE,
-                     "tile_position and tile_size come together; the start row is a multiple of "
-                     "the row size (128, 64, from gen3 32); stationary fits in the tile")
-_TRANSPOSE = documented("nc_transpose.operands", "nki.isa.nc_transpose",
-                        "dst has data's dtype and the transposed shape; TensorE reads SBUF "
-                        "[<=128, <=128] and writes PSUM, VectorE takes [<=32, <=32]")
+_SHAPES = documented(
+    "nc_matmul.shape",
+    _PAGE,
+    "stationary [K, M] and moving [K, N] give dst [M, N]; K and M at most 128",
+)
+_MOVING = documented(
+    "nc_matmul.moving_free",
+    _PAGE,
+    "N is at most 512 (gen4: 4096 for a float32 dst, 8192 for bfloat16)",
+)
+_BANK = documented(
+    "nc_matmul.bank",
+    "architecture guide, PSUM",
+    "before gen4 the output fits in one 2 KiB PSUM bank per partition",
+)
+_INPUTS = documented(
+    "nc_matmul.input_dtype",
+    _PAGE,
+    "inputs are float types of TensorE; float32 and tfloat32 only pair with each "
+    "other; float8_e4m3fn needs gen4 and never meets float8_e4m3",
+)
+_OUTPUT = documented(
+    "nc_matmul.dst_dtype",
+    _PAGE,
+    "dst is float32 (gen4: or bfloat16; transpose mode from gen3: as the input)",
+)
+_FIRST = documented(
+    "nc_matmul.accumulate_first",
+    _PAGE,
+    "accumulate=True needs memory that a matmul has written before",
+)
+_FOREIGN = documented(
+    "nc_matmul.accumulate_foreign",
+    _PAGE,
+    "on gen2 and gen3 a matmul cannot accumulate onto another engine's values",
+)
+_PARTIAL = inferred(
+    "nc_matmul.accumulate_mixed",
+    "our reading of nki.isa.nc_matmul",
+    "accumulate=None covers memory that is all first-written or all accumulated",
+)
+_DOUBLE = documented(
+    "nc_matmul.double_row",
+    _PAGE,
+    "double_row needs gen3, fp8 inputs of shape [K, 2, free], no column tiling",
+)
+_TILING = documented(
+    "nc_matmul.tile",
+    _PAGE,
+    "tile_position and tile_size come together; the start row is a multiple of "
+    "the row size (128, 64, from gen3 32); stationary fits in the tile",
+)
+_TRANSPOSE = documented(
+    "nc_transpose.operands",
+    "nki.isa.nc_transpose",
+    "dst has data's dtype and the transposed shape; TensorE reads SBUF "
+    "[<=128, <=128] and writes PSUM, VectorE takes [<=32, <=32]",
+)
 
 _FP32 = frozenset((dtypes.float32, dtypes.tfloat32))
 _TENSOR_TYPES = frozenset((*_FP32, dtypes.bfloat16, dtypes.float16, *dtypes.FLOAT8))
 
 
-def nc_matmul(dst: Any, stationary: Any, moving: Any, is_stationary_onezero: bool = False,
-              is_moving_onezero: bool = False, is_transpose: bool = False, accumulate: Any = None,
-              tile_position: Any = (), tile_size: Any = (),
-              perf_mode: Any = matmul_perf_mode.none, name: str | None = None) -> None:
+def nc_matmul(
+    dst: Any,
+    stationary: Any,
+    moving: Any,
+    is_stationary_onezero: bool = False,
+    is_moving_onezero: bool = False,
+    is_transpose: bool = False,
+    accumulate: Any = None,
+    tile_position: Any = (),
+    tile_size: Any = (),
+    perf_mode: Any = matmul_perf_mode.none,
+    name: str | None = None,
+) -> None:
     """dst[M, N] (+)= stationary[K, M].T @ moving[K, N] on TensorE."""
     instr = "nki.isa.nc_matmul"
     run = current(instr)
@@ -88,45 +131,85 @@ def nc_matmul(dst: Any, stationary: Any, moving: Any, is_stationary_onezero: boo
         product += old if add is True else np.where(add, old, np.float32(0))
     dtypes.store_f32(out, product, dst.dtype)
     if run.log is not None:
-        run.log.add("nc_matmul", "tensor", dst, (stationary, moving), b.shape[1],
-                    int(add is not False))
+        run.log.add(
+            "nc_matmul", "tensor", dst, (stationary, moving), b.shape[1], int(add is not False)
+        )
 
 
-def _check_types(run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTensor,
-                 transpose: bool, double: bool) -> None:
+def _check_types(
+    run: Run,
+    dst: NkiTensor,
+    stationary: NkiTensor,
+    moving: NkiTensor,
+    transpose: bool,
+    double: bool,
+) -> None:
     s, m, gen4 = stationary.dtype, moving.dtype, run.chip.number >= 4
     legal = s in _TENSOR_TYPES and m in _TENSOR_TYPES and (s in _FP32) == (m in _FP32)
     if dtypes.float8_e4m3fn in (s, m):
         legal = legal and gen4 and dtypes.float8_e4m3 not in (s, m)
     if not legal:
-        fail(_INPUTS, "nki.isa.nc_matmul", f"{s} x {m} on {run.chip.generation}",
-             stationary=stationary, moving=moving)
+        fail(
+            _INPUTS,
+            "nki.isa.nc_matmul",
+            f"{s} x {m} on {run.chip.generation}",
+            stationary=stationary,
+            moving=moving,
+        )
     if transpose and run.chip.exact_transpose:
         legal = dst.dtype is m
     else:
         legal = dst.dtype is dtypes.float32 or (gen4 and dst.dtype is dtypes.bfloat16)
-    require(legal, _OUTPUT, "nki.isa.nc_matmul", f"dst is {dst.dtype} on {run.chip.generation}",
-            dst=dst, moving=moving)
+    require(
+        legal,
+        _OUTPUT,
+        "nki.isa.nc_matmul",
+        f"dst is {dst.dtype} on {run.chip.generation}",
+        dst=dst,
+        moving=moving,
+    )
     if double and not (run.chip.number >= 3 and s in dtypes.FLOAT8 and m in dtypes.FLOAT8):
-        fail(_DOUBLE, "nki.isa.nc_matmul", f"{s} x {m} on {run.chip.generation}",
-             stationary=stationary, moving=moving)
+        fail(
+            _DOUBLE,
+            "nki.isa.nc_matmul",
+            f"{s} x {m} on {run.chip.generation}",
+            stationary=stationary,
+            moving=moving,
+        )
 
 
-def _double_rows(run: Run, stationary: NkiTensor, moving: NkiTensor, a: Any, b: Any,
-                 tile_size: Any) -> tuple[Any, Any]:
+def _double_rows(
+    run: Run, stationary: NkiTensor, moving: NkiTensor, a: Any, b: Any, tile_size: Any
+) -> tuple[Any, Any]:
     columns_tiled = tile_size != () and tile_size[1] != 128
     if a.ndim < 3 or b.ndim < 3 or a.shape[1] != 2 or b.shape[1] != 2 or columns_tiled:
         fail(_DOUBLE, "nki.isa.nc_matmul", "shape or tiling", stationary=stationary, moving=moving)
     return a.reshape(2 * a.shape[0], -1), b.reshape(2 * b.shape[0], -1)
 
 
-def _check_shapes(run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTensor,
-                  a: tuple[int, ...], b: tuple[int, ...]) -> None:
+def _check_shapes(
+    run: Run,
+    dst: NkiTensor,
+    stationary: NkiTensor,
+    moving: NkiTensor,
+    a: tuple[int, ...],
+    b: tuple[int, ...],
+) -> None:
     columns = dst.size // dst.shape[0]
-    if (stationary.shape[0] != moving.shape[0] or a[1] != dst.shape[0] or b[1] != columns
-            or a[1] > 128):
-        fail(_SHAPES, "nki.isa.nc_matmul", f"{stationary.shape} x {moving.shape} -> {dst.shape}",
-             dst=dst, stationary=stationary, moving=moving)
+    if (
+        stationary.shape[0] != moving.shape[0]
+        or a[1] != dst.shape[0]
+        or b[1] != columns
+        or a[1] > 128
+    ):
+        fail(
+            _SHAPES,
+            "nki.isa.nc_matmul",
+            f"{stationary.shape} x {moving.shape} -> {dst.shape}",
+            dst=dst,
+            stationary=stationary,
+            moving=moving,
+        )
     chip = run.chip
     limit = chip.matmul_moving_bf16 if dst.dtype is dtypes.bfloat16 else chip.matmul_moving_fp32
     if b[1] > max(limit, chip.matmul_moving_fp32):
@@ -134,8 +217,12 @@ def _check_shapes(run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTe
     if chip.matmul_dst_in_one_bank:
         rect, at = dst.rect, dst.storage.base % dst.storage.pitch
         if (at + rect[2]) // PSUM_BANK_BYTES != (at + rect[3] - 1) // PSUM_BANK_BYTES:
-            fail(_BANK, "nki.isa.nc_matmul", f"dst takes bytes {at + rect[2]}..{at + rect[3]}",
-                 dst=dst)
+            fail(
+                _BANK,
+                "nki.isa.nc_matmul",
+                f"dst takes bytes {at + rect[2]}..{at + rect[3]}",
+                dst=dst,
+            )
 
 
 def _check_tiling(run: Run, stationary: NkiTensor, position: Any, size: Any) -> None:
@@ -148,12 +235,17 @@ def _check_tiling(run: Run, stationary: NkiTensor, position: Any, size: Any) -> 
         columns = stationary.size // stationary.shape[0]
         legal = legal and stationary.shape[0] <= size[0] and columns <= size[1]
     if not legal:
-        fail(_TILING, "nki.isa.nc_matmul", f"tile_position={position}, tile_size={size}",
-             stationary=stationary)
+        fail(
+            _TILING,
+            "nki.isa.nc_matmul",
+            f"tile_position={position}, tile_size={size}",
+            stationary=stationary,
+        )
 
 
-def _accumulates(run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTensor,
-                 accumulate: Any) -> Any:
+def _accumulates(
+    run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTensor, accumulate: Any
+) -> Any:
     """True or False, or a boolean array where accumulate=None finds both kinds of memory."""
     if accumulate is not None and not accumulate:
         return False
@@ -171,8 +263,12 @@ def _accumulates(run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTen
         fail(_FIRST, instr, "accumulate=True onto PSUM that was never written", **operands)
     foreign = OTHER in codes or (ZEROED in codes and accumulate is not None)
     if foreign and not run.chip.matmul_on_foreign_psum:
-        fail(_FOREIGN, instr, f"accumulates on {run.chip.generation} onto values that another "
-             "engine wrote", **operands)
+        fail(
+            _FOREIGN,
+            instr,
+            f"accumulates on {run.chip.generation} onto values that another engine wrote",
+            **operands,
+        )
     if FRESH in codes:
         require(False, _PARTIAL, instr, "part of dst was never written", **operands)
         return _written_cells(dst)
@@ -180,13 +276,13 @@ def _accumulates(run: Run, dst: NkiTensor, stationary: NkiTensor, moving: NkiTen
 
 
 def _written_cells(dst: NkiTensor) -> Any:
-    init = dst.storage.init
-    cells = init.cell_view(dst.pattern)
-    return cells != FRESH
+    written = dst.storage.init.cell_view(dst.pattern) != FRESH
+    return written if written.ndim == dst.ndim else written.all(axis=-1)
 
 
-def nc_transpose(dst: Any, data: Any, engine: Any = engines.unknown,
-                 name: str | None = None) -> None:
+def nc_transpose(
+    dst: Any, data: Any, engine: Any = engines.unknown, name: str | None = None
+) -> None:
     """dst[F, P] = data[P, F].T on TensorE (SBUF to PSUM) or VectorE (up to 32 x 32)."""
     instr = "nki.isa.nc_transpose"
     run = current(instr)
@@ -203,8 +299,13 @@ def nc_transpose(dst: Any, data: Any, engine: Any = engines.unknown,
     else:
         legal = legal and small and engine in (engines.vector, engines.unknown)
     if not legal:
-        fail(_TRANSPOSE, instr, f"{data.shape} -> {dst.shape} on "
-             f"{'tensor' if on_tensor else 'vector'} engine", dst=dst, data=data)
+        fail(
+            _TRANSPOSE,
+            instr,
+            f"{data.shape} -> {dst.shape} on {'tensor' if on_tensor else 'vector'} engine",
+            dst=dst,
+            data=data,
+        )
     out = destination(instr, "dst", dst, MATMUL if on_tensor else OTHER)
     if on_tensor and not run.chip.exact_transpose and not _finite(flat, data.dtype):
         wide = dtypes.to_f32(flat, data.dtype)
@@ -213,8 +314,13 @@ def nc_transpose(dst: Any, data: Any, engine: Any = engines.unknown,
     else:
         out[...] = like(flat.T, out.shape)
     if run.log is not None:
-        run.log.add("nc_transpose", "tensor" if on_tensor else "vector", dst, (data,),
-                    rows if on_tensor else columns)
+        run.log.add(
+            "nc_transpose",
+            "tensor" if on_tensor else "vector",
+            dst,
+            (data,),
+            rows if on_tensor else columns,
+        )
 
 
 def _finite(array: Any, dtype: dtypes.DType) -> bool:

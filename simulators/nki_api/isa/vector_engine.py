@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import dtypes
-from ..checks import (
+from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api.checks import (
     destination,
     in_psum,
     like,
@@ -23,34 +23,51 @@ from ..checks import (
     same_tiles,
     source,
 )
-from ..errors import fail
-from ..initmap import OTHER, ZEROED
-from ..memory import PSUM
-from ..ops import OPS, Op
-from ..rules import documented
-from ..runtime import Run, current
-from ..tensor import NkiTensor
+from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.initmap import OTHER, ZEROED
+from nxd_cp.simulators.nki_api.memory import PSUM
+from nxd_cp.simulators.nki_api.ops import OPS, Op
+from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
+
 from .enums import engine as engines
 
-_ENGINE = documented("vector.engine", "nki.isa (engine parameter of each instruction)",
-                     "the engine named can run this instruction on this generation and memory")
-_BOTH_PSUM = documented("vector.inputs_in_psum", "nki.isa.tensor_tensor, scalar_tensor_tensor",
-                        "the two tensor inputs are not both in PSUM")
-_BITVEC = documented("vector.bitvec", "nki.api.shared, Supported Math Operators",
-                     "bitvec operators take integer inputs and outputs and do not mix with "
-                     "arithmetic operators")
-_AXIS = documented("tensor_reduce.axis", "nki.isa.tensor_reduce",
-                   "axes are the last free dims, ending at the final dim, never dim 0")
-_SCALARS = documented("tensor_scalar.operands", "nki.isa.tensor_scalar",
-                      "operands are float32 numbers or [P, 1] tiles; op1 and operand1 come "
-                      "together; a unary operator takes None or 0")
-_ON_SCALAR = documented("tensor_scalar.scalar_engine", "nki.isa.tensor_scalar",
-                        "ScalarE (from gen3) runs multiply+add, multiply or add only")
+_ENGINE = documented(
+    "vector.engine",
+    "nki.isa (engine parameter of each instruction)",
+    "the engine named can run this instruction on this generation and memory",
+)
+_BOTH_PSUM = documented(
+    "vector.inputs_in_psum",
+    "nki.isa.tensor_tensor, scalar_tensor_tensor",
+    "the two tensor inputs are not both in PSUM",
+)
+_BITVEC = documented(
+    "vector.bitvec",
+    "nki.api.shared, Supported Math Operators",
+    "bitvec operators take integer inputs and outputs and do not mix with arithmetic operators",
+)
+_AXIS = documented(
+    "tensor_reduce.axis",
+    "nki.isa.tensor_reduce",
+    "axes are the last free dims, ending at the final dim, never dim 0",
+)
+_SCALARS = documented(
+    "tensor_scalar.operands",
+    "nki.isa.tensor_scalar",
+    "operands are float32 numbers or [P, 1] tiles; op1 and operand1 come "
+    "together; a unary operator takes None or 0",
+)
+_ON_SCALAR = documented(
+    "tensor_scalar.scalar_engine",
+    "nki.isa.tensor_scalar",
+    "ScalarE (from gen3) runs multiply+add, multiply or add only",
+)
 _INT32 = frozenset((dtypes.int32, dtypes.uint32))
 
 
-def tensor_copy(dst: Any, src: Any, engine: Any = engines.unknown,
-                name: str | None = None) -> None:
+def tensor_copy(dst: Any, src: Any, engine: Any = engines.unknown, name: str | None = None) -> None:
     """dst = src within SBUF and PSUM; bit-exact for equal dtypes, else through fp32."""
     instr = "nki.isa.tensor_copy"
     run = current(instr)
@@ -100,8 +117,14 @@ def memset(dst: Any, value: Any, engine: Any = engines.unknown, name: str | None
         run.log.add("memset", unit, dst, (), dst.size // dst.shape[0])
 
 
-def tensor_tensor(dst: Any, data1: Any, data2: Any, op: Any, engine: Any = engines.unknown,
-                  name: str | None = None) -> None:
+def tensor_tensor(
+    dst: Any,
+    data1: Any,
+    data2: Any,
+    op: Any,
+    engine: Any = engines.unknown,
+    name: str | None = None,
+) -> None:
     """dst = data1 op data2, element by element."""
     instr = "nki.isa.tensor_tensor"
     run = current(instr)
@@ -121,21 +144,29 @@ def tensor_tensor(dst: Any, data1: Any, data2: Any, op: Any, engine: Any = engin
     elif unit == "gpsimd" and data1.dtype in _INT32 and op is not OPS["power"]:
         _store_exact(out, function(a.astype(np.int64), b.astype(np.int64)), dst.dtype)
     else:
-        _apply(function, dtypes.to_f32(a, data1.dtype), dtypes.to_f32(b, data2.dtype), out,
-               dst.dtype)
+        _apply(
+            function, dtypes.to_f32(a, data1.dtype), dtypes.to_f32(b, data2.dtype), out, dst.dtype
+        )
     if run.log is not None:
         run.log.add("tensor_tensor", unit, dst, (data1, data2), data1.size // data1.shape[0])
 
 
-def _tensor_tensor_engine(instr: str, op: Op, engine: Any, psum: bool, dst: Any, data1: Any,
-                          data2: Any) -> str:
+def _tensor_tensor_engine(
+    instr: str, op: Op, engine: Any, psum: bool, dst: Any, data1: Any, data2: Any
+) -> str:
     """Which engine runs it: power and exact 32-bit integers on GpSimdE, else VectorE."""
     power = op is OPS["power"]
     if engine not in (engines.unknown, engines.vector, engines.gpsimd) or (
         (power or engine is engines.gpsimd) and psum
     ):
-        fail(_ENGINE, instr, f"engine={engine}, op={op}: GpSimdE cannot reach PSUM", dst=dst,
-             data1=data1, data2=data2)
+        fail(
+            _ENGINE,
+            instr,
+            f"engine={engine}, op={op}: GpSimdE cannot reach PSUM",
+            dst=dst,
+            data1=data1,
+            data2=data2,
+        )
     exact = not op.bitvec and all(t.dtype in _INT32 for t in (dst, data1, data2)) and not psum
     if power or engine is engines.gpsimd or (engine is engines.unknown and exact):
         return "gpsimd"
@@ -157,13 +188,26 @@ def _apply(function: Any, a: Any, b: Any, out: Any, dtype: dtypes.DType) -> None
 
 def _check_bitvec(instr: str, *tensors: NkiTensor) -> None:
     if any(t.dtype.kind not in "iub" for t in tensors):
-        fail(_BITVEC, instr, "a bitvec operator on floats",
-             **{f"tensor{i}": t for i, t in enumerate(tensors)})
+        fail(
+            _BITVEC,
+            instr,
+            "a bitvec operator on floats",
+            **{f"tensor{i}": t for i, t in enumerate(tensors)},
+        )
 
 
-def tensor_scalar(dst: Any, data: Any, op0: Any, operand0: Any, reverse0: bool = False,
-                  op1: Any = None, operand1: Any = None, reverse1: bool = False,
-                  engine: Any = engines.unknown, name: str | None = None) -> None:
+def tensor_scalar(
+    dst: Any,
+    data: Any,
+    op0: Any,
+    operand0: Any,
+    reverse0: bool = False,
+    op1: Any = None,
+    operand1: Any = None,
+    reverse1: bool = False,
+    engine: Any = engines.unknown,
+    name: str | None = None,
+) -> None:
     """dst = (data op0 operand0) op1 operand1, operands broadcast along the free dims."""
     instr = "nki.isa.tensor_scalar"
     run = current(instr)
@@ -197,8 +241,9 @@ def tensor_scalar(dst: Any, data: Any, op0: Any, operand0: Any, reverse0: bool =
         run.log.add("tensor_scalar", unit, dst, tiles, data.size // data.shape[0])
 
 
-def _check_scalar_engine(instr: str, run: Run, engine: Any, op0: Any, op1: Any, dst: Any,
-                         data: Any) -> None:
+def _check_scalar_engine(
+    instr: str, run: Run, engine: Any, op0: Any, op1: Any, dst: Any, data: Any
+) -> None:
     operands = {"dst": dst, "data": data}
     if engine is engines.scalar:
         pair = (op0, op1)
@@ -212,8 +257,16 @@ def _check_scalar_engine(instr: str, run: Run, engine: Any, op0: Any, op1: Any, 
         fail(_ENGINE, instr, f"{engine} cannot run it", **operands)
 
 
-def _step(instr: str, which: str, values: Any, op: Any, operand: Any, reverse: bool,
-          data: NkiTensor, into: Any = None) -> Any:
+def _step(
+    instr: str,
+    which: str,
+    values: Any,
+    op: Any,
+    operand: Any,
+    reverse: bool,
+    data: NkiTensor,
+    into: Any = None,
+) -> Any:
     """One fp32 stage of tensor_scalar; `into` may be overwritten."""
     if type(op) is Op and op.binary is None and op.unary is not None:
         if not (operand is None or (type(operand) in (int, float) and operand == 0)):
@@ -229,8 +282,9 @@ def _step(instr: str, which: str, values: Any, op: Any, operand: Any, reverse: b
     return function(values, scalar, out=into)
 
 
-def _bit_step(instr: str, which: str, values: Any, op: Op, operand: Any, reverse: bool,
-              data: NkiTensor) -> Any:
+def _bit_step(
+    instr: str, which: str, values: Any, op: Op, operand: Any, reverse: bool, data: NkiTensor
+) -> Any:
     if op.unary is not None:
         return op.unary(values)
     function = operator(instr, f"op{which}", op, "binary").binary
@@ -252,9 +306,17 @@ def _bit_step(instr: str, which: str, values: Any, op: Op, operand: Any, reverse
     return function(scalar, values) if reverse else function(values, scalar)
 
 
-def scalar_tensor_tensor(dst: Any, data: Any, op0: Any, operand0: Any, op1: Any, operand1: Any,
-                         reverse0: bool = False, reverse1: bool = False,
-                         name: str | None = None) -> None:
+def scalar_tensor_tensor(
+    dst: Any,
+    data: Any,
+    op0: Any,
+    operand0: Any,
+    op1: Any,
+    operand1: Any,
+    reverse0: bool = False,
+    reverse1: bool = False,
+    name: str | None = None,
+) -> None:
     """dst = (data op0 operand0) op1 operand1, operand0 broadcast, operand1 a tile."""
     instr = "nki.isa.scalar_tensor_tensor"
     run = current(instr)
@@ -277,8 +339,15 @@ def scalar_tensor_tensor(dst: Any, data: Any, op0: Any, operand0: Any, op1: Any,
         run.log.add("scalar_tensor_tensor", "vector", dst, tiles, data.size // data.shape[0])
 
 
-def tensor_reduce(dst: Any, op: Any, data: Any, axis: Any, negate: bool = False,
-                  keepdims: bool = False, name: str | None = None) -> None:
+def tensor_reduce(
+    dst: Any,
+    op: Any,
+    data: Any,
+    axis: Any,
+    negate: bool = False,
+    keepdims: bool = False,
+    name: str | None = None,
+) -> None:
     """Reduce the last free dims of data."""
     instr = "nki.isa.tensor_reduce"
     run = current(instr)
@@ -296,8 +365,13 @@ def tensor_reduce(dst: Any, op: Any, data: Any, axis: Any, negate: bool = False,
             result = -result
     out = destination(instr, "dst", dst, OTHER)
     if dst.shape[0] != data.shape[0] or dst.size != result.size:
-        fail(_AXIS, instr, f"dst has shape {dst.shape}, the reduction {result.shape}", dst=dst,
-             data=data)
+        fail(
+            _AXIS,
+            instr,
+            f"dst has shape {dst.shape}, the reduction {result.shape}",
+            dst=dst,
+            data=data,
+        )
     if op.bitvec:
         out[...] = result.reshape(out.shape)
     else:
