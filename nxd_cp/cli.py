@@ -37,7 +37,7 @@ def demo(
     seq_len: Annotated[int, typer.Option(help="Bytes of text per step, torch backend.")] = 2048,
     simulate_steps: Annotated[
         int, typer.Option(min=0, help="Steps with the simulated kernels; 0 leaves them out.")
-    ] = 4,
+    ] = 20,
     simulate_seq_len: Annotated[
         int, typer.Option(help="Bytes of text per step, simulated kernels.")
     ] = 1024,
@@ -51,14 +51,20 @@ def demo(
     """
     from nxd_cp.demo.main import run_demo
 
-    ok = run_demo(
-        out=out,
-        steps=steps,
-        seq_len=seq_len,
-        simulate_steps=simulate_steps,
-        simulate_seq_len=simulate_seq_len,
-        layout=layout.value,
-    )
+    try:
+        ok = run_demo(
+            out=out,
+            steps=steps,
+            seq_len=seq_len,
+            simulate_steps=simulate_steps,
+            simulate_seq_len=simulate_seq_len,
+            layout=layout.value,
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    except RuntimeError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
     raise typer.Exit(0 if ok else 1)
 
 

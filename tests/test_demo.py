@@ -1,9 +1,11 @@
 """The demo in small: the same losses on any number of ranks, and a report that catches others."""
 
+import io
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from nxd_cp.cli import app
@@ -148,9 +150,14 @@ def test_rounding_run_differs_from_the_plain_one_by_little():
 
 
 def test_table_and_plot_are_made(tmp_path):
-    by_ranks = {1: _records([5.0, 4.0, 3.0]), 2: _records([5.0, 4.0, 3.0])}
-    rows = compare(TINY, by_ranks, {1: Sent(2, 100), 2: Sent(2, 100)})
-    assert table(TINY, rows, 1e-6, 1e-5).row_count == 2
+    sent = Sent(2, 5_244_160)
+    by_ranks = {n: [replace(r, seconds=0.1) for r in _records([5.0, 4.0], sent)] for n in (1, 2)}
+    rows = compare(replace(TINY, seq_len=10_000), by_ranks, {1: sent, 2: sent})
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(TINY, rows, 1e-6, 1e-5))
+    text = console.export_text()
+    assert text.count("2 = 2") == 2
+    assert chr(0x2026) not in text, "a column was cut off at 80 characters"
     plot([(TINY, by_ranks)], tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -166,6 +173,12 @@ def test_plan_command_refuses_a_length_that_does_not_divide():
     result = CliRunner().invoke(app, ["plan", "--ranks", "4", "--seq-len", "7"])
     assert result.exit_code == 2
     assert "got 7" in result.output
+
+
+def test_demo_command_refuses_a_length_that_does_not_divide(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--seq-len", "100", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "got 100" in result.output
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["plan"]])

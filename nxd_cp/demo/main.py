@@ -11,6 +11,7 @@ from nxd_cp.demo.report import (
     FIRST_STEP_BOUND,
     LATER_STEP_BOUND,
     compare,
+    differences,
     failures,
     plot,
     rounding_bound,
@@ -27,7 +28,7 @@ def run_demo(
     out: Path,
     steps: int = 60,
     seq_len: int = 2048,
-    simulate_steps: int = 4,
+    simulate_steps: int = 20,
     simulate_seq_len: int = 1024,
     layout: str = "zigzag",
     rank_counts: tuple[int, ...] = RANK_COUNTS,
@@ -56,6 +57,13 @@ def run_demo(
         first, later = FIRST_STEP_BOUND, LATER_STEP_BOUND
         if run.backend == "simulate":
             first, later = rounding_bound(records[1]["plain"], records[1]["moved"])
+            kernels = differences(records[1][run.name], records[1]["plain"])
+            note = (
+                f"kernels against PyTorch, 1 rank: {kernels[0]:.1e} first, {kernels[1]:.1e} later"
+            )
+            console.print(note)
+            if not (kernels[0] <= first and kernels[1] <= later):
+                problems.append(f"{note}, more than the bounds below")
         rows = compare(run, by_ranks, traffic[run.name])
         console.print(table(run, rows, first, later))
         problems += [f"{run.name}, {found}" for found in failures(rows, first, later)]

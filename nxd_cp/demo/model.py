@@ -52,6 +52,7 @@ class Attention(nn.Module):
         k_BGLD, v_BGLD = k_BGLD.transpose(1, 2), v_BGLD.transpose(1, 2)
         q_BHLD, k_BGLD = rotate(q_BHLD, cos, sin), rotate(k_BGLD, cos, sin)
         o_BHLD = ring_attention(q_BHLD, k_BGLD, v_BGLD, cp=cp, backend=backend)
+        assert isinstance(o_BHLD, torch.Tensor), "return_lse was not asked for"
         return self.o(o_BHLD.transpose(1, 2).flatten(2))
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from nxd_cp.demo.settings import RunSettings, Sent, StepRecord
@@ -39,6 +40,23 @@ class RankResult:
     scheduled: Sent
 
 
+def differences(
+    steps: Sequence[StepRecord], reference: Sequence[StepRecord]
+) -> tuple[float, float]:
+    """Relative difference of the losses: at the first step, and the largest of all later ones."""
+    first, *later = relative_differences(steps, reference)
+    # max() of a list with NaN depends on the order, so NaN is looked for first.
+    return first, next((x for x in later if x != x), max(later, default=0.0))
+
+
+def relative_differences(
+    steps: Sequence[StepRecord], reference: Sequence[StepRecord]
+) -> list[float]:
+    """|loss - reference| / |reference| of every step."""
+    pairs = zip(steps, reference, strict=True)
+    return [abs(a.loss - b.loss) / abs(b.loss) for a, b in pairs]
+
+
 def compare(
     run: RunSettings, records: dict[int, list[StepRecord]], scheduled: dict[int, Sent]
 ) -> list[RankResult]:
@@ -58,14 +76,14 @@ def compare(
         sent = {record.sent for record in steps}
         if len(sent) != 1:
             raise ValueError(f"expected every step to send the same, got {sent}")
-        differences = [abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(steps, one, strict=True)]
+        first, later = differences(steps, one)
         rows.append(
             RankResult(
                 num_ranks,
                 steps[0].loss,
                 steps[-1].loss,
-                differences[0],
-                max(differences[1:], default=0.0),
+                first,
+                later,
                 run.seq_len / median(record.seconds for record in steps[1:] or steps),
                 sent.pop(),
                 scheduled[num_ranks],
@@ -82,9 +100,9 @@ def rounding_bound(plain: Sequence[StepRecord], moved: Sequence[StepRecord]) -> 
     losses is what training makes of that. A ring adds its own roundings in every layer and step, so
     four such drifts are allowed, and never less than four roundings of the loss itself.
     """
-    drift = [abs(a.loss - b.loss) / abs(b.loss) for a, b in zip(moved, plain, strict=True)]
+    first, later = differences(moved, plain)
     floor = 4 * FP32_ROUNDING
-    return max(4 * drift[0], floor), max(4 * max(drift[1:], default=0.0), floor)
+    return max(4 * first, floor), max(4 * later, floor)
 
 
 def failures(rows: Sequence[RankResult], first_bound: float, later_bound: float) -> list[str]:
@@ -109,29 +127,33 @@ def failures(rows: Sequence[RankResult], first_bound: float, later_bound: float)
 
 
 def table(run: RunSettings, rows: Sequence[RankResult], first: float, later: float) -> Table:
-    """The rows, with the bounds that they were held against in the headings."""
-    title = f"backend={run.backend}, {run.seq_len} tokens, {run.num_steps} steps, {run.layout}"
-    result = Table(title=title, title_justify="left")
-    headings = ["ranks", "first loss", "last loss", f"first diff (<{first:.0e})"]
-    headings += [f"largest diff (<{later:.0e})", "tokens/s", "sent/step", "by schedule"]
+    """The rows in 80 columns, with the bounds that they were held against in the caption."""
+    result = Table(
+        title=f'backend="{run.backend}", {run.seq_len} tokens, {run.num_steps} steps, {run.layout}',
+        caption=f"differences to 1 rank, relative; allowed: first {first:.1e}, later {later:.1e}",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    headings = ["ranks", "loss\nfirst", "loss\nlast", "diff\nfirst", "diff\nlater", "tokens\nper s"]
+    headings += ["sent\n= plan", "bytes per\nstep", "bytes by\nschedule"]
     for heading in headings:
-        result.add_column(heading, justify="right")
+        result.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(
             str(row.num_ranks),
-            f"{row.first_loss:.6f}",
-            f"{row.last_loss:.6f}",
+            f"{row.first_loss:.4f}",
+            f"{row.last_loss:.4f}",
             f"{row.first_difference:.1e}",
             f"{row.later_difference:.1e}",
             f"{row.tokens_per_second:,.0f}",
-            _sent(row.sent),
-            _sent(row.scheduled),
+            f"{row.sent.num_messages} = {row.scheduled.num_messages}",
+            f"{row.sent.size_bytes:,}",
+            f"{row.scheduled.size_bytes:,}",
         )
     return result
-
-
-def _sent(sent: Sent) -> str:
-    return f"{sent.num_messages} x, {sent.size_bytes:,} B"
 
 
 def plot(runs: Sequence[tuple[RunSettings, dict[int, list[StepRecord]]]], path: Path) -> None:
@@ -140,25 +162,29 @@ def plot(runs: Sequence[tuple[RunSettings, dict[int, list[StepRecord]]]], path: 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(
         2, len(runs), figsize=(5.2 * len(runs), 6), height_ratios=[2, 1], squeeze=False
     )
-    styles = {1: ("-", 4.0), 2: ("-", 1.8), 4: ("--", 1.2)}
+    styles = {1: ("C0-", 4.0), 2: ("C1-", 1.8), 4: ("C2--", 1.2)}
     for (above, below), (run, records) in zip(axes.T, runs, strict=True):
         one = records[1]
         for num_ranks, steps in sorted(records.items()):
-            line, width = styles.get(num_ranks, (":", 1.2))
+            line, width = styles.get(num_ranks, ("C3:", 1.2))
             label = f"{num_ranks} rank" + ("s" if num_ranks > 1 else "")
             x = [record.step for record in steps]
             above.plot(x, [r.loss for r in steps], line, linewidth=width, label=label)
             if num_ranks > 1:
-                apart = [abs(a.loss - b.loss) / b.loss for a, b in zip(steps, one, strict=True)]
-                below.semilogy(x, [max(d, 1e-9) for d in apart], ".-", label=label)
+                apart = relative_differences(steps, one)
+                below.semilogy(x, [max(d, 1e-9) for d in apart], f"{line[:2]}.-", label=label)
         above.set_title(f"backend={run.backend}, {run.seq_len} tokens per step", fontsize=10)
         above.set_ylabel("loss (nats per byte)")
         below.set_ylabel("relative difference\nto 1 rank (floor 1e-9)")
         below.set_xlabel("step")
+        below.set_ylim(5e-10, 2 * LATER_STEP_BOUND)
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        above.sharex(below)
         above.legend()
         below.legend()
     figure.tight_layout()
