@@ -64,12 +64,12 @@ def ring_attention(
     validate_scale(scale)
     name = resolve_backend_name(backend, q.device)
     local_len = q.shape[2]
-    if cp is None:
-        handle, plan, rank = "", make_plan("contiguous", 1, local_len, causal=causal), 0
-    else:
+    if cp is not None:
         validate_length(local_len, layout=cp.layout, size=cp.size)
-        handle, plan, rank = cp.handle, ops.plan_for(cp, local_len, causal), cp.rank
     if not torch.compiler.is_compiling():
+        one = make_plan("contiguous", 1, local_len, causal=causal)
+        plan, rank = (one, 0) if cp is None else (ops.plan_for(cp, local_len, causal), cp.rank)
         get_backend(name, q.device).validate(q, k, v, plan=plan, rank=rank)
+    handle = "" if cp is None else cp.handle
     o, lse, _ = ops.ring_forward(q, k, v, handle, causal, scale, name)
     return (o, lse) if return_lse else o

@@ -43,7 +43,7 @@ def block_forward(
     B, _, M, D = q.shape
     s = _scores(q, k, mask, scale, first_row)
     lse = torch.logsumexp(s, dim=-1)
-    p = torch.exp(s - _finite(lse).unsqueeze(-1))
+    p = torch.exp(s - _empty_is_plus_infinity(lse).unsqueeze(-1))
     o = _stack(p) @ v
     return o.reshape(B, -1, M, D), lse.reshape(B, -1, M)
 
@@ -64,7 +64,9 @@ def block_backward(
     B, H, M, D = q.shape
     G = k.shape[1]
     grouped = (B, G, H // G, M, 1)
-    p = torch.exp(_scores(q, k, mask, scale, first_row) - _finite(lse).reshape(grouped))
+    p = torch.exp(
+        _scores(q, k, mask, scale, first_row) - _empty_is_plus_infinity(lse).reshape(grouped)
+    )
     do_stacked, q_stacked = do.reshape(B, G, -1, D), q.reshape(B, G, -1, D)
     dp = (do_stacked @ v.transpose(-1, -2)).reshape(p.shape)
     ds = _stack(p * (dp - delta.reshape(grouped))) * scale
@@ -90,6 +92,6 @@ def _stack(x: Tensor) -> Tensor:
     return x.flatten(2, 3)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """0 in place of -inf: exp(-inf - 0) is 0, exp(-inf + inf) is NaN."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+def _empty_is_plus_infinity(lse: Tensor) -> Tensor:
+    """Then exp(s - lse) is 0 in a row that sees nothing, whatever s is; -inf would give NaN."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)

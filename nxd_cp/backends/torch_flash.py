@@ -29,7 +29,7 @@ class TorchBackend:
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
-        q, k, v = q.float(), k.float(), v.float()
+        q, k, v = _widened(q, k, v)
         if mask == "strict":
             return _strict_forward(q, k, v, scale)
         if has_flash(q):
@@ -52,7 +52,7 @@ class TorchBackend:
         scale: float,
     ) -> Gradients:
         """See `Backend.backward`."""
-        do, q, k, v, o = do.float(), q.float(), k.float(), v.float(), o.float()
+        do, q, k, v, o = _widened(do, q, k, v, o)
         if mask == "strict":
             return _strict_backward(do, q, k, v, o, lse, delta, scale)
         if has_flash(q):
@@ -72,6 +72,12 @@ def has_flash(q: Tensor) -> bool:
     return q.device.type == "cpu" and hasattr(
         torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
     )
+
+
+def _widened(*tensors: Tensor) -> list[Tensor]:
+    """fp32, and rows that lie in one piece: the flash operators read wrong numbers otherwise."""
+    widened = (x.float() for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in widened]
 
 
 def _strict_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,165 @@
+"""`ring_attention` as a caller sees it: over gloo and threads, its options, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budget
+from cases import NAMES, Case, cut, inputs, join_all, one_device, one_rank, truth
+from ranks import RankGroup
+from torch import Tensor
+
+from nxd_cp import reference
+from nxd_cp.attention import ring_attention
+from nxd_cp.context import CPContext
+from nxd_cp.schedule import LAYOUTS, make_plan
+
+
+def over_gloo(group: dist.ProcessGroup, cases: list[Case]) -> list[tuple[Any, ...]]:
+    results = []
+    for case in cases:
+        cp = CPContext.from_group(group, layout=case.layout)
+        tensors = one_rank(cp, case)
+        counters = cp.transport.counters
+        results.append((tensors, counters.ring_messages, counters.ring_bytes))
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_processes_agree_with_fp64_and_send_what_the_schedule_says(
+    ranks: RankGroup, size: int
+) -> None:
+    cases = [
+        Case(layout=layout, size=size, causal=causal, S=72, Hq=Hq, Hkv=Hkv, D=D)
+        for layout in LAYOUTS
+        for causal in (True, False)
+        for Hq, Hkv, D in ((3, 3, 16), (6, 3, 64), (8, 1, 80))
+    ]
+    by_rank = ranks.run(over_gloo, cases, num_ranks=size)
+    for case, *results in zip(cases, *by_rank, strict=True):
+        found = join_all([tensors for tensors, _, _ in results], case)
+        for name, x, y in zip(NAMES, found, truth(case), strict=True):
+            assert_close(f"{case} {name}", x, y, FP32_OUTPUT if name == "o" else FP32_GRADIENT)
+        plan = make_plan(case.layout, size, case.S, causal=case.causal)
+        for rank, (_, messages, size_bytes) in enumerate(results):
+            traffic = plan.traffic(
+                rank, batch=case.B, num_kv_heads=case.Hkv, head_dim=case.D, itemsize=4
+            )
+            assert messages == traffic.forward_messages + traffic.backward_messages
+            assert size_bytes == traffic.forward_bytes + traffic.backward_bytes
+
+
+def test_processes_in_bf16_err_as_one_device_does(ranks: RankGroup) -> None:
+    case = Case(size=4, S=256, Hq=8, Hkv=2, D=128, dtype=torch.bfloat16)
+    by_rank = ranks.run(over_gloo, [case])
+    found = join_all([results[0][0] for results in by_rank], case)
+    for name, x, y, baseline in zip(NAMES, found, truth(case), one_device(case), strict=True):
+        assert_within_budget(f"{case} {name}", x, y, baseline)
+
+
+# One device
+
+
+def heads(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_without_a_context_it_is_plain_attention(causal: bool) -> None:
+    q, k, v = heads(2, 6, 17, 16), heads(2, 3, 17, 16), heads(2, 3, 17, 16)
+    o, lse = ring_attention(q, k, v, causal=causal, scale=0.3, return_lse=True)
+    expected, lse_expected = reference.attention(
+        q.double(), k.double(), v.double(), mask="causal" if causal else "full", scale=0.3
+    )
+    assert_close("o", o, expected, FP32_OUTPUT)
+    assert_close("lse", lse, lse_expected, FP32_OUTPUT)
+
+
+def test_the_scale_is_applied_once_and_defaults_to_the_square_root() -> None:
+    q, k, v = (heads(1, 2, 8, 16) for _ in range(3))
+    assert torch.equal(ring_attention(q, k, v), ring_attention(q, k, v, scale=0.25))
+    doubled = ring_attention(q * 2, k, v, scale=0.25)
+    torch.testing.assert_close(ring_attention(q, k, v, scale=0.5), doubled, rtol=0, atol=1e-6)
+
+
+def test_strided_inputs_and_expanded_gradients_give_the_same_result() -> None:
+    case = Case(size=2, S=16, D=16)
+    q, k, v, _ = inputs(case)
+
+    def work(cp: CPContext, strided: bool) -> tuple[Tensor, ...]:
+        leaves = [cut(x, case, cp.rank) for x in (q, k, v)]
+        if strided:
+            leaves = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in leaves]
+            assert all(x.stride(-1) != 1 for x in leaves)
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        o = ring_attention(*leaves, cp=cp)
+        if strided:
+            o.sum().backward()
+        else:
+            o.backward(torch.ones_like(o))
+        return (o.detach(), *(x.grad for x in leaves))
+
+    group = CPContext.local(2)
+    plain = group.run(lambda cp: work(cp, False))
+    for mine, other in zip(plain, group.run(lambda cp: work(cp, True)), strict=True):
+        for x, y in zip(mine, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_only_some_inputs_may_want_gradients() -> None:
+    q, k, v = (heads(1, 2, 8, 16) for _ in range(3))
+    v.requires_grad_()
+    ring_attention(q, k, v).sum().backward()
+    assert v.grad is not None
+    assert q.grad is k.grad is None
+    assert not ring_attention(q, k, v.detach()).requires_grad
+
+
+def test_the_lse_carries_no_gradient_and_says_so() -> None:
+    q, k, v = (heads(1, 2, 8, 16).requires_grad_() for _ in range(3))
+    o, lse = ring_attention(q, k, v, return_lse=True)
+    assert o.requires_grad
+    assert not lse.requires_grad
+
+
+# What is refused, before any message
+
+GOOD = {"q": heads(1, 4, 8, 16), "k": heads(1, 2, 8, 16), "v": heads(1, 2, 8, 16)}
+
+BAD = [
+    ({"q": heads(4, 8, 16)}, "q: expected 4 dims"),
+    ({"k": [1]}, "k: expected a torch.Tensor, got list"),
+    (
+        {"q": heads(1, 4, 8, 16).double()},
+        "expected float32, bfloat16 or float16, got torch.float64",
+    ),
+    ({"k": heads(1, 2, 8, 16, dtype=torch.bfloat16)}, "k: expected dtype and device of q"),
+    ({"v": heads(1, 2, 8, 8)}, "k and v: expected equal shapes"),
+    ({"q": heads(1, 4, 6, 16)}, "q and k: expected equal batch, sequence length and head dim"),
+    ({"q": heads(1, 3, 8, 16)}, "key/value heads that divide query heads, got 2 and 3"),
+    ({name: heads(1, 2, 0, 16) for name in "qkv"}, "expected no empty dim"),
+    ({name: heads(1, 2, 7, 16) for name in "qkv"}, "expected a multiple of 2 .*got 7"),
+    ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+    ({"window": 4}, "window: expected None, got 4"),
+    ({"segment_ids": [0, 1]}, "segment_ids: expected None"),
+    ({"sinks": 1.0}, "sinks: expected None"),
+    ({"softcap": 30.0}, "softcap: expected None"),
+    ({"dropout_p": 0.1}, "dropout_p: expected 0.0, got 0.1"),
+    ({"backend": "cuda"}, "backend: expected one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), BAD, ids=[text[:30] for _, text in BAD])
+def test_unsupported_arguments_raise_before_any_message(change: dict[str, Any], text: str) -> None:
+    arguments = {**GOOD, **change}
+    q, k, v = (arguments.pop(name) for name in "qkv")
+
+    def work(cp: CPContext) -> int:
+        with pytest.raises(ValueError, match=text):
+            ring_attention(q, k, v, cp=cp, **arguments)
+        return sum(cp.transport.counters.messages.values())
+
+    assert CPContext.local(2).run(work) == [0, 0]

@@ -1,0 +1,174 @@
+"""Ranks that disagree, are late, fail or die: an error on every rank, in bounded time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from time import monotonic
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Failure, RankGroup
+
+from nxd_cp.attention import ring_attention
+from nxd_cp.backends.torch_flash import TorchBackend
+from nxd_cp.context import CPContext
+
+GROUP_TIMEOUT_S = 4.0
+BOUND_S = 20.0
+
+
+@pytest.fixture
+def own_ranks() -> Iterator[RankGroup]:
+    """Three ranks for one test, with a short group timeout; they may be broken."""
+    group = RankGroup(3, group_timeout_s=GROUP_TIMEOUT_S, run_timeout_s=BOUND_S)
+    yield group
+    group.close()
+
+
+def attend(cp: CPContext, **change: Any) -> float:
+    shape = change.pop("shape", (1, 4, 12, 16))
+    dtype = change.pop("dtype", torch.float32)
+    kv_heads = change.pop("kv_heads", 2)
+    q = torch.randn(shape, dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(shape[0], kv_heads, *shape[2:], dtype=dtype) for _ in range(2))
+    o = ring_attention(q, k, v, cp=cp, **change)
+    o.sum().backward()
+    return float(o.detach().sum())
+
+
+def disagree(group: dist.ProcessGroup, calls: list[dict[str, Any]]) -> tuple[list[str], float]:
+    """Rank 1 makes these calls, the others plain ones; then all make one that agrees."""
+    cp = CPContext.from_group(group)
+    errors = []
+    for change in calls:
+        try:
+            attend(cp, **(change if cp.rank == 1 else {}))
+            errors.append("")
+        except ValueError as error:
+            errors.append(f"{type(error).__name__}: {error}")
+    return errors, attend(cp)
+
+
+DIFFERENCES = [
+    ({"shape": (1, 4, 16, 16)}, "local sequence length = 12 on rank 0 and 2, 16 on rank 1"),
+    ({"shape": (2, 4, 12, 16)}, "batch = 1 on rank 0 and 2, 2 on rank 1"),
+    ({"dtype": torch.bfloat16}, "dtype = torch.float32 on rank 0 and 2, torch.bfloat16 on rank 1"),
+    ({"kv_heads": 4}, "key/value heads = 2 on rank 0 and 2, 4 on rank 1"),
+    ({"causal": False}, "causal = True on rank 0 and 2, False on rank 1"),
+    ({"scale": 0.5}, "scale = 0.25 on rank 0 and 2, 0.5 on rank 1"),
+]
+
+
+@pytest.mark.parametrize("calls_before", [0, 1])
+def test_ranks_that_disagree_all_raise_and_say_who(ranks: RankGroup, calls_before: int) -> None:
+    for change, text in DIFFERENCES:
+        calls = [{}] * calls_before + [change]
+        for errors, after in ranks.run(disagree, calls, num_ranks=3):
+            assert errors[:-1] == [""] * calls_before
+            assert errors[-1].startswith("RankMismatchError")
+            assert text in errors[-1]
+            assert after == after, "the group is usable again"
+
+
+def test_ranks_that_disagree_raise_over_threads_too() -> None:
+    def work(cp: CPContext) -> None:
+        attend(cp, **({"causal": False} if cp.rank == 1 else {}))
+
+    with pytest.raises(ValueError, match="causal = True on rank 0 and 2, False on rank 1"):
+        CPContext.local(3).run(work)
+
+
+def other_layout(group: dist.ProcessGroup) -> str:
+    layout = "striped" if dist.get_rank(group) == 2 else "zigzag"
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        attend(CPContext.from_group(group, layout=layout))
+    return str(caught.value)
+
+
+def test_a_different_layout_is_named(ranks: RankGroup) -> None:
+    for text in ranks.run(other_layout, num_ranks=3):
+        assert "layout = zigzag on rank 0 and 1, striped on rank 2" in text
+
+
+def backward_in_other_order(group: dist.ProcessGroup) -> str:
+    cp = CPContext.from_group(group)
+    tensors = [torch.randn(1, 2, 4, 16, requires_grad=True) for _ in range(2)]
+    outputs = [ring_attention(x, x, x, cp=cp) for x in tensors]
+    first = outputs[1 if cp.rank == 0 else 0]
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        first.sum().backward()
+    return str(caught.value)
+
+
+def test_backwards_in_a_different_order_are_named(ranks: RankGroup) -> None:
+    for text in ranks.run(backward_in_other_order, num_ranks=2):
+        assert "of forward call = 2 on rank 0, 1 on rank 1" in text
+
+
+def fail_on_rank_1(group: dist.ProcessGroup, how: str) -> tuple[str, str, float]:
+    """Rank 1 fails within its second block; returns the others' first and second error."""
+    cp = CPContext.from_group(group)
+    attend(cp)
+    right, blocks = TorchBackend.forward, iter(range(100))
+
+    def fails(self: TorchBackend, *tensors: Any, **options: Any) -> Any:
+        if cp.rank == 1 and next(blocks) == 1:
+            if how == "dies":
+                os._exit(17)
+            if how == "sleeps":
+                time.sleep(GROUP_TIMEOUT_S + 2)
+            else:
+                raise ZeroDivisionError("planted")
+        return right(self, *tensors, **options)
+
+    TorchBackend.forward = fails
+    started = monotonic()
+    texts = []
+    for _ in range(2):
+        try:
+            attend(cp)
+            texts.append("")
+        except Exception as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    return *texts, monotonic() - started
+
+
+def test_a_killed_rank_ends_in_an_error_on_the_others(own_ranks: RankGroup) -> None:
+    outcomes = own_ranks.outcomes(fail_on_rank_1, "dies")
+    assert isinstance(outcomes[1], Failure)
+    assert "17" in outcomes[1].text
+    for first, second, seconds in (outcomes[0], outcomes[2]):
+        assert first.startswith("RingError")
+        assert "a rank is gone, late, or in another call" in first
+        assert "cannot be used any more" in second
+        assert seconds < GROUP_TIMEOUT_S + 4
+
+
+def test_a_late_rank_ends_in_an_error_within_the_timeout(own_ranks: RankGroup) -> None:
+    for first, second, seconds in own_ranks.outcomes(fail_on_rank_1, "sleeps"):
+        assert first.startswith("RingError")
+        assert "cannot be used any more" in second
+        assert seconds < 2 * GROUP_TIMEOUT_S + 6
+
+
+def test_an_exception_in_one_block_ends_in_an_error_on_all(own_ranks: RankGroup) -> None:
+    outcomes = own_ranks.outcomes(fail_on_rank_1, "raises")
+    assert outcomes[1][0].startswith("ZeroDivisionError: planted")
+    for first, second, seconds in (outcomes[0], outcomes[2]):
+        assert first.startswith("RingError")
+        assert "cannot be used any more" in second
+        assert seconds < GROUP_TIMEOUT_S + 4
+    assert "cannot be used any more" in outcomes[1][1]
+
+
+def test_the_ring_without_the_agreement_check_sends_no_agreement() -> None:
+    def work(cp: CPContext) -> int:
+        attend(cp)
+        return cp.transport.counters.messages["agreement"]
+
+    assert CPContext.local(2).run(work) == [2, 2]
+    assert CPContext.local(2, check_ranks=False).run(work) == [0, 0]
