@@ -70,7 +70,13 @@ def broken(rule: Rule, instruction: str, detail: str, **operands: Any) -> None:
     text = message(rule, instruction, detail, operands)
     if rule.tier == DOCUMENTED or STRICT.get():
         raise NkiValidationError(text)
-    warnings.warn(text, NkiSimulatorWarning, stacklevel=2)
+    frame = user_frame()
+    if frame is None:
+        warnings.warn(text, NkiSimulatorWarning, stacklevel=2)
+        return
+    seen = frame.f_globals.setdefault("__warningregistry__", {})
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    warnings.warn_explicit(text, NkiSimulatorWarning, file, line, registry=seen)
 
 
 def fail(rule: Rule, instruction: str, detail: str, **operands: Any) -> NoReturn:

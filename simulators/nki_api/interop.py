@@ -15,9 +15,10 @@ import ml_dtypes
 import numpy as np
 
 from . import dtypes
-from .errors import fail
+from .errors import broken, fail
+from .initmap import FRESH
 from .memory import HBM, MemoryRegion, hbm_storage
-from .rules import documented
+from .rules import documented, inferred
 from .runtime import Run
 from .tensor import NkiTensor, row_major
 
@@ -25,6 +26,11 @@ _OUTPUT = documented(
     "kernel.output",
     "NKI migration guide",
     "a kernel returns tensors allocated with buffer=nl.shared_hbm",
+)
+_UNWRITTEN = inferred(
+    "kernel.unwritten_output",
+    "nki.language guide, Creating Tensors",
+    "a kernel writes every element of what it returns",
 )
 _TORCH_BITS = {
     "bfloat16": ("int16", ml_dtypes.bfloat16),
@@ -100,6 +106,11 @@ def to_host(value: Any, as_torch: bool) -> Any:
     if type(value) is NkiTensor:
         if value.space != HBM or value.buffer is not MemoryRegion.shared_hbm:
             fail(_OUTPUT, "nki.jit", "the kernel returns another kind of tensor", output=value)
+        init = value.storage.init
+        if init.uniform <= 0 and FRESH in init.codes(value.rect, value.dense, value.pattern):
+            if init.uniform == FRESH:
+                value.storage.fill()
+            broken(_UNWRITTEN, "nki.jit", "part of an output was never written", output=value)
         array = value.array
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)

@@ -43,7 +43,7 @@ class Op:
         self.activate = activate
         self.reduce = reduce
         self.bitvec = bitvec
-        self.valid = valid  # activation's valid input range (magnitudes)
+        self.valid = valid  # valid input range of the activation (of |x| for reciprocal)
 
     def __repr__(self) -> str:
         return f"nl.{self.name}"

@@ -43,7 +43,6 @@ class Run:
         "num_programs",
         "params",
         "program_id",
-        "seen",
     )
 
     def __init__(
@@ -56,7 +55,6 @@ class Run:
         self.program_id = 0
         self.num_programs = 1
         self.accumulators: dict[str, Any] = {}
-        self.seen: set[Any] = set()  # warnings given once per line
         self.num_buffers = 0
 
     def next_number(self) -> int:

@@ -1,14 +1,13 @@
 """DMA: dma_copy between HBM and SBUF.
 
 Equal dtypes move bits; different ones go through fp32. Bytes that were never written may travel
-(padding), with one warning per line. Run-time addresses are not implemented.
+(padding), with a warning. Run-time addresses are not implemented.
 
 Source: nki.isa.dma_copy; NKI migration guide (no PSUM, hardware DGE dtypes).
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from nxd_cp.simulators.nki_api import dtypes
@@ -60,7 +59,7 @@ def dma_copy(
     if dge_mode is not modes.unknown or engine is not engines.unknown or priority is not None:
         _check_mode(instr, run, dst, src, priority, dge_mode, engine)
     if src.storage.init.uniform <= 0:
-        _check_padding(instr, run, src)
+        _check_padding(instr, src)
     if dst.storage.init.uniform != OTHER:
         mark(dst, OTHER)
     values, out = src.array, dst.array
@@ -93,14 +92,10 @@ def _check_mode(
         )
 
 
-def _check_padding(instr: str, run: Run, src: NkiTensor) -> None:
+def _check_padding(instr: str, src: NkiTensor) -> None:
     storage = src.storage
     if FRESH not in storage.init.codes(src.rect, src.dense, src.pattern):
         return
     if storage.init.uniform == FRESH:
         storage.fill()
-    frame = sys._getframe(2)
-    line = (frame.f_code, frame.f_lineno)
-    if line not in run.seen:
-        run.seen.add(line)
-        broken(_PADDING, instr, "src was never written (or only in part)", src=src)
+    broken(_PADDING, instr, "src was never written (or only in part)", src=src)

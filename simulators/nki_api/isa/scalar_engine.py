@@ -22,10 +22,10 @@ from nxd_cp.simulators.nki_api.checks import (
     same_tiles,
     source,
 )
-from nxd_cp.simulators.nki_api.errors import fail, unsupported
+from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
-from nxd_cp.simulators.nki_api.ops import OPS
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.ops import OPS, Op
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
@@ -49,6 +49,13 @@ _EMPTY = documented(
     "activation.accumulator",
     _PAGE,
     "reduce_cmd.reduce continues a reduction that reset or reset_reduce began",
+)
+
+
+_RANGE = inferred(
+    "activation.range",
+    "nki.api.shared, Supported Activation Functions",
+    "arguments of log, sqrt, rsqrt and reciprocal stay in the documented valid range",
 )
 
 
@@ -109,6 +116,8 @@ def _activation(
     factor = _scale(instr, scale, data)
     shift = _bias(instr, run, op, bias, data)
     values = _affine(x, factor, shift)
+    if op.valid is not None:
+        _check_range(instr, op, values, data)
     values = function(values, out=None if values is x else values)
     if reduce_cmd is not commands.idle or reduce_op is not None or reduce_res is not None:
         _reduce(instr, run, values, data, reduce_op, reduce_res, reduce_cmd)
@@ -120,6 +129,19 @@ def _activation(
     if run.log is not None:
         tiles = tuple(t for t in (data, bias, scale, reduce_res) if type(t) is NkiTensor)
         run.log.add("activation", "scalar", dst, tiles, data.size // data.shape[0], depth=3)
+
+
+def _check_range(instr: str, op: Op, values: Any, data: NkiTensor) -> None:
+    low, high = op.valid or (0.0, np.inf)
+    size = np.abs(values) if op.name == "reciprocal" else values
+    smallest, largest = size.min(), size.max()
+    if smallest < low or largest > high:
+        broken(
+            _RANGE,
+            instr,
+            f"{op} of values from {smallest:g} to {largest:g}, valid are {low:g} to {high:g}",
+            data=data,
+        )
 
 
 def _affine(x: Any, factor: Any, shift: Any) -> Any:
@@ -198,8 +220,3 @@ def _read_out(instr: str, run: Run, reduce_res: Any, data: NkiTensor) -> None:
         )
     values = run.accumulators["scalar"][:partitions]
     dtypes.store_f32(out, like(values, out.shape), reduce_res.dtype)
-
-
-def activate2(*args: Any, **kwargs: Any) -> None:
-    """Two-step activation (gen4)."""
-    unsupported("nki.isa.activate2")

@@ -17,7 +17,7 @@ import numpy as np
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import destination, in_psum, in_sbuf, like, require, source
 from nxd_cp.simulators.nki_api.chips import PSUM_BANK_BYTES
-from nxd_cp.simulators.nki_api.errors import fail, unsupported
+from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, MIXED, OTHER, ZEROED
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
@@ -327,8 +327,3 @@ def _finite(array: Any, dtype: dtypes.DType) -> bool:
     if dtype.kind != "f":
         return True
     return bool(np.isfinite(dtypes.to_f32(array, dtype)).all())
-
-
-def nc_matmul_mx(*args: Any, **kwargs: Any) -> None:
-    """MX matmul (gen4)."""
-    unsupported("nki.isa.nc_matmul_mx")

@@ -1,0 +1,92 @@
+"""Conversions are those of ml_dtypes and of the documented rules, for every 8- and 16-bit value."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nxd_cp.simulators.nki_api import dtypes
+
+SMALL_FLOATS = [
+    dtypes.float16,
+    dtypes.bfloat16,
+    dtypes.float8_e4m3,
+    dtypes.float8_e4m3fn,
+    dtypes.float8_e5m2,
+]
+INTEGERS = [dtypes.int8, dtypes.uint8, dtypes.int16, dtypes.uint16, dtypes.int32, dtypes.uint32]
+
+
+def _all_values(dtype):
+    carrier = np.uint8 if dtype.itemsize == 1 else np.uint16
+    return np.arange(2 ** (8 * dtype.itemsize)).astype(carrier).view(dtype.np_dtype)
+
+
+def _store(values, dtype):
+    out = np.empty(values.shape, dtype.np_dtype)
+    with np.errstate(all="ignore"):
+        dtypes.store_f32(out, values.astype(np.float32), dtype)
+    return out
+
+
+def _same_bits(a, b):
+    carrier = f"u{a.dtype.itemsize}"
+    both_nan = np.isnan(a.astype(np.float64)) & np.isnan(b.astype(np.float64))
+    return bool(((a.view(carrier) == b.view(carrier)) | both_nan).all())
+
+
+@pytest.mark.parametrize("dtype", SMALL_FLOATS)
+def test_every_small_float_survives_a_round_trip(dtype):
+    values = _all_values(dtype)
+    assert _same_bits(_store(dtypes.to_f32(values, dtype), dtype), values)
+
+
+@pytest.mark.parametrize("dtype", SMALL_FLOATS)
+def test_rounding_agrees_with_ml_dtypes_at_and_around_every_halfway_point(dtype):
+    exact = _all_values(dtype).astype(np.float32)
+    exact = np.sort(exact[np.isfinite(exact)])
+    middle = (exact[:-1].astype(np.float64) + exact[1:]) / 2
+    middle = middle.astype(np.float32)
+    up, down = np.nextafter(middle, np.float32(np.inf)), np.nextafter(middle, np.float32(-np.inf))
+    random = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint32)
+    values = np.concatenate([middle, up, down, random.view(np.float32), [np.inf, -np.inf, np.nan]])
+    with np.errstate(all="ignore"):
+        expected = values.astype(np.float32).astype(dtype.np_dtype)
+    assert _same_bits(_store(values, dtype), expected)
+
+
+def test_truncation_instead_of_rounding_is_caught():
+    values = np.float32([1.0 + 3 * 2.0**-9])
+    truncated = (values.view(np.uint32) & 0xFFFF0000).view(np.float32).astype(ml_dtypes.bfloat16)
+    assert not _same_bits(_store(values, dtypes.bfloat16), truncated)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_integers_round_to_even_and_saturate(dtype):
+    info = np.iinfo(dtype.np_dtype)
+    cases = {
+        0.5: 0,
+        1.5: 2,
+        2.5: 2,
+        1e20: info.max,
+        -1e20: info.min,
+        np.inf: info.max,
+        -np.inf: info.min,
+        np.nan: 0,
+    }
+    if dtype.kind == "i":
+        cases |= {-0.5: 0, -1.5: -2}
+    got = _store(np.array(list(cases)), dtype)
+    assert got.tolist() == list(cases.values())
+
+
+def test_tfloat32_keeps_ten_mantissa_bits():
+    got = _store(np.array([1 + 2.0**-10, 1 + 2.0**-11, 1 + 3 * 2.0**-11, np.inf]), dtypes.tfloat32)
+    assert got.tolist() == [1 + 2.0**-10, 1.0, 1 + 2.0**-9, np.inf]
+
+
+def test_a_dtype_is_its_name_and_64_bit_types_are_refused():
+    assert dtypes.dtype_of("bfloat16") is dtypes.bfloat16
+    assert dtypes.dtype_of(np.dtype(ml_dtypes.bfloat16)) is dtypes.bfloat16
+    assert dtypes.float32 == "float32"
+    with pytest.raises(ValueError, match="64-bit types do not exist"):
+        dtypes.dtype_of(np.float64)

@@ -1,0 +1,217 @@
+"""SBUF and PSUM are finite, shared, and full of NaN until written."""
+
+import gc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nki_sim import GENERATIONS, load, nisa, nl, normal, psum, rejects, run, sbuf, store
+
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning, chips
+from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER, InitMap
+from nxd_cp.simulators.nki_api.memory import FreeList
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_sbuf_holds_what_the_chip_has_and_not_a_byte_more(generation):
+    usable = chips.CHIPS[generation].sbuf_usable_bytes
+
+    def fits():
+        store(nl.zeros((128, usable), dtype=nl.uint8)[:, 0:4])
+
+    def overflows():
+        first = nl.ndarray((128, usable), dtype=nl.uint8)
+        nl.ndarray((128, 1), dtype=nl.uint8)  # bad
+        return first
+
+    run(fits, generation=generation)
+    text = rejects("memory.capacity", overflows, generation=generation)
+    assert f"{usable} of {usable} in use by 1 live tensors" in text
+
+
+def test_psum_has_eight_banks_and_small_tiles_never_cross_one():
+    def eight():
+        banks = [psum((128, 512)) for _ in range(8)]
+        return banks[0].shape[0]
+
+    def nine():
+        banks = [psum((128, 512)) for _ in range(8)]
+        banks.append(nl.ndarray((1, 1), dtype=nl.float32, buffer=nl.psum))  # bad
+
+    assert run(eight) == 128
+    rejects("memory.capacity", nine)
+
+
+def test_a_tensor_gives_its_bytes_back_when_no_name_refers_to_it():
+    def loop(x):
+        for _ in range(100):
+            tile = load(x)
+        return store(tile)
+
+    gc.disable()
+    try:
+        x = normal(128, 16384)
+        assert (run(loop, x, generation="gen2") == x).all()
+    finally:
+        gc.enable()
+
+
+def test_a_view_keeps_its_tensor_alive():
+    def kernel(x):
+        view = load(x)[:, 0:4]
+        nl.zeros((128, 128), dtype=nl.float32)
+        return store(view)
+
+    x = normal(128, 128)
+    assert (run(kernel, x) == x[:, 0:4]).all()
+
+
+def test_reading_fresh_memory_names_the_place_of_allocation():
+    def kernel():
+        tile = nl.ndarray((128, 8), dtype=nl.float32)
+        out = sbuf((128, 8))
+        nisa.tensor_copy(dst=out, src=tile)  # bad
+
+    text = rejects("memory.uninitialised", kernel)
+    assert "allocated at" in text
+    assert "test_nki_memory.py" in text
+
+
+def test_reading_memory_written_only_in_part_is_caught():
+    def kernel(x):
+        tile, out = sbuf((128, 8)), sbuf((128, 8))
+        nisa.dma_copy(dst=tile[:, 0:7], src=x[:, 0:7])
+        nisa.tensor_copy(dst=out[:, 0:7], src=tile[:, 0:7])
+        nisa.tensor_copy(dst=out, src=tile)  # bad
+
+    rejects("memory.uninitialised", kernel, normal(128, 8))
+
+
+def test_memory_written_in_pieces_counts_as_written():
+    def kernel(x):
+        tile = sbuf((128, 8))
+        for i in range(4):
+            nisa.dma_copy(dst=tile[:, 2 * i : 2 * i + 2], src=x[:, 2 * i : 2 * i + 2])
+        other = sbuf((128, 8))
+        for i in range(2):
+            nisa.tensor_copy(dst=other[:, i::2], src=tile[:, i::2])
+        out = sbuf((128, 8))
+        nisa.tensor_copy(dst=out, src=other)
+        return store(out)
+
+    x = normal(128, 8)
+    assert (run(kernel, x) == x).all()
+
+
+def test_a_dma_may_move_unwritten_padding_as_nan_with_a_warning():
+    def kernel(x):
+        tile = sbuf((128, 8))
+        nisa.dma_copy(dst=tile[:, 0:4], src=x)
+        return store(tile)
+
+    x = normal(128, 4)
+    with pytest.warns(NkiSimulatorWarning, match="dma_copy.uninitialised"):
+        got = run(kernel, x)
+    assert (got[:, :4] == x).all()
+    assert np.isnan(got[:, 4:]).all()
+
+
+def test_an_output_with_unwritten_elements_is_reported():
+    def kernel(x):
+        out = nl.ndarray((128, 8), dtype=nl.float32, buffer=nl.shared_hbm)
+        nisa.dma_copy(dst=out[0:64, :], src=x[0:64, :])
+        return out
+
+    with pytest.warns(NkiSimulatorWarning, match="kernel.unwritten_output"):
+        got = run(kernel, normal(128, 8))
+    assert np.isnan(got[64:]).all()
+
+
+def test_tensors_placed_at_one_address_share_their_bytes():
+    def kernel(x):
+        a = nl.ndarray((128, 8), dtype=nl.float32, buffer=nl.sbuf, address=(0, 1024))
+        b = nl.ndarray((128, 4), dtype=nl.float32, buffer=nl.sbuf, address=(0, 1040))
+        nisa.dma_copy(dst=a, src=x)
+        out = sbuf((128, 4))
+        nisa.tensor_copy(dst=out, src=b)
+        return store(out)
+
+    x = normal(128, 8)
+    assert (run(kernel, x) == x[:, 4:]).all()
+
+
+def test_an_address_used_again_starts_unwritten():
+    def kernel(x):
+        first = nl.ndarray((128, 8), dtype=nl.float32, buffer=nl.sbuf, address=(0, 0))
+        nisa.dma_copy(dst=first, src=x)
+        del first
+        again = nl.ndarray((128, 8), dtype=nl.float32, buffer=nl.sbuf, address=(0, 0))
+        nisa.tensor_copy(dst=sbuf((128, 8)), src=again)  # bad
+
+    rejects("memory.uninitialised", kernel, normal(128, 8))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "address"),
+    [(nl.sbuf, (0, 2)), (nl.sbuf, (0, 10**7)), (nl.sbuf, (64, 0)), (nl.psum, (0, 1024))],
+)
+def test_addresses_outside_or_unaligned_are_rejected(buffer, address):
+    def kernel():
+        nl.ndarray((128, 8), dtype=nl.float32, buffer=buffer, address=address)  # bad
+
+    rejects("memory.address", kernel)
+
+
+def test_more_than_128_partitions_are_rejected():
+    def kernel():
+        nl.ndarray((256, 8), dtype=nl.float32)  # bad
+
+    rejects("memory.partitions", kernel)
+
+
+@given(st.lists(st.tuples(st.integers(1, 600), st.booleans()), max_size=60))
+@settings(deadline=None)
+def test_automatic_blocks_never_overlap_or_cross_a_bank(requests):
+    free, live = FreeList(4096, 512), []
+    for size, drop in requests:
+        at = free.take(size)
+        if at is not None:
+            assert 0 <= at <= 4096 - size
+            assert size > 512 or at // 512 == (at + size - 1) // 512
+            assert all(at + size <= a or a + s <= at for a, s in live)
+            live.append((at, size))
+        if drop and live:
+            free.give(*live.pop(0))
+    for block in live:
+        free.give(*block)
+    assert free.free == [(0, 4096)]
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3),
+            st.integers(1, 4),
+            st.integers(0, 7),
+            st.integers(1, 8),
+            st.integers(1, 3),
+        ),
+        max_size=12,
+    )
+)
+@settings(deadline=None)
+def test_the_write_map_agrees_with_a_plain_bitmap(writes):
+    plain = np.zeros((4, 8), bool)
+    init = InitMap(4, 32, 4)
+    for p, num_p, f, num_f, step in writes:
+        num_p, num_f = min(num_p, 4 - p), min(num_f, (8 - f - 1) // step + 1)
+        span = (num_f - 1) * step + 1
+        rect = (p, p + num_p, 4 * f, 4 * (f + span))
+        pattern = (p, 4 * f, (num_p, num_f), (1, 4 * step), 4)
+        region = plain[p : p + num_p, f : f + span : step]
+        assert (FRESH in init.codes(rect, span == num_f, pattern)) == (not region.all())
+        init.mark(rect, span == num_f, pattern, OTHER)
+        region[...] = True
+    whole = init.codes((0, 4, 0, 32), True, (0, 0, (4, 8), (1, 4), 4))
+    assert (FRESH in whole) == (not plain.all())

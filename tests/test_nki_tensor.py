@@ -1,0 +1,125 @@
+"""Views select the same elements as NumPy would, and never reach outside."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nki_sim import load, nl, normal, rejects, run, sbuf, store
+
+from nxd_cp.simulators.nki_api import NkiUnsupportedError
+
+X = normal(128, 4, 6)
+
+
+def _same(view, expected):
+    """The view of an SBUF copy of X, checked against NumPy on X."""
+    got = run(lambda x: store(view(load(x))), X)
+    np.testing.assert_array_equal(got, expected)
+
+
+def _slices(size):
+    return st.tuples(st.integers(0, size - 1), st.integers(1, size), st.integers(1, 3)).map(
+        lambda t: slice(t[0], min(size, t[0] + t[1]), t[2])
+    )
+
+
+@given(st.tuples(st.just(slice(None)), _slices(4), _slices(6)))
+@settings(max_examples=40, deadline=None)
+def test_slices_are_numpy_slices(key):
+    _same(lambda t: t[key], X[key])
+
+
+def test_views_are_numpy_views():
+    _same(lambda t: t[..., 2], X[..., 2])
+    _same(lambda t: t[:, -1], X[:, -1])
+    _same(lambda t: t[:, nl.ds(1, 2), 3], X[:, 1:3, 3])
+    _same(lambda t: t[0:64].permute((0, 2, 1)), X[0:64].transpose(0, 2, 1))
+    _same(lambda t: t.reshape((128, 24)), X.reshape(128, 24))
+    _same(lambda t: t.reshape((128, 2, 12)), X.reshape(128, 2, 12))
+    _same(lambda t: t.flatten_dims(1, 2).reshape_dim(1, (8, -1)), X.reshape(128, 8, 3))
+    _same(lambda t: t[:, 0:1].squeeze_dim(1).expand_dim(1).broadcast(1, 5), X[:, 0:1].repeat(5, 1))
+    _same(
+        lambda t: t.rearrange(("p", "a", ("b", "c")), ("p", "c", ("a", "b")), {"c": 2}),
+        X.reshape(128, 4, 3, 2).transpose(0, 3, 1, 2).reshape(128, 2, 12),
+    )
+    _same(lambda t: t.ap([[24, 128], [2, 5]], offset=1), X.reshape(128, 24)[:, 1:11:2])
+    _same(lambda t: t.slice(2, 1, 5, 2).select(1, 3), X[:, 3, 1:5:2])
+
+
+def test_another_dtype_reads_the_same_bytes():
+    got = run(lambda x: store(load(x).view(nl.uint16)), X)
+    np.testing.assert_array_equal(got, X.view(np.uint16))
+    back = run(lambda x: store(load(x).view(nl.uint8)[..., 4:12].view(nl.float32)), X)
+    np.testing.assert_array_equal(back, X[..., 1:3])
+
+
+def test_integers_drop_hbm_dims_and_keep_the_partition_dim():
+    def kernel(x):
+        tile = load(x)
+        return (x[0].shape, x[0, 0, 0].shape, tile[0].shape, tile[:, 1, 2].shape, tile[3, 1].shape)
+
+    assert run(kernel, X) == ((4, 6), (1,), (1, 4, 6), (128, 1), (1, 6))
+
+
+@pytest.mark.parametrize(
+    "key", [np.s_[:, 4], np.s_[:, 2:5], np.s_[128], np.s_[:, 2:2], np.s_[:, -5], np.s_[:, 3:1]]
+)
+def test_an_index_outside_the_tensor_is_caught(key):
+    def kernel(x):
+        load(x)[key]  # bad
+
+    rejects("view.bounds", kernel, X)
+
+
+def test_a_slice_that_numpy_would_clip_is_caught():
+    def kernel(x):
+        x[0:129]  # bad
+
+    rejects("view.bounds", kernel, X)
+
+
+def test_illegal_views_are_caught():
+    def permute(x):
+        load(x).permute((1, 0, 2))  # bad
+
+    def split(x):
+        load(x).reshape_dim(0, (2, 64))  # bad
+
+    def merge(x):
+        load(x)[:, :, 0:3].flatten_dims(1, 2)  # bad
+
+    def resize(x):
+        load(x).reshape((64, 48))  # bad
+
+    def size(x):
+        load(x).reshape((128, 25))  # bad
+
+    def pattern(x):
+        load(x).ap([[12, 128], [1, 4]])  # bad
+
+    def reach(x):
+        load(x).ap([[24, 128], [1, 25]])  # bad
+
+    rejects("view.partition_dim", permute, X)
+    rejects("view.partition_dim", split, X)
+    rejects("view.layout", merge, X)
+    rejects("view.partition_dim", resize, X)
+    rejects("view.shape", size, X)
+    rejects("view.partition_dim", pattern, X)
+    rejects("view.bounds", reach, X)
+
+
+def test_what_is_not_implemented_names_itself():
+    def kernel(x):
+        x.vector_select(0, x)
+
+    with pytest.raises(NkiUnsupportedError, match="vector_select"):
+        run(kernel, X)
+
+
+def test_python_control_flow_on_values_is_refused():
+    def kernel():
+        return 1 if sbuf((128, 1)) else 0
+
+    with pytest.raises(TypeError, match="control flow cannot depend"):
+        run(kernel)
