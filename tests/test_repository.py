@@ -18,13 +18,13 @@ MACHINE_PATHS = re.compile(
 
 
 def _files() -> list[Path]:
-    """Files that are tracked or would be; without git, all that is not hidden."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """Tracked text files; without git, all that are not hidden."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
         paths = [ROOT / line for line in done.stdout.splitlines()]
     else:
-        paths = [p for p in ROOT.rglob("*") if not any(x[0] == "." for x in p.parts[1:])]
+        hidden = re.compile(r"(^|/)\.")
+        paths = [p for p in ROOT.rglob("*") if not hidden.search(str(p.relative_to(ROOT)))]
     return [p for p in paths if p.is_file() and p.suffix in SOURCE_SUFFIXES]
 
 
