@@ -101,8 +101,9 @@ def _serve(rank: int, size: int, meeting: str, timeout_s: float, pipe: Connectio
         store=dist.FileStore(meeting, size),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=60),
     )
+    dist.barrier()  # a loaded machine may start slowly; the short timeout counts from here
     timeout = timedelta(seconds=timeout_s)  # a new group does not inherit it
     groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, size + 1)}
     while True:

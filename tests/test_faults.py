@@ -17,7 +17,7 @@ from nxd_cp.attention import ring_attention
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 
-GROUP_TIMEOUT_S = 4.0
+GROUP_TIMEOUT_S = 3.0
 BOUND_S = 20.0
 
 
