@@ -29,9 +29,8 @@ _LOADED: dict[tuple[str, str], PrivateModule] = {}
 
 def real_nki_present() -> bool:
     """Whether a working vendor `nki` can be imported (a placeholder cannot)."""
-    present = sys.modules.get("nki")
-    if present is not None:
-        return not getattr(present, "__simulated__", False)
+    if getattr(sys.modules.get("nki"), "__simulated__", False):
+        return False
     try:
         return importlib.util.find_spec("nki.language") is not None
     except (ImportError, ValueError):
@@ -114,7 +113,8 @@ class _Importer:
             path = getattr(parent, "__path__", None)
             spec = None
             if path is not None:
-                spec = importlib.machinery.PathFinder.find_spec(name, list(path))
+                private = f"{self.prefix}.{name}"
+                spec = importlib.machinery.PathFinder.find_spec(private, list(path))
         if spec is None:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return spec

@@ -77,11 +77,11 @@ class Log:
     def __init__(self) -> None:
         self.rows = array("q")
         self.buffers: list[BufferInfo] = []
-        self._names: list[str] = []
+        self.names: list[str] = []
         self._name_ids: dict[str, int] = {}
-        self._views: list[View] = []
+        self.views: list[View] = []
         self._view_ids: dict[tuple[Any, ...], int] = {}
-        self._lines: list[tuple[str, int]] = []
+        self.lines: list[tuple[str, int]] = []
         self._line_ids: dict[tuple[Any, int], int] = {}
 
     def __len__(self) -> int:
@@ -93,17 +93,17 @@ class Log:
         if not 0 <= seq < len(self):
             raise IndexError(f"log has {len(self)} records, asked for {seq}")
         row = self.rows[seq * WIDTH : (seq + 1) * WIDTH]
-        file, line = self._lines[row[2]]
-        views = [self._views[v] if v != NONE else None for v in row[6:]]
+        file, line = self.lines[row[2]]
+        views = [self.views[v] if v != NONE else None for v in row[6:]]
         return Record(
             seq,
-            self._names[row[0]],
-            self._names[row[1]],
+            self.names[row[0]],
+            self.names[row[1]],
             file,
             line,
             row[3],
             row[4],
-            self._names[row[5]],
+            self.names[row[5]],
             views[0],
             tuple(v for v in views[1:] if v is not None),
         )
@@ -111,9 +111,24 @@ class Log:
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
+    @property
+    def names(self) -> list[str]:
+        """Table of opcodes, engines and details."""
+        return self._names
+
+    @property
+    def views(self) -> list[View]:
+        """Table of access patterns."""
+        return self._views
+
+    @property
+    def lines(self) -> list[tuple[str, int]]:
+        """Table of source lines (file, line)."""
+        return self._lines
+
     def counts(self) -> Counter[str]:
         """How often each opcode occurs."""
-        return Counter(self._names[i] for i in self.rows[::WIDTH])
+        return Counter(self.names[i] for i in self.rows[::WIDTH])
 
     def add(
         self,
@@ -131,8 +146,8 @@ class Log:
         key = (frame.f_code, frame.f_lineno)
         line = self._line_ids.get(key)
         if line is None:
-            line = self._line_ids[key] = len(self._lines)
-            self._lines.append((frame.f_code.co_filename, frame.f_lineno))
+            line = self._line_ids[key] = len(self.lines)
+            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
         operands = [NONE if dst is None else self._view(dst)]
         operands += [self._view(s) for s in sources]
         operands += [NONE] * (MAX_OPERANDS - len(operands))
@@ -143,14 +158,14 @@ class Log:
     def _name(self, name: str) -> int:
         found = self._name_ids.get(name)
         if found is None:
-            found = self._name_ids[name] = len(self._names)
-            self._names.append(name)
+            found = self._name_ids[name] = len(self.names)
+            self.names.append(name)
         return found
 
     def _view(self, tensor: Any) -> int:
         key = (tensor.storage.number, tensor.offset, tensor.shape, tensor.strides, tensor.dtype)
         found = self._view_ids.get(key)
         if found is None:
-            found = self._view_ids[key] = len(self._views)
-            self._views.append(View(*key[:4], str(tensor.dtype)))
+            found = self._view_ids[key] = len(self.views)
+            self.views.append(View(*key[:4], str(tensor.dtype)))
         return found

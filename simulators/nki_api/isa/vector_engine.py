@@ -64,6 +64,9 @@ _ON_SCALAR = documented(
     "nki.isa.tensor_scalar",
     "ScalarE (from gen3) runs multiply+add, multiply or add only",
 )
+_FILL = documented(
+    "memset.value", "nki.isa.memset", "the value of an integer memset is one that dst can hold"
+)
 _INT32 = frozenset((dtypes.int32, dtypes.uint32))
 
 
@@ -108,7 +111,7 @@ def memset(dst: Any, value: Any, engine: Any = engines.unknown, name: str | None
     if dst.dtype.kind in "iu":
         info = np.iinfo(dst.dtype.np_dtype)
         if value != int(value) or not info.min <= value <= info.max:
-            fail(_SCALARS, instr, f"{value!r} is no {dst.dtype}", dst=dst)
+            fail(_FILL, instr, f"{value!r} is no {dst.dtype}", dst=dst)
         out[...] = int(value)
     else:
         dtypes.store_f32(out, np.full((1,) * out.ndim, value, np.float32), dst.dtype)

@@ -1,0 +1,231 @@
+"""nc_matmul and nc_transpose: values, accumulation rules, limits per generation."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from nki_sim import (
+    FP32_ROUNDING,
+    GENERATIONS,
+    load,
+    nisa,
+    nl,
+    normal,
+    psum,
+    rejects,
+    run,
+    sbuf,
+    store,
+)
+
+A, B = normal(256, 128), normal(256, 512, seed=1)
+FP8 = [ml_dtypes.float8_e4m3, ml_dtypes.float8_e5m2]
+
+
+def _close(got, a, b):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    allowed = a.shape[0] * FP32_ROUNDING * (np.abs(a).T @ np.abs(b))
+    assert (np.abs(got - a.T @ b) <= allowed).all()
+
+
+def _accumulating(flags):
+    """dst += A_i.T @ B_i over the two halves, with the given accumulate flags."""
+
+    def kernel(a, b):
+        dst = psum((128, 512))
+        for i, flag in enumerate(flags):
+            rows = slice(128 * i, 128 * i + 128)
+            nisa.nc_matmul(dst, load(a[rows]), load(b[rows]), accumulate=flag)  # bad
+        return store(dst)
+
+    return kernel
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, *FP8])
+def test_the_product_is_exact_up_to_fp32_rounding(dtype, generation):
+    a, b = A[:128].astype(dtype), B[:128].astype(dtype)
+    _close(run(_accumulating([False]), a, b, generation=generation), a, b)
+
+
+@pytest.mark.parametrize("flags", [(False, True), (None, None), (False, None), (None, True)])
+def test_the_first_matmul_overwrites_and_later_ones_add(flags):
+    _close(run(_accumulating(flags), A, B), A, B)
+
+
+def test_accumulate_false_forgets_what_was_there():
+    _close(run(_accumulating([False, False]), A, B), A[128:], B[128:])
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_adding_to_unwritten_psum_is_caught(generation):
+    rejects("nc_matmul.accumulate_first", _accumulating([True]), A, B, generation=generation)
+
+
+def _on_top_of(prepare, flag):
+    def kernel(a, b):
+        dst = psum((128, 512))
+        prepare(dst, b)
+        nisa.nc_matmul(dst, load(a[0:128]), load(b[0:128]), accumulate=flag)  # bad
+        return store(dst)
+
+    return kernel
+
+
+def _copy(dst, b):
+    nisa.tensor_copy(dst, load(b[128:256]))
+
+
+@pytest.mark.parametrize("prepare", [_copy, lambda dst, b: nisa.memset(dst, 0)])
+def test_adding_to_what_another_engine_wrote_needs_gen4(prepare):
+    for generation in ("gen2", "gen3"):
+        kernel = _on_top_of(prepare, True)
+        rejects("nc_matmul.accumulate_foreign", kernel, A, B, generation=generation)
+    got = run(_on_top_of(prepare, True), A, B, generation="gen4")
+    start = B[128:] if prepare is _copy else 0
+    np.testing.assert_allclose(got, A[:128].T @ B[:128] + start, atol=1e-3)
+
+
+def test_rescaling_an_accumulator_in_place_and_adding_on_is_caught():
+    def kernel(a, b):
+        dst = psum((128, 512))
+        nisa.nc_matmul(dst, load(a[0:128]), load(b[0:128]))
+        nisa.tensor_scalar(dst, dst, nl.multiply, 0.5)
+        nisa.nc_matmul(dst, load(a[128:256]), load(b[128:256]))  # bad
+
+    rejects("nc_matmul.accumulate_foreign", kernel, A, B)
+
+
+def test_inferred_accumulation_on_zeroed_psum_is_a_plain_sum():
+    got = run(_on_top_of(lambda dst, b: nisa.memset(dst, 0), None), A, B)
+    _close(got, A[:128], B[:128])
+
+
+def test_parts_of_one_psum_tile_accumulate_on_their_own():
+    def kernel(a, b):
+        dst = psum((128, 512))
+        for part in (0, 1):
+            columns = slice(256 * part, 256 * part + 256)
+            for i in (0, 1):
+                rows = slice(128 * i, 128 * i + 128)
+                nisa.nc_matmul(dst[:, columns], load(a[rows]), load(b[rows, columns]))
+        return store(dst)
+
+    _close(run(kernel, A, B), A, B)
+
+
+def _matmul(k, m, n, dtype=None, dst_dtype=None, dst_shape=None, **options):
+    def kernel():
+        a, b = nl.ones((k, m), dtype or nl.bfloat16), nl.ones((k, n), dtype or nl.bfloat16)
+        dst = psum(dst_shape or (m, n), dst_dtype)
+        nisa.nc_matmul(dst, a, b, **options)  # bad
+        return store(dst)
+
+    return kernel
+
+
+def test_tile_limits():
+    assert (run(_matmul(64, 128, 512)) == 64).all()
+    rejects("nc_matmul.shape", _matmul(128, 129, 128, dst_shape=(128, 129)))
+    rejects("nc_matmul.shape", _matmul(128, 128, 256, dst_shape=(128, 128)))
+    for generation in ("gen2", "gen3"):
+        rejects("nc_matmul.moving_free", _matmul(128, 128, 513), generation=generation)
+    assert (run(_matmul(128, 128, 1024), generation="gen4") == 128).all()
+
+
+def test_a_result_across_two_psum_banks_needs_gen4():
+    def kernel():
+        dst = psum((128, 1024))
+        a, b = nl.ones((128, 128), nl.bfloat16), nl.ones((128, 512), nl.bfloat16)
+        nisa.nc_matmul(dst[:, 256:768], a, b)  # bad
+        return store(dst[:, 256:768])
+
+    for generation in ("gen2", "gen3"):
+        rejects("nc_matmul.bank", kernel, generation=generation)
+    assert (run(kernel, generation="gen4") == 128).all()
+
+
+def test_dtype_rules():
+    rejects("nc_matmul.input_dtype", _matmul(128, 128, 128, dtype=nl.int32))
+    rejects("nc_matmul.input_dtype", _matmul(128, 128, 128, dtype=nl.float8_e4m3fn))
+    assert (run(_matmul(128, 128, 128, dtype=nl.float8_e4m3fn), generation="gen4") == 128).all()
+    for generation in ("gen2", "gen3"):
+        kernel = _matmul(128, 128, 128, dst_dtype=nl.bfloat16)
+        rejects("nc_matmul.dst_dtype", kernel, generation=generation)
+    assert (run(_matmul(128, 128, 128, dst_dtype=nl.bfloat16), generation="gen4") == 128).all()
+
+    def mixed(a, b):
+        nisa.nc_matmul(psum((128, 512)), load(a), load(b))  # bad
+
+    rejects("nc_matmul.input_dtype", mixed, A[:128].astype(ml_dtypes.bfloat16), B[:128])
+
+
+def test_memory_rules():
+    def to_sbuf(a, b):
+        nisa.nc_matmul(sbuf((128, 512)), load(a), load(b))  # bad
+
+    def from_psum(a, b):
+        moving = psum((128, 512))
+        nisa.tensor_copy(moving, load(b))
+        nisa.nc_matmul(psum((128, 512)), load(a), moving)  # bad
+
+    rejects("nc_matmul.memory", to_sbuf, A[:128], B[:128])
+    rejects("operand.tile", from_psum, A[:128], B[:128])
+
+
+def test_row_tiling_and_double_rows():
+    assert (run(_matmul(32, 128, 64, tile_position=(32, 0), tile_size=(32, 128))) == 32).all()
+    kernel = _matmul(32, 128, 64, tile_position=(32, 0), tile_size=(32, 128))
+    rejects("nc_matmul.tile", kernel, generation="gen2")
+    kernel = _matmul(64, 128, 64, tile_position=(16, 0), tile_size=(64, 128))
+    rejects("nc_matmul.tile", kernel)
+
+    def double(generation_bad=False):
+        a, b = nl.ones((128, 2, 64), nl.float8_e5m2), nl.ones((128, 2, 256), nl.float8_e5m2)
+        dst = psum((64, 256))
+        nisa.nc_matmul(dst, a, b, perf_mode=nisa.matmul_perf_mode.double_row)  # bad
+        return store(dst)
+
+    assert (run(double) == 256).all()
+    rejects("nc_matmul.double_row", double, generation="gen2")
+
+
+def _transposing(dst_buffer, **options):
+    def kernel(x):
+        tile = load(x)
+        dst = nl.ndarray((x.shape[1], x.shape[0]), dtype=x.dtype, buffer=dst_buffer)
+        nisa.nc_transpose(dst, tile, **options)  # bad
+        return store(dst)
+
+    return kernel
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_transposes(generation, dtype):
+    x = normal(128, 96, dtype=dtype)
+    assert (run(_transposing(nl.psum), x, generation=generation) == x.T).all()
+    small = x[:32, :16]
+    got = run(_transposing(nl.sbuf, engine=nisa.engine.vector), small, generation=generation)
+    assert (got == small.T).all()
+
+
+def test_a_transpose_spreads_nan_on_gen2_only():
+    x = normal(128, 64)
+    x[3, 5] = np.nan
+    exact = run(_transposing(nl.psum), x, generation="gen3")
+    assert np.isnan(exact).sum() == 1
+    spread = run(_transposing(nl.psum), x, generation="gen2")
+    assert np.isnan(spread[5]).all()
+    assert np.isnan(spread).sum() == 128
+
+
+def test_transpose_limits():
+    rejects("nc_transpose.operands", _transposing(nl.sbuf), normal(128, 64))
+    rejects(
+        "nc_transpose.operands", _transposing(nl.sbuf, engine=nisa.engine.vector), normal(64, 32)
+    )
+
+    def other_dtype(x):
+        nisa.nc_transpose(psum((64, 128)), load(x))  # bad
+
+    rejects("nc_transpose.operands", other_dtype, normal(128, 64, dtype=ml_dtypes.bfloat16))
