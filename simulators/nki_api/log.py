@@ -111,21 +111,6 @@ class Log:
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
 
-    @property
-    def names(self) -> list[str]:
-        """Table of opcodes, engines and details."""
-        return self._names
-
-    @property
-    def views(self) -> list[View]:
-        """Table of access patterns."""
-        return self._views
-
-    @property
-    def lines(self) -> list[tuple[str, int]]:
-        """Table of source lines (file, line)."""
-        return self._lines
-
     def counts(self) -> Counter[str]:
         """How often each opcode occurs."""
         return Counter(self.names[i] for i in self.rows[::WIDTH])

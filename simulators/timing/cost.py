@@ -23,14 +23,45 @@ Parts = tuple[tuple[str, float], ...]  # (name of a constant, ns)
 # ScalarE work that needs no function table and has the copy's shorter latency.
 COPIES = frozenset(("copy", "identity", "cast", "tensor_copy", "tensor_scalar", "memset"))
 # Functions that are in every table; the rest are grouped by what is computed together (a guess).
-TABLE_OF = {"exp": 1, "square": 0, "relu": 0, "abs": 0, "sign": 0, "log": 2, "ln": 2, "sqrt": 3,
-            "rsqrt": 3, "reciprocal": 4}
-_ONE_PASS = frozenset((
-    "tensor_copy", "memset", "tensor_scalar", "tensor_reduce", "tensor_scalar_reduce",
-    "tensor_scalar_cumulative", "select_reduce", "range_select", "bn_stats", "max8", "dropout",
-    "nc_stream_shuffle", "nc_find_index8", "nc_match_replace8", "nc_transpose", "rng", "rand2",
-    "quantize_mx", "iota", "affine_select", "set_rng_seed", "rand_set_state", "rand_get_state",
-))
+TABLE_OF = {
+    "exp": 1,
+    "square": 0,
+    "relu": 0,
+    "abs": 0,
+    "sign": 0,
+    "log": 2,
+    "ln": 2,
+    "sqrt": 3,
+    "rsqrt": 3,
+    "reciprocal": 4,
+}
+_ONE_PASS = frozenset(
+    (
+        "tensor_copy",
+        "memset",
+        "tensor_scalar",
+        "tensor_reduce",
+        "tensor_scalar_reduce",
+        "tensor_scalar_cumulative",
+        "select_reduce",
+        "range_select",
+        "bn_stats",
+        "max8",
+        "dropout",
+        "nc_stream_shuffle",
+        "nc_find_index8",
+        "nc_match_replace8",
+        "nc_transpose",
+        "rng",
+        "rand2",
+        "quantize_mx",
+        "iota",
+        "affine_select",
+        "set_rng_seed",
+        "rand_set_state",
+        "rand_get_state",
+    )
+)
 _TWO_INPUTS = frozenset(("tensor_tensor", "scalar_tensor_tensor", "tensor_copy_predicated"))
 _FAST_COPIES = frozenset(("tensor_copy", "tensor_scalar", "memset"))
 
@@ -81,8 +112,14 @@ def instruction_cost(
     raise ValueError(f"no cost rule for {opcode} on engine {engine!r}")
 
 
-def _tensor(opcode: str, bits: int, elements: int, dst: Access | None,
-            sources: tuple[Access, ...], c: Values) -> Cost:
+def _tensor(
+    opcode: str,
+    bits: int,
+    elements: int,
+    dst: Access | None,
+    sources: tuple[Access, ...],
+    c: Values,
+) -> Cost:
     if opcode not in ("nc_matmul", "nc_transpose", "nc_matmul_mx"):
         raise ValueError(f"no cost rule for {opcode} on TensorE")
     transpose = opcode == "nc_transpose" or bool(bits & flags.TRANSPOSE)
@@ -106,8 +143,15 @@ def _tensor(opcode: str, bits: int, elements: int, dst: Access | None,
     return Cost(held, (*held, ("matmul_latency", c.matmul_latency)), weights=weights)
 
 
-def _vector(generation: str, opcode: str, bits: int, elements: int, dst: Access | None,
-            sources: tuple[Access, ...], c: Values) -> Cost:
+def _vector(
+    generation: str,
+    opcode: str,
+    bits: int,
+    elements: int,
+    dst: Access | None,
+    sources: tuple[Access, ...],
+    c: Values,
+) -> Cost:
     passes = _vector_passes(generation, opcode, dst, sources)
     cycles = max(c.vector_min_elements, passes * elements)
     if opcode == "bn_aggr":
@@ -132,8 +176,9 @@ def _has_pointer(opcode: str, sources: tuple[Access, ...], bits: int) -> bool:
     )
 
 
-def _vector_passes(generation: str, opcode: str, dst: Access | None,
-                   sources: tuple[Access, ...]) -> float:
+def _vector_passes(
+    generation: str, opcode: str, dst: Access | None, sources: tuple[Access, ...]
+) -> float:
     """Cycles per element of VectorE: the data sheet's one or two, and the 16-bit fast modes."""
     if opcode == "tensor_tensor_scan":
         return 2.0
@@ -168,13 +213,22 @@ def _vector_passes(generation: str, opcode: str, dst: Access | None,
     return 1.0
 
 
-def _scalar(generation: str, opcode: str, detail: str, bits: int, elements: int,
-            dst: Access | None, sources: tuple[Access, ...], c: Values) -> Cost:
+def _scalar(
+    generation: str,
+    opcode: str,
+    detail: str,
+    bits: int,
+    elements: int,
+    dst: Access | None,
+    sources: tuple[Access, ...],
+    c: Values,
+) -> Cost:
     if opcode not in ("activation", "activation_reduce", "activate2", *COPIES):
         raise ValueError(f"no cost rule for {opcode} on ScalarE")
     copy = opcode in COPIES or detail in COPIES
-    issue, latency = ("scalar_copy_issue", "scalar_copy_latency") if copy else (
-        "scalar_issue", "scalar_latency")
+    issue, latency = (
+        ("scalar_copy_issue", "scalar_copy_latency") if copy else ("scalar_issue", "scalar_latency")
+    )
     passes = 1.0
     tensors = [a for a in (dst, *sources) if a is not None and a.elements > 1]
     if generation == "gen4" and opcode in COPIES and all(a.itemsize <= 2 for a in tensors):
@@ -199,8 +253,10 @@ def table_of(function: str) -> int:
 def _gpsimd(opcode: str, elements: int, c: Values) -> Cost:
     passes = {"tensor_tensor": 2.0, "tensor_partition_reduce": 2.0, "topk": 4.0}.get(opcode, 1.0)
     parts = (
-        ("gpsimd_cycles_per_element",
-         passes * elements * c.gpsimd_cycles_per_element / c.gpsimd_clock),
+        (
+            "gpsimd_cycles_per_element",
+            passes * elements * c.gpsimd_cycles_per_element / c.gpsimd_clock,
+        ),
         ("gpsimd_base", c.gpsimd_base / c.gpsimd_clock),
     )
     return Cost(parts, parts)

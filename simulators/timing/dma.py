@@ -105,8 +105,11 @@ def transfer(
         parts.append(("dma_engine_rate", per_engine / (rate * slow)))
         cap = (("dma_core_rate", size / (core_rate * slow)),)
     software = generation == "gen2" or detail in ("swdge", "none")
-    issue, start = ("dma_software_issue", "dma_software_start") if software else (
-        "dma_hardware_issue", "dma_hardware_start")
+    issue, start = (
+        ("dma_software_issue", "dma_software_start")
+        if software
+        else ("dma_hardware_issue", "dma_hardware_start")
+    )
     skipped = bool(bits & flags.SKIPPED)
     return Transfer(
         issue=((issue, getattr(c, issue)),),

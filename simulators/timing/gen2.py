@@ -31,7 +31,9 @@ CONSTANTS = Constants(
     ),
     vector_clock=same(1.12, "GHz", "documented", "ARCH, engine table"),
     vector_issue=Constant(8.0, 33.0, 36.0, "ns", "derived", "fit: KILN N=64 and N=512 rows"),
-    vector_latency=Constant(89.0, 152.0, 358.0, "ns", "guess", "gen3's; ARCH ~100 cycles; PERF 358"),
+    vector_latency=Constant(
+        89.0, 152.0, 358.0, "ns", "guess", "gen3's; ARCH ~100 cycles; PERF 358"
+    ),
     vector_pointer=Constant(0.0, 0.0, 64.0, "ns", "guess", "KILN tensor_scalar shows none"),
     vector_min_elements=same(64.0, "elements", "documented", "ARCH, minimum interval"),
     scalar_clock=same(1.4, "GHz", "documented", "ARCH, engine table"),
@@ -60,5 +62,7 @@ CONSTANTS = Constants(
     dma_compute_share=same(0.5, "share of rate", "documented", "ARCH gen4, DMA accumulate before"),
     kernel_start=Constant(5500.0, 6500.0, 8000.0, "ns", "guess", "gen3's"),
     kernel_end=Constant(1800.0, 2100.0, 2500.0, "ns", "guess", "gen3's"),
-    loop_iteration=Constant(1000.0, 1400.0, 2000.0, "ns", "measured", "KILN: 64 iterations of one op"),
+    loop_iteration=Constant(
+        1000.0, 1400.0, 2000.0, "ns", "measured", "KILN: 64 iterations of one op"
+    ),
 )

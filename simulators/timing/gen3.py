@@ -54,7 +54,9 @@ CONSTANTS = Constants(
     stride_factor=Constant(1.0, 2.0, 2.0, "times", "documented", "ARCH gen2, stride over 16 B"),
     # DMA: 16 engines, each packets * packet + bytes / rate; then one cap for the core.
     dma_engine_rate=same(27.2, "B/ns", "documented", "DMA, engine rate"),
-    dma_packet=Constant(20.0, 26.0, 30.0, "ns", "derived", "fit: 1416 ns for 32 KiB; 1, 4 KiB rows"),
+    dma_packet=Constant(
+        20.0, 26.0, 30.0, "ns", "derived", "fit: 1416 ns for 32 KiB; 1, 4 KiB rows"
+    ),
     dma_packet_bytes=same(4096.0, "B", "documented", "compute-comm-overlap.rst, packet size"),
     dma_core_rate=Constant(435.0, 371.0, 332.0, "B/ns", "measured", "DMABW; PROF 332 while active"),
     dma_software_issue=Constant(570.0, 581.0, 620.0, "ns", "measured", "PROF: GpSimd triggers"),

@@ -1,0 +1,251 @@
+"""The machine: replays a program on in-order engines, DMA queues and shared resources.
+
+Does: give every record a start, the moment its engine is free again, and the moment its result is
+out, with the reason for its start. Deterministic: equal programs give equal times. Does not: look
+at data; a time never changes a result.
+
+Resources: engines and DMA queues; on gen2 one PSUM port for VectorE and ScalarE and one SBUF port
+for VectorE and GpSimdE; on gen3 and gen4 PSUM banks shared by VectorE and ScalarE are left alone
+(no penalty is published); four groups of four DMA engines and the core's bandwidth cap; the software
+descriptor generator; TensorE's clock, halved while it is cold (gen3, gen4).
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, field
+
+from .cost import Cost
+from .dma import NUM_GROUPS, Transfer
+from .program import Program
+
+
+@dataclass
+class Timeline:
+    """When everything happened, in ns from the kernel's start. Lists are indexed by record.
+
+    start: the engine takes the instruction. free: the engine or queue may take the next one.
+    end: the result may be used (a DMA: data landed). wait_kind and wait_on: what `start` waited
+    for; kinds are start, engine, data, war, waw, bank, space, window, loop, port, generator.
+    transfer: (first byte, last byte) of DMAs.
+    """
+
+    program: Program
+    start: list[float]
+    free: list[float]
+    end: list[float]
+    wait_kind: list[str]
+    wait_on: list[int]
+    ready: list[float]
+    transfer: dict[int, tuple[float, float]]
+    cold: set[int]
+    total_ns: float = 0.0
+    resource_busy: dict[str, float] = field(default_factory=dict)
+
+
+class _Warmth:
+    """TensorE's clock: cold until a window was busy enough, cold again after one that was not."""
+
+    def __init__(self, program: Program) -> None:
+        self.share = program.values.tensor_cold
+        self.window = program.values.tensor_window
+        self.enough = program.values.tensor_window_share
+        self.warm = self.share == 1.0
+        self.index = 0
+        self.busy = 0.0
+
+    def factor(self, now: float) -> float:
+        """How much longer a matmul takes that starts at `now`."""
+        if self.share == 1.0:
+            return 1.0
+        while now >= (self.index + 1) * self.window:
+            self.warm = self.busy >= self.enough * self.window
+            carried = max(0.0, self.busy - self.window)
+            self.busy, self.index = carried, self.index + 1
+        return 1.0 if self.warm else 1.0 / self.share
+
+    def note(self, duration: float) -> None:
+        """TensorE was busy for `duration`."""
+        self.busy += duration
+
+
+class _Machine:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.warmth = _Warmth(program)
+        n = len(program)
+        self.line = Timeline(program, [0.0] * n, [0.0] * n, [0.0] * n, ["start"] * n, [-1] * n,
+                             [0.0] * n, {}, set())
+        self.queue_free: dict[str, float] = {}
+        self.queue_last: dict[str, int] = {}
+        self.ports: dict[str, tuple[float, int]] = {}
+        self.groups = [0.0] * NUM_GROUPS
+        self.core = 0.0
+        self.busy: dict[str, float] = {}
+        self.gen2 = program.generation == "gen2"
+
+    def run(self) -> Timeline:
+        """Replay everything in the order in which it becomes ready."""
+        program, line = self.program, self.line
+        followers, missing = self._graph()
+        line.ready = [program.values.kernel_start] * len(program)
+        heap = [(program.values.kernel_start, i) for i, m in enumerate(missing) if m == 0]
+        heapq.heapify(heap)
+        done = 0
+        while heap:
+            ready, record = heapq.heappop(heap)
+            queue = program.queues[record]
+            free = self.queue_free.get(queue, 0.0)
+            if free > ready:
+                self._because(record, free, "engine", self.queue_last[queue])
+                heapq.heappush(heap, (free, record))
+                continue
+            self._commit(record, ready, queue)
+            done += 1
+            for follower, kind in followers[record]:
+                self._because(follower, self._until(record, kind), kind, record)
+                missing[follower] -= 1
+                if missing[follower] == 0:
+                    heapq.heappush(heap, (line.ready[follower], follower))
+        assert done == len(program), f"{len(program) - done} records wait for each other"
+        last = max((max(e, f) for e, f in zip(line.end, line.free, strict=True)), default=0.0)
+        line.total_ns = last + program.values.kernel_end
+        line.resource_busy = dict(sorted(self.busy.items()))
+        return line
+
+    def _graph(self) -> tuple[list[list[tuple[int, str]]], list[int]]:
+        program = self.program
+        followers: list[list[tuple[int, str]]] = [[] for _ in range(len(program))]
+        missing = [0] * len(program)
+
+        def edge(before: int, after: int, kind: str) -> None:
+            followers[before].append((after, kind))
+            missing[after] += 1
+
+        recent: dict[str, list[int]] = {}
+        barrier = -1
+        since: list[int] = []
+        depth = 1 if program.options.order == "program" else program.options.window
+        for record, edges in enumerate(program.edges):
+            for before, kind in edges:
+                edge(before, record, kind)
+            if record in program.barriers:
+                for before in since:
+                    edge(before, record, "loop")
+                barrier, since, recent = record, [], {}
+                continue
+            if barrier >= 0:
+                edge(barrier, record, "loop")
+            since.append(record)
+            mine = recent.setdefault(program.queues[record], [])
+            if len(mine) >= depth:
+                edge(mine[-depth], record, "engine" if depth == 1 else "window")
+            mine.append(record)
+        return followers, missing
+
+    def _because(self, record: int, moment: float, kind: str, on: int) -> None:
+        line = self.line
+        if moment > line.ready[record]:
+            line.ready[record] = moment
+            line.wait_kind[record] = kind
+            line.wait_on[record] = on
+
+    def _until(self, record: int, kind: str) -> float:
+        """When a follower by an edge of this kind may start."""
+        if kind == "engine":
+            return self.line.free[record]
+        if kind == "window":
+            return self.line.start[record]
+        return self.line.end[record] + self.program.values.semaphore
+
+    def _commit(self, record: int, ready: float, queue: str) -> None:
+        line, cost = self.line, self.program.costs[record]
+        if isinstance(cost, Transfer):
+            self._transfer(record, ready, queue, cost)
+        elif queue == "tensor":
+            self._matmul(record, ready, cost)
+        else:
+            self._simple(record, ready, queue, cost)
+        self.queue_free[queue] = line.free[record]
+        self.queue_last[queue] = record
+        self.busy[queue] = self.busy.get(queue, 0.0) + line.free[record] - line.start[record]
+
+    def _simple(self, record: int, ready: float, queue: str, cost: Cost) -> None:
+        line = self.line
+        start = ready
+        for port in self._ports(record, queue):
+            free, user = self.ports.get(port, (0.0, -1))
+            if free > start:
+                start = free
+                line.wait_kind[record], line.wait_on[record] = "port", user
+        if cost.table is not None and cost.table != 0 and queue == "scalar":
+            start = self._load_table(cost.table, start)
+        held = cost.occupancy_ns
+        line.start[record], line.free[record] = start, start + held
+        line.end[record] = start + max(held, cost.latency_ns)
+        for port in self._ports(record, queue):
+            self.ports[port] = (start + held, record)
+
+    def _load_table(self, table: int, start: float) -> float:
+        """ScalarE loads a function table when it changes; the first load starts with the kernel."""
+        loaded = self.ports.get("table")
+        if loaded is not None and loaded[1] == table:
+            return start
+        begin = self.program.values.kernel_start if loaded is None else start
+        self.ports["table"] = (0.0, table)
+        end = begin + self.program.values.table_load
+        self.busy["table load"] = self.busy.get("table load", 0.0) + end - begin
+        return max(start, end)
+
+    def _ports(self, record: int, queue: str) -> tuple[str, ...]:
+        """Shared ports that this record holds while it runs (gen2 only)."""
+        if not self.gen2 or queue not in ("vector", "scalar", "gpsimd"):
+            return ()
+        program = self.program
+        spaces = {program.accesses[v].space for v in program.reads[record] + program.writes[record]}
+        ports = []
+        if queue in ("vector", "scalar") and "psum" in spaces:
+            ports.append("psum port")
+        if queue in ("vector", "gpsimd") and "sbuf" in spaces:
+            ports.append("sbuf port")
+        return tuple(ports)
+
+    def _matmul(self, record: int, ready: float, cost: Cost) -> None:
+        line = self.line
+        last_free = self.queue_free.get("tensor", -1.0)
+        factor = self.warmth.factor(ready)
+        start = ready if ready <= last_free + 1.0 else ready + cost.weights * factor
+        held = cost.occupancy_ns * factor
+        line.start[record], line.free[record] = start, start + held
+        line.end[record] = start + held + cost.latency_ns - cost.occupancy_ns
+        if factor > 1.0:
+            line.cold.add(record)
+        self.warmth.note(held)
+
+    def _transfer(self, record: int, ready: float, queue: str, cost: Transfer) -> None:
+        line = self.line
+        start = ready
+        shared = cost.software and self.program.options.dma_queues == "direction"
+        if shared:
+            free, user = self.ports.get("generator", (0.0, -1))
+            if free > start:
+                start = free
+                line.wait_kind[record], line.wait_on[record] = "generator", user
+            self.ports["generator"] = (start + cost.issue_ns, record)
+        line.start[record], line.free[record] = start, start + cost.issue_ns
+        first = max([start + cost.start_ns, *(self.groups[g] for g in cost.groups)])
+        held = cost.engine_ns * cost.group_share
+        for group in cost.groups:
+            self.groups[group] = max(self.groups[group], start + cost.start_ns) + held
+        self.core = max(self.core, first) + cost.core_ns
+        last = max(first + cost.engine_ns, self.core)
+        line.transfer[record] = (first, last)
+        line.end[record] = last + cost.done_ns
+        self.busy["dma engines"] = self.busy.get("dma engines", 0.0) + held * len(
+            cost.groups) / NUM_GROUPS
+        self.busy["dma core rate"] = self.busy.get("dma core rate", 0.0) + cost.core_ns
+
+
+def replay(program: Program) -> Timeline:
+    """The timeline of a program."""
+    return _Machine(program).run()

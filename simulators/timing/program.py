@@ -1,0 +1,266 @@
+"""A log made ready for timing: queues, costs and dependency edges, all static.
+
+Does: resolve every record once, give it a queue, a cost and its predecessors. Does not: place
+anything in time (machine.py).
+
+Note [Which orders hold]
+    data: a read waits for the writes of the same bytes (or tensor: `granularity`). war/waw: a write
+    waits for earlier accesses, except by the same in-order engine; TensorE adds onto PSUM in order
+    without waiting. bank/space: a new PSUM tensor waits for the last use of the bank that it takes
+    over, a new SBUF tensor for the bytes that it takes over. Placement is our own, first dead first
+    reused: a log does not say how the vendor's compiler would place the tensors.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Literal
+
+from nxd_cp.simulators.nki_api import chips
+from nxd_cp.simulators.nki_api import log as flags
+from nxd_cp.simulators.nki_api.log import NONE, WIDTH, Log
+
+from .access import Access, overlap, resolve
+from .constants import Values
+from .cost import Cost, instruction_cost
+from .dma import Transfer, transfer
+
+Edge = tuple[int, str]  # (predecessor, kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to read a log.
+
+    granularity: "byte" or "tensor" dependencies. order: "program" keeps each engine's instructions
+    in program order; "list" lets an engine take any ready instruction among its next `window`.
+    dma_queues: "direction" is one queue for loads and one for stores; "line" is one per source line,
+    as the compilers before dynamic DMA generation did, with no shared generator.
+    """
+
+    granularity: Literal["byte", "tensor"] = "byte"
+    order: Literal["program", "list"] = "program"
+    window: int = 64
+    dma_queues: Literal["direction", "line"] = "direction"
+
+
+class Program:
+    """A log, resolved for one generation and one set of values. Lists are indexed by record."""
+
+    def __init__(self, log: Log, generation: str, values: Values, options: Options) -> None:
+        self.log = log
+        self.generation = generation
+        self.values = values
+        self.options = options
+        self.accesses = [resolve(view, log.buffers[view.buffer]) for view in log.views]
+        self.queues: list[str] = []
+        self.costs: list[Cost | Transfer] = []
+        self.barriers: set[int] = set()
+        self.reads: list[tuple[int, ...]] = []
+        self.writes: list[tuple[int, ...]] = []
+        self.lines: list[int] = []
+        self.opcodes: list[str] = []
+        self._cost_cache: dict[tuple[object, ...], Cost | Transfer] = {}
+        self._resolve()
+        self.edges: list[list[Edge]] = _Edges(self).edges
+
+    def __len__(self) -> int:
+        return len(self.queues)
+
+    def _resolve(self) -> None:
+        rows, names = self.log.rows, self.log.names
+        for at in range(0, len(rows), WIDTH):
+            opcode, engine, line, elements, bits, detail = rows[at : at + 6]
+            views = [v for v in rows[at + 6 : at + WIDTH] if v != NONE]
+            dst = rows[at + 6]
+            sources = views if dst == NONE else views[1:]
+            writes = [] if dst == NONE else [dst]
+            reads = sources
+            if bits & flags.READ_ACCUMULATOR and sources:
+                writes, reads = [*writes, sources[-1]], sources[:-1]
+            if bits & flags.ACCUMULATE and dst != NONE:
+                reads = [*reads, dst]
+            self.reads.append(tuple(reads))
+            self.writes.append(tuple(writes))
+            self.lines.append(line)
+            self.opcodes.append(names[opcode])
+            self._add(names[opcode], names[engine], names[detail], bits, elements, dst, sources,
+                      line)
+
+    def _add(self, opcode: str, engine: str, detail: str, bits: int, elements: int, dst: int,
+             sources: list[int], line: int) -> None:
+        record = len(self.queues)
+        target = None if dst == NONE else self.accesses[dst]
+        given = tuple(self.accesses[s] for s in sources)
+        if engine == "all":
+            self.barriers.add(record)
+            self.queues.append("all")
+            self.costs.append(Cost((("loop_iteration", self.values.loop_iteration),),
+                                   (("loop_iteration", self.values.loop_iteration),)))
+            return
+        key = (opcode, engine, detail, bits, elements, _kind(target), *map(_kind, given))
+        cost = self._cost_cache.get(key)
+        if cost is None:
+            if engine == "dma":
+                assert target is not None, f"{opcode} without a destination"
+                cost = transfer(self.generation, opcode, detail, bits, target, given, self.values)
+            else:
+                cost = instruction_cost(self.generation, opcode, engine, detail, bits, elements,
+                                        target, given, self.values)
+            self._cost_cache[key] = cost
+        self.costs.append(cost)
+        self.queues.append(engine if engine != "dma" else self._dma_queue(target, line, detail))
+
+    def _dma_queue(self, target: Access | None, line: int, detail: str) -> str:
+        if self.options.dma_queues == "line":
+            return f"dma line {self.log.lines[line][1]}"
+        if ":" in detail:
+            return f"dma {detail.split(':')[1]}"
+        store = target is not None and target.space == "hbm"
+        return "dma store" if store else "dma load"
+
+
+def _kind(access: Access | None) -> object:
+    """What of an access can change a cost: not where it lies, but its shape and side."""
+    if access is None:
+        return None
+    return (access.space, access.partitions, access.first_partition, access.elements,
+            access.itemsize, access.run_bytes, access.inner_stride_bytes)
+
+
+class _Edges:
+    """Dependency edges of a program, by one walk in program order."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.edges: list[list[Edge]] = []
+        self.readers: dict[int, dict[str, int]] = {}
+        self.writers: dict[int, dict[str, int]] = {}
+        self.last_use: dict[int, dict[str, int]] = defaultdict(dict)
+        self.overlaps = self._overlaps()
+        self.before = _placement(program)
+        for record in range(len(program)):
+            self.edges.append(self._visit(record))
+
+    def _overlaps(self) -> list[list[int]]:
+        """Per view, the views whose bytes it shares, itself included."""
+        program = self.program
+        written: dict[int, set[int]] = defaultdict(set)
+        used: dict[int, set[int]] = defaultdict(set)
+        for reads, writes in zip(program.reads, program.writes, strict=True):
+            for view in writes:
+                written[program.accesses[view].buffer].add(view)
+                used[program.accesses[view].buffer].add(view)
+            for view in reads:
+                used[program.accesses[view].buffer].add(view)
+        result: list[list[int]] = [[] for _ in program.accesses]
+        whole = program.options.granularity == "tensor"
+        for buffer, views in used.items():
+            if not written[buffer]:
+                continue  # only read: nothing waits
+            write_only = written[buffer] == views and program.log.buffers[buffer].space == "hbm"
+            ordered = sorted(views)
+            for view in ordered:
+                if write_only and not whole:
+                    result[view] = [view]
+                    continue
+                mine = program.accesses[view]
+                result[view] = [
+                    other for other in ordered
+                    if (other in written[buffer] or view in written[buffer])
+                    and (whole or other == view or overlap(mine, program.accesses[other]))
+                ]
+        return result
+
+    def _visit(self, record: int) -> list[Edge]:
+        program, queue = self.program, self.program.queues[record]
+        found: dict[int, str] = {}
+        for view in program.writes[record]:
+            for previous in self.before.get((record, view), ()):
+                kind = "bank" if program.accesses[view].space == "psum" else "space"
+                for user, last in self.last_use[previous].items():
+                    if user != queue:
+                        found[last] = kind
+            for other in self.overlaps[view]:
+                for user, last in self.readers.get(other, {}).items():
+                    if user != queue and last != record:
+                        found[last] = "war"
+                for user, last in self.writers.get(other, {}).items():
+                    if user != queue or queue.startswith("dma"):
+                        found[last] = "waw"
+        for view in program.reads[record]:
+            for other in self.overlaps[view]:
+                for user, last in self.writers.get(other, {}).items():
+                    if not (user == queue == "tensor"):
+                        found[last] = "data"
+        self._note(record, queue)
+        return [(last, kind) for last, kind in sorted(found.items()) if last != record]
+
+    def _note(self, record: int, queue: str) -> None:
+        program = self.program
+        for view in program.reads[record]:
+            self.readers.setdefault(view, {})[queue] = record
+            self.last_use[program.accesses[view].buffer][queue] = record
+        for view in program.writes[record]:
+            if view not in program.reads[record]:
+                self.readers[view] = {}
+                self.writers[view] = {queue: record}
+            else:
+                self.writers.setdefault(view, {})[queue] = record
+            self.last_use[program.accesses[view].buffer][queue] = record
+
+
+def _placement(program: Program) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(record, view) of the first write of an on-chip tensor -> the tensors whose room it takes."""
+    first: dict[int, tuple[int, int]] = {}
+    last: dict[int, int] = {}
+    for record, (reads, writes) in enumerate(zip(program.reads, program.writes, strict=True)):
+        for view in (*writes, *reads):
+            buffer = program.accesses[view].buffer
+            first.setdefault(buffer, (record, view))
+            last[buffer] = record
+    order = sorted(first, key=lambda buffer: first[buffer][0])
+    result: dict[tuple[int, int], tuple[int, ...]] = {}
+    chip = chips.chip_for(program.generation)
+    for space in ("psum", "sbuf"):
+        mine = [b for b in order if program.log.buffers[b].space == space]
+        sizes = {b: program.log.buffers[b].row_bytes for b in mine}
+        if space == "psum":
+            size = chips.PSUM_BANK_BYTES
+            units = {b: -(-n // size) for b, n in sizes.items()}
+            taken = _reuse(mine, units, chips.PSUM_BANKS, first, last)
+        else:
+            taken = _reuse(mine, sizes, chip.sbuf_usable_bytes, first, last)
+        result.update({first[b]: previous for b, previous in taken.items() if previous})
+    return result
+
+
+def _reuse(buffers: list[int], sizes: dict[int, int], capacity: int,
+           first: dict[int, tuple[int, int]], last: dict[int, int]) -> dict[int, tuple[int, ...]]:
+    """Room taken over by each buffer, oldest dead room first.
+
+    When more is alive than fits, the rest shares without waiting: the log was legal elsewhere.
+    """
+    free: deque[list[int]] = deque([[capacity, NONE]])
+    alive: list[tuple[int, int]] = []
+    taken: dict[int, tuple[int, ...]] = {}
+    for buffer in buffers:
+        now = first[buffer][0]
+        dead = sorted(item for item in alive if item[0] < now)
+        alive = [item for item in alive if item[0] >= now]
+        free.extend([sizes[b], b] for _, b in dead)
+        need, previous = sizes[buffer], []
+        while need > 0 and free:
+            room = free[0]
+            used = min(need, room[0])
+            need -= used
+            room[0] -= used
+            if room[1] != NONE:
+                previous.append(room[1])
+            if room[0] == 0:
+                free.popleft()
+        taken[buffer] = tuple(previous)
+        alive.append((last[buffer], buffer))
+        sizes[buffer] -= need  # what it shares is not given back twice
+    return taken

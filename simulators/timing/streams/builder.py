@@ -1,0 +1,127 @@
+"""Writes an instruction log by hand: shapes only, no data, a few lines per kernel.
+
+Does: allocate tiles, slice them and append instructions to a Log, so that a kernel known from its
+published description can be timed. Does not: check any rule of the language (nki_api does).
+
+Letters: P partitions, F free elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from nxd_cp.simulators.nki_api.log import (
+    ACCUMULATE,
+    READ_ACCUMULATOR,
+    TRANSPOSE,
+    BufferInfo,
+    Log,
+)
+from nxd_cp.simulators.timing.access import itemsize
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A view with the fields that a Log reads; `tile[a:b, c:d]` slices it."""
+
+    storage: Any
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    space: str
+
+    def __getitem__(self, index: Any) -> Tile:
+        index = index if isinstance(index, tuple) else (index,)
+        index += (slice(None),) * (len(self.shape) - len(index))
+        offset, shape = self.offset, []
+        for item, count, stride in zip(index, self.shape, self.strides, strict=True):
+            if isinstance(item, int):
+                item = slice(item, item + 1)
+            start, stop, _ = item.indices(count)
+            offset += start * stride
+            shape.append(stop - start)
+        return Tile(self.storage, offset, tuple(shape), self.strides, self.dtype, self.space)
+
+    @property
+    def free(self) -> int:
+        """Elements per partition."""
+        count = 1
+        for size in self.shape[1:]:
+            count *= size
+        return count
+
+
+class Stream:
+    """A Log under construction. Every method appends one instruction."""
+
+    def __init__(self) -> None:
+        self.log = Log()
+
+    def _tile(self, space: str, shape: tuple[int, ...], dtype: str) -> Tile:
+        strides, step = [], 1
+        for count in reversed(shape):
+            strides.append(step)
+            step *= count
+        item = itemsize(dtype)
+        row = step // shape[0] * item if space != "hbm" else step * item
+        partitions = shape[0] if space != "hbm" else 1
+        number = len(self.log.buffers)
+        self.log.buffers.append(BufferInfo(space, "", dtype, partitions, row, 0, 0))
+        return Tile(SimpleNamespace(number=number), 0, shape, tuple(reversed(strides)), dtype, space)
+
+    def hbm(self, *shape: int, dtype: str = "bfloat16") -> Tile:
+        """A tensor in HBM."""
+        return self._tile("hbm", shape, dtype)
+
+    def sbuf(self, *shape: int, dtype: str = "bfloat16") -> Tile:
+        """A tile in SBUF, partitions first."""
+        return self._tile("sbuf", shape, dtype)
+
+    def psum(self, *shape: int, dtype: str = "float32") -> Tile:
+        """A tile in PSUM, partitions first."""
+        return self._tile("psum", shape, dtype)
+
+    def dma(self, dst: Tile, src: Tile, mode: str = "unknown") -> None:
+        """One DMA."""
+        self.log.add("dma_copy", "dma", dst, (src,), dst.free, detail=mode)
+
+    def load(self, src: Tile, dtype: str | None = None) -> Tile:
+        """A fresh SBUF tile with the contents of `src`."""
+        tile = self.sbuf(*src.shape, dtype=dtype or src.dtype)
+        self.log.add("dma_copy", "dma", tile, (src,), tile.free, detail="unknown")
+        return tile
+
+    def dma_transpose(self, dst: Tile, src: Tile) -> None:
+        """One DMA in transpose mode."""
+        self.log.add("dma_transpose", "dma", dst, (src,), dst.free, TRANSPOSE, detail="unknown")
+
+    def matmul(self, dst: Tile, stationary: Tile, moving: Tile, *, add: bool = False) -> None:
+        """dst (+)= stationary.T @ moving."""
+        self.log.add("nc_matmul", "tensor", dst, (stationary, moving), moving.free,
+                     ACCUMULATE if add else 0)
+
+    def transpose(self, dst: Tile, data: Tile) -> None:
+        """A transpose on TensorE; its moving operand is as wide as data has partitions."""
+        self.log.add("nc_transpose", "tensor", dst, (data,), data.shape[0])
+
+    def vector(self, opcode: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
+        """An instruction on VectorE; with `read` the last source takes the reduce result."""
+        size = max([dst.free, *(s.free for s in sources)])
+        self.log.add(opcode, "vector", dst, sources, size, READ_ACCUMULATOR if read else 0)
+
+    def scalar(self, function: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
+        """An activation on ScalarE; with `read` the last source takes the row sums."""
+        size = max([dst.free, *(s.free for s in sources)])
+        self.log.add("activation", "scalar", dst, sources, size, READ_ACCUMULATOR if read else 0,
+                     detail=function)
+
+    def gpsimd(self, opcode: str, dst: Tile, *sources: Tile) -> None:
+        """An instruction on GpSimdE."""
+        self.log.add(opcode, "gpsimd", dst, sources, dst.free)
+
+    def loop_iteration(self) -> None:
+        """The start of one iteration of a device loop: all engines meet."""
+        self.log.add("loop_iteration", "all", None, (), 0)
