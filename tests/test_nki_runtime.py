@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from nki_sim import load, nisa, nl, normal, run, sbuf, store
+from nki_sim import load, nisa, nl, normal, psum, run, sbuf, store
 
 from nxd_cp.simulators.nki_api import (
     RULES,
@@ -21,6 +21,7 @@ from nxd_cp.simulators.nki_api import (
     record,
     simulate,
 )
+from nxd_cp.simulators.nki_api import log as flags
 
 X = normal(128, 8)
 
@@ -167,6 +168,39 @@ def test_the_log_has_one_record_per_instruction_with_line_and_views():
     assert log.counts()["dma_copy"] == 4
     run(double, X)
     assert len(log) == 6
+
+
+def test_the_log_carries_what_a_cost_depends_on():
+    def kernel(x):
+        tile, total, product = load(x), sbuf((128, 1)), psum((8, 8))
+        nisa.activation(
+            tile,
+            nl.exp,
+            tile,
+            reduce_op=nl.add,
+            reduce_res=total,
+            reduce_cmd=nisa.reduce_cmd.reset_reduce,
+        )
+        for i in range(2):
+            nisa.nc_matmul(
+                product,
+                tile[0:64],
+                tile[0:64],
+                accumulate=i > 0,
+                is_moving_onezero=True,
+                tile_position=(0, 0),
+                tile_size=(64, 128),
+            )
+        nisa.dma_copy(sbuf((128, 8)), x, dge_mode=nisa.dge_mode.hwdge, engine=nisa.engine.sync)
+
+    with record() as log:
+        run(kernel, X)
+    assert log[1].detail == "exp"
+    assert log[1].flags == flags.READ_ACCUMULATOR
+    assert log[1].sources[-1].shape == (128, 1)
+    assert log[2].flags == flags.ONEZERO | 64 << 8
+    assert log[3].flags == flags.ONEZERO | flags.ACCUMULATE | 64 << 8
+    assert log[4].detail == "hwdge:sync"
 
 
 def test_parameters_are_frozen_and_local():

@@ -70,7 +70,9 @@ def dma_copy(
     else:
         dtypes.store_f32(out, dtypes.to_f32(values, src.dtype), dst.dtype)
     if run.log is not None:
-        run.log.add("dma_copy", "dma", dst, (src,), dst.size)
+        trigger = "" if engine is engines.unknown else f":{engine.name}"
+        detail = f"{dge_mode.name}{trigger}"
+        run.log.add("dma_copy", "dma", dst, (src,), dst.size, detail=detail)
 
 
 def _check_mode(

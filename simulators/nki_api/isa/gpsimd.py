@@ -119,4 +119,11 @@ def affine_select(
         wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
         dtypes.store_f32(out, np.where(keep, wide, np.float32(on_false_value)), dst.dtype)
     if run.log is not None:
-        run.log.add("affine_select", "gpsimd", dst, (on_true_tile,), dst.size // dst.shape[0])
+        run.log.add(
+            "affine_select",
+            "gpsimd",
+            dst,
+            (on_true_tile,),
+            dst.size // dst.shape[0],
+            detail=cmp_op.name,
+        )

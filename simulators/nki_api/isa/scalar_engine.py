@@ -24,6 +24,7 @@ from nxd_cp.simulators.nki_api.checks import (
 )
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
+from nxd_cp.simulators.nki_api.log import READ_ACCUMULATOR
 from nxd_cp.simulators.nki_api.ops import OPS, Op
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
@@ -128,7 +129,9 @@ def _activation(
         _read_out(instr, run, reduce_res, data)
     if run.log is not None:
         tiles = tuple(t for t in (data, bias, scale, reduce_res) if type(t) is NkiTensor)
-        run.log.add("activation", "scalar", dst, tiles, data.size // data.shape[0], depth=3)
+        bits = READ_ACCUMULATOR if reduce_res is not None else 0
+        elements = data.size // data.shape[0]
+        run.log.add("activation", "scalar", dst, tiles, elements, bits, 3, op.name)
 
 
 def _check_range(instr: str, op: Op, values: Any, data: NkiTensor) -> None:

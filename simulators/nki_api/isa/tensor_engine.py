@@ -19,6 +19,7 @@ from nxd_cp.simulators.nki_api.checks import destination, in_psum, in_sbuf, like
 from nxd_cp.simulators.nki_api.chips import PSUM_BANK_BYTES
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, MIXED, OTHER, ZEROED
+from nxd_cp.simulators.nki_api.log import ACCUMULATE, DOUBLE_ROW, ONEZERO, TRANSPOSE
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
@@ -131,9 +132,13 @@ def nc_matmul(
         product += old if add is True else np.where(add, old, np.float32(0))
     dtypes.store_f32(out, product, dst.dtype)
     if run.log is not None:
-        run.log.add(
-            "nc_matmul", "tensor", dst, (stationary, moving), b.shape[1], int(add is not False)
-        )
+        bits = ACCUMULATE if add is not False else 0
+        bits |= TRANSPOSE if is_transpose else 0
+        bits |= DOUBLE_ROW if double else 0
+        bits |= ONEZERO if is_stationary_onezero or is_moving_onezero else 0
+        if tile_size != ():
+            bits |= tile_size[0] % 128 << 8 | tile_size[1] % 128 << 16
+        run.log.add("nc_matmul", "tensor", dst, (stationary, moving), b.shape[1], bits)
 
 
 def _check_types(

@@ -151,7 +151,8 @@ def tensor_tensor(
             function, dtypes.to_f32(a, data1.dtype), dtypes.to_f32(b, data2.dtype), out, dst.dtype
         )
     if run.log is not None:
-        run.log.add("tensor_tensor", unit, dst, (data1, data2), data1.size // data1.shape[0])
+        elements = data1.size // data1.shape[0]
+        run.log.add("tensor_tensor", unit, dst, (data1, data2), elements, detail=op.name)
 
 
 def _tensor_tensor_engine(
@@ -241,7 +242,8 @@ def tensor_scalar(
     if run.log is not None:
         tiles = tuple(t for t in (data, operand0, operand1) if type(t) is NkiTensor)
         unit = "vector" if engine is engines.unknown else engine.name
-        run.log.add("tensor_scalar", unit, dst, tiles, data.size // data.shape[0])
+        elements = data.size // data.shape[0]
+        run.log.add("tensor_scalar", unit, dst, tiles, elements, detail=op0.name)
 
 
 def _check_scalar_engine(
@@ -339,7 +341,8 @@ def scalar_tensor_tensor(
     _apply(second, pair[0], pair[1], out, dst.dtype)
     if run.log is not None:
         tiles = (data, operand1, operand0) if type(operand0) is NkiTensor else (data, operand1)
-        run.log.add("scalar_tensor_tensor", "vector", dst, tiles, data.size // data.shape[0])
+        elements = data.size // data.shape[0]
+        run.log.add("scalar_tensor_tensor", "vector", dst, tiles, elements, detail=op0.name)
 
 
 def tensor_reduce(
@@ -380,7 +383,8 @@ def tensor_reduce(
     else:
         dtypes.store_f32(out, result.reshape(out.shape), dst.dtype)
     if run.log is not None:
-        run.log.add("tensor_reduce", "vector", dst, (data,), data.size // data.shape[0])
+        elements = data.size // data.shape[0]
+        run.log.add("tensor_reduce", "vector", dst, (data,), elements, detail=op.name)
 
 
 def _reduce_axes(instr: str, axis: Any, data: NkiTensor) -> Any:
