@@ -1,8 +1,10 @@
 """Memory: HBM buffers, and SBUF and PSUM as one byte array per core.
 
 SBUF and PSUM are single address spaces, so tensors placed by `address=` share bytes visibly.
-Tensors without an address are placed automatically (first fit) and give their bytes back when
-the last Python reference to them goes. Fresh memory reads as NaN (integers as 4).
+Tensors without an address are placed automatically (first fit, from the top) and give their bytes
+back when the last Python reference to them goes. They overlap nothing, so each has a dense array
+of its own, which NumPy reads several times faster than rows of the big one.
+Fresh memory reads as NaN (integers as 4).
 Does not know instructions or views: see tensor.py and checks.py.
 
 Sources: architecture guides ("SBUF", "PSUM"); nki.language.ndarray (address); nki.language
@@ -116,11 +118,13 @@ class Storage:
     """One allocation: bytes, place, owner and write state. Tensors are views of it.
 
     `row_bytes` is its size per partition (HBM: its whole size), `base` the byte offset of its
-    first element in `data`, `pitch` the bytes from one partition to the next.
+    first element in `data`, `pitch` the bytes from one partition to the next, `address` where it
+    starts within a partition of the memory.
     """
 
     __slots__ = (
         "__weakref__",
+        "address",
         "base",
         "core",
         "data",
@@ -158,6 +162,7 @@ class Storage:
         self.pitch = pitch
         self.partitions = partitions
         self.first_partition = 0
+        self.address = 0
         self.row_bytes = row_bytes
         self.dtype = dtype
         self.name = name
@@ -189,11 +194,14 @@ class Core:
         self.epoch = 0
         self.sbuf = np.empty((chips.NUM_PARTITIONS, chip.sbuf_bytes + ROW_PAD), np.uint8)
         self.psum = np.empty((chips.NUM_PARTITIONS, chips.PSUM_BYTES + ROW_PAD), np.uint8)
+        self.spare: dict[int, list[Any]] = {}  # arrays of automatic tensors, by size
         self.reset()
 
     def reset(self) -> None:
         """Forget every tensor; storages of earlier epochs no longer give bytes back."""
         self.epoch += 1
+        if sum(size * len(arrays) for size, arrays in self.spare.items()) > self.sbuf.size:
+            self.spare.clear()
         self.sbuf_list = FreeList(self.chip.sbuf_usable_bytes)
         self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
         self.live: dict[int, tuple[int, int, str, int]] = {}
@@ -211,7 +219,7 @@ class Core:
     ) -> Storage:
         """Place a tensor of `shape`; `number` identifies it in the log."""
         space = _SPACE[region.value]
-        memory, free = (self.sbuf, self.sbuf_list) if space == SBUF else (self.psum, self.psum_list)
+        free = self.sbuf_list if space == SBUF else self.psum_list
         row_bytes = dtype.itemsize
         for count in shape[1:]:
             row_bytes *= count
@@ -222,17 +230,20 @@ class Core:
         at = self._at(address, shape[0], row_bytes, space) if address else free.take(padded)
         if at is None:
             fail(_CAPACITY, "nki.language.ndarray", self._full(space, padded, free), tensor=asked)
-        pitch = memory.shape[1]
-        first = address[0] if address else 0
-        storage = Storage(
-            space, region, memory, first * pitch + at, pitch, shape[0], row_bytes, dtype, name
-        )
-        storage.number, storage.core, storage.epoch = number, self, self.epoch
         label = name or f"tensor {number} {shape}"
         if address is None:
+            spare = self.spare.get(shape[0] * padded)
+            data = spare.pop() if spare else np.empty(shape[0] * padded, np.uint8)
+            place = (data, 0, padded)
             self.live[number] = (space, at, label, padded)
         else:
-            storage.first_partition = first
+            memory = self.sbuf if space == SBUF else self.psum
+            place = (memory, address[0] * memory.shape[1] + at, memory.shape[1])
+        storage = Storage(space, region, *place, shape[0], row_bytes, dtype, name)
+        storage.number, storage.core, storage.epoch = number, self, self.epoch
+        storage.address = at
+        if address is not None:
+            storage.first_partition = address[0]
             self._share(storage, space, at, label)
         return storage
 
@@ -296,6 +307,7 @@ class Core:
         entry = self.live.pop(storage.number, None)
         if entry is not None:
             (self.sbuf_list if entry[0] == SBUF else self.psum_list).give(entry[1], entry[3])
+            self.spare.setdefault(storage.data.size, []).append(storage.data)
 
 
 def hbm_storage(

@@ -75,7 +75,7 @@ class Run:
                 storage.partitions,
                 storage.row_bytes,
                 storage.first_partition,
-                storage.base % (storage.pitch or 1),
+                storage.address,
             )
         )
 

@@ -220,7 +220,7 @@ def _check_shapes(
     if b[1] > max(limit, chip.matmul_moving_fp32):
         fail(_MOVING, "nki.isa.nc_matmul", f"N is {b[1]} on {chip.generation}", moving=moving)
     if chip.matmul_dst_in_one_bank:
-        rect, at = dst.rect, dst.storage.base % dst.storage.pitch
+        rect, at = dst.rect, dst.storage.address
         if (at + rect[2]) // PSUM_BANK_BYTES != (at + rect[3] - 1) // PSUM_BANK_BYTES:
             fail(
                 _BANK,
