@@ -170,6 +170,21 @@ def test_more_than_128_partitions_are_rejected():
     rejects("memory.partitions", kernel)
 
 
+@pytest.mark.parametrize("shape", [(128,), (128, 0), (1, 1, 1, 1, 1, 1)])
+def test_illegal_shapes_are_rejected(shape):
+    def kernel():
+        nl.ndarray(shape, dtype=nl.float32)  # bad
+
+    rejects("ndarray.shape", kernel)
+
+
+def test_a_buffer_given_as_text_is_rejected():
+    def kernel():
+        nl.ndarray((128, 8), dtype=nl.float32, buffer="sbuf")  # bad
+
+    rejects("ndarray.buffer", kernel)
+
+
 @given(st.lists(st.tuples(st.integers(1, 600), st.booleans()), max_size=60))
 @settings(deadline=None)
 def test_automatic_blocks_never_overlap_or_cross_a_bank(requests):

@@ -100,6 +100,10 @@ def test_illegal_views_are_caught():
     def reach(x):
         load(x).ap([[24, 128], [1, 25]])  # bad
 
+    def names(x):
+        load(x).rearrange(("p", "a", "b"), ("p", "a", "c"))  # bad
+
+    rejects("view.rearrange", names, X)
     rejects("view.partition_dim", permute, X)
     rejects("view.partition_dim", split, X)
     rejects("view.layout", merge, X)

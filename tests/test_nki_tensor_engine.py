@@ -17,6 +17,8 @@ from nki_sim import (
     store,
 )
 
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning
+
 A, B = normal(256, 128), normal(256, 512, seed=1)
 FP8 = [ml_dtypes.float8_e4m3, ml_dtypes.float8_e5m2]
 
@@ -111,6 +113,20 @@ def test_parts_of_one_psum_tile_accumulate_on_their_own():
         return store(dst)
 
     _close(run(kernel, A, B), A, B)
+
+
+def test_inferred_accumulation_over_half_written_memory_warns_and_adds_where_written():
+    def kernel(a, b):
+        dst = psum((128, 512))
+        a_tile, b_tile = load(a[0:128]), load(b[0:128])
+        nisa.nc_matmul(dst[:, 0:256], a_tile, b_tile[:, 0:256])
+        nisa.nc_matmul(dst, a_tile, b_tile)
+        return store(dst)
+
+    with pytest.warns(NkiSimulatorWarning, match=r"nc_matmul\.accumulate_mixed"):
+        got = run(kernel, A, B)
+    _close(got[:, 256:], A[:128], B[:128, 256:])
+    _close(got[:, :256] / 2, A[:128], B[:128, :256])
 
 
 def _matmul(k, m, n, dtype=None, dst_dtype=None, dst_shape=None, **options):

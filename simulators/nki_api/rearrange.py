@@ -5,11 +5,13 @@ Source: nki.language.NkiTensor.rearrange.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import fail
 from .rules import documented
-from .tensor import NkiTensor
+
+if TYPE_CHECKING:
+    from .tensor import NkiTensor
 
 _NAMES = documented(
     "view.rearrange",

@@ -18,6 +18,7 @@ from . import dtypes
 from .errors import fail, unsupported
 from .initmap import Pattern
 from .memory import HBM, MemoryRegion, Storage
+from .rearrange import rearrange
 from .rules import documented
 
 _BOUNDS = documented(
@@ -457,8 +458,6 @@ class NkiTensor:
         self, src_pattern: Any, dst_pattern: Any, fixed_sizes: dict[str, int] | None = None
     ) -> NkiTensor:
         """einops-style split, reorder and merge by named dims."""
-        from .rearrange import rearrange
-
         return rearrange(self, src_pattern, dst_pattern, fixed_sizes or {})
 
     def vector_select(self, dim: int, vector_offset: Any) -> NkiTensor:
