@@ -45,7 +45,7 @@ def ring_forward(
             call=call,
             scale=scale,
         )
-    return o.to(q.dtype), lse, torch.tensor(call.number)
+    return _rows_first(o.to(q.dtype)), lse.contiguous(), torch.tensor(call.number)
 
 
 @torch.library.custom_op("nxd_cp::ring_backward", mutates_args=())
@@ -69,7 +69,7 @@ def ring_backward(
     with context.transport.call("backward") as call:
         _agree(call, context, plan, q, k, causal, scale, backend, forward_call=number)
         dq, dk, dv = ring.backward(
-            do.contiguous(),
+            do,
             q,
             k,
             v,
@@ -82,7 +82,8 @@ def ring_backward(
             scale=scale,
         )
         # dk and dv lie in a message buffer; an op returns memory of its own.
-        return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+        dq = _rows_first(dq.to(q.dtype))
+        return dq, dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
 
 
 @ring_forward.register_fake
@@ -90,7 +91,8 @@ def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, cp: str, causal: bool, scale: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    return q.new_empty(q.shape), lse, torch.empty((), dtype=torch.int64, device="cpu")
+    o = _rows_first(q.new_empty(q.shape))
+    return o, lse, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @ring_backward.register_fake
@@ -107,7 +109,7 @@ def _backward_fake(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _rows_first(q.new_empty(q.shape)), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -144,6 +146,11 @@ def plan_for(context: CPContext, local_len: int, causal: bool) -> Plan:
         causal=causal,
         ring_order=context.ring_order,
     )
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """[B, H, S, D] that lies in memory as [B, S, H, D], as models use it and flash returns it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _context(handle: str) -> CPContext:

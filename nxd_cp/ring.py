@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nxd_cp.backends.base import Backend
-from nxd_cp.schedule import Plan, Tile
+from nxd_cp.schedule import Plan
 from nxd_cp.transport import Call, Parcel
 
 
@@ -36,19 +36,18 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """This rank's o [B, Hq, S, D] and lse [B, Hq, S], both fp32, over the keys of all ranks."""
-    o = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
-    kv = _pack(k, v, rank)
+    o = lse = None
+    kv = _pack(call, k, v)
     here = kv.payload
     for step in plan.steps[rank]:
         hop = call.start(kv, step.kv)
         for tile in step.tiles:
             k_tile, v_tile = here[:, :, :, tile.k]
-            o_tile, lse_tile = backend.forward(
-                q[:, :, tile.q], k_tile, v_tile, mask=tile.mask, scale=scale
-            )
-            merge_(o[:, :, tile.q], lse[:, :, tile.q], o_tile, lse_tile)
+            part = backend.forward(q[:, :, tile.q], k_tile, v_tile, mask=tile.mask, scale=scale)
+            o, lse = _merge_rows(o, lse, tile.q, part, like=q)
         here = hop.wait()
+    assert o is not None, "every schedule computes something"
+    assert lse is not None, "o and lse come together"
     return o, lse
 
 
@@ -68,12 +67,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's dq [B, Hq, S, D], dk and dv [B, Hkv, S, D], fp32.
 
+    dk and dv lie in a message buffer: copy them before the call ends.
     o and lse are the results of `forward`; o may have been rounded to the dtype of q.
     """
-    o = o.float()
-    delta = (do.float() * o).sum(-1)
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    kv, grads = _pack(k, v, rank), _zero_gradients(k, rank)
+    o, delta = o.float(), _row_sums(do, o)
+    dq = None
+    kv, grads = _pack(call, k, v), call.parcel("grad", (2, *k.shape), torch.float32, k.device)
     here = kv.payload
     grads_hop = call.start(grads, None)
     for step in plan.steps[rank]:
@@ -82,7 +81,7 @@ def backward(
         for tile in step.tiles:
             rows = tile.q
             k_tile, v_tile = here[:, :, :, tile.k]
-            dq_tile, dk_tile, dv_tile = backend.backward(
+            dq_tile, *dkv_tile = backend.backward(
                 do[:, :, rows],
                 q[:, :, rows],
                 k_tile,
@@ -93,12 +92,13 @@ def backward(
                 mask=tile.mask,
                 scale=scale,
             )
-            dq[:, :, rows] += dq_tile
-            parts.append((tile, dk_tile, dv_tile))
-        _add(grads_hop.wait(), parts)
+            dq = _add_rows(dq, rows, dq_tile, like=q)
+            parts.append((tile.k, dkv_tile))
+        _add_parts(grads_hop.wait(), parts, first=step.index == 0)
         grads_hop = call.start(grads, step.grad)
         here = hop.wait()
     dk, dv = grads_hop.wait()  # ours, come home: the header of the last message says so
+    assert dq is not None, "every schedule computes something"
     return dq, dk, dv
 
 
@@ -113,21 +113,53 @@ def merge_(o: Tensor, lse: Tensor, o_tile: Tensor, lse_tile: Tensor) -> None:
     torch.logaddexp(lse, lse_tile, out=lse)
 
 
-def _pack(k: Tensor, v: Tensor, rank: int) -> Parcel:
+def _merge_rows(
+    o: Tensor | None, lse: Tensor | None, rows: slice, part: tuple[Tensor, Tensor], *, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The running result with a part for `rows` merged in; a first part for all rows is the result.
+
+    Usually step 0 covers all rows, and taking its result spares memory and a pass over it.
+    """
+    o_tile, lse_tile = part
+    if o is None or lse is None:
+        if o_tile.shape == like.shape:
+            return o_tile, lse_tile
+        o = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+        lse = o.new_full(like.shape[:-1], -torch.inf)
+    merge_(o[:, :, rows], lse[:, :, rows], o_tile, lse_tile)
+    return o, lse
+
+
+def _add_rows(total: Tensor | None, rows: slice, part: Tensor, *, like: Tensor) -> Tensor:
+    """The sum with a part for `rows` added; a first part for all rows is the sum."""
+    if total is None:
+        if part.shape == like.shape:
+            return part
+        total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+    total[:, :, rows] += part
+    return total
+
+
+def _add_parts(grads: Tensor, parts: list[tuple[slice, list[Tensor]]], *, first: bool) -> None:
+    """Add parts (key rows, [dk, dv]) to gradients [2, B, Hkv, S, D]; `first` overwrites."""
+    if first and len(parts) == 1 and parts[0][1][0].shape == grads.shape[1:]:
+        torch.stack(parts[0][1], out=grads)
+        return
+    if first:
+        grads.zero_()
+    for rows, dkv in parts:
+        for total, part in zip(grads, dkv, strict=True):
+            total[:, :, rows] += part
+
+
+def _pack(call: Call, k: Tensor, v: Tensor) -> Parcel:
     """Our own keys and values as one message, [2, B, Hkv, S, D] in their dtype."""
-    parcel = Parcel("kv", (2, *k.shape), k.dtype, k.device, owner=rank)
+    parcel = call.parcel("kv", (2, *k.shape), k.dtype, k.device)
     torch.stack((k, v), out=parcel.payload)
     return parcel
 
 
-def _zero_gradients(k: Tensor, rank: int) -> Parcel:
-    parcel = Parcel("grad", (2, *k.shape), torch.float32, k.device, owner=rank)
-    parcel.payload.zero_()
-    return parcel
-
-
-def _add(grads: Tensor, parts: list[tuple[Tile, Tensor, Tensor]]) -> None:
-    """Add this step's rectangles to the visitor's gradients [2, B, Hkv, S, D]."""
-    for tile, dk, dv in parts:
-        grads[0, :, :, tile.k] += dk
-        grads[1, :, :, tile.k] += dv
+def _row_sums(do: Tensor, o: Tensor) -> Tensor:
+    """delta = rowsum(do * o), fp32 [B, Hq, S]; head by head, so that no product is held whole."""
+    heads = range(o.shape[1])
+    return torch.stack([(do[:, h].float() * o[:, h].float()).sum(-1) for h in heads], dim=1)

@@ -25,7 +25,7 @@ from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.schedule import LAYOUTS, Step, make_plan
-from nxd_cp.transport import Hop, Parcel
+from nxd_cp.transport import Hop
 
 
 def check_fp32(case: Case, found: tuple[Tensor, ...]) -> None:
@@ -252,13 +252,13 @@ def test_swapped_dk_and_dv_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stale_block_is_caught_in_debug_mode() -> None:
     def work(cp: CPContext) -> Tensor:
-        parcel = Parcel("kv", (4,), torch.float32, torch.device("cpu"), owner=cp.rank)
-        stale = parcel.payload.fill_(cp.rank)
         step = make_plan("contiguous", 2, 2).steps[cp.rank][0]
         with cp.transport.call("test") as call:
+            parcel = call.parcel("kv", (4,), torch.float32, torch.device("cpu"))
+            stale = parcel.payload.fill_(cp.rank)
             fresh = call.start(parcel, step.kv).wait()
-        assert torch.equal(fresh, torch.full((4,), 1.0 - cp.rank))
-        return stale
+            assert torch.equal(fresh, torch.full((4,), 1.0 - cp.rank))
+            return stale
 
     with debug():
         assert all(torch.isnan(stale).all() for stale in CPContext.local(2).run(work))

@@ -21,12 +21,13 @@ from nxd_cp.transport import (
     Transport,
 )
 from nxd_cp.transport.agreement import AGREEMENT_BYTES, check_agreement
+from nxd_cp.transport.parcel import POOL_BUFFERS
 
 CPU = torch.device("cpu")
 
 
-def parcel_of(value: float, owner: int, channel: str = "kv", length: int = 3) -> Parcel:
-    parcel = Parcel(channel, (length,), torch.float32, CPU, owner=owner)
+def parcel_of(call: Call, value: float, length: int = 3) -> Parcel:
+    parcel = call.parcel("kv", (length,), torch.float32, CPU)
     parcel.payload.fill_(value)
     return parcel
 
@@ -37,8 +38,8 @@ def to_the_right(transport: Transport) -> Move:
 
 
 def exchange_twice(transport: Transport) -> list[float]:
-    parcel = parcel_of(transport.rank, transport.rank)
     with transport.call("test") as call:
+        parcel = parcel_of(call, transport.rank)
         move = to_the_right(transport)
         first = call.start(parcel, move).wait().clone()
         move = Move(move.to, move.source, brings=(transport.rank - 2) % transport.size)
@@ -54,7 +55,7 @@ def crossed_rings(transport: Transport, length_of_second: int) -> None:
     hops = []
     for call in order:
         length = 3 if call is a else length_of_second
-        parcel = parcel_of(1.0, transport.rank, length=length)
+        parcel = parcel_of(call, 1.0, length)
         hops.append(call.start(parcel, to_the_right(transport)))
     for hop in hops:
         hop.wait()
@@ -111,7 +112,7 @@ def test_counters_count_what_was_sent() -> None:
 def test_a_hop_that_nobody_waits_for_raises() -> None:
     def work(cp: CPContext) -> None:
         with cp.transport.call("test") as call:
-            call.start(parcel_of(1.0, cp.rank), to_the_right(cp.transport))
+            call.start(parcel_of(call, 1.0), to_the_right(cp.transport))
 
     with pytest.raises(RingError, match=r"nobody waited for hop 1; call hop\.wait\(\)"):
         CPContext.local(2).run(work)
@@ -120,7 +121,7 @@ def test_a_hop_that_nobody_waits_for_raises() -> None:
 def test_after_a_hop_was_left_the_group_says_that_it_cannot_be_used() -> None:
     def work(cp: CPContext) -> None:
         with pytest.raises(RingError, match="nobody waited"), cp.transport.call("test") as call:
-            call.start(parcel_of(1.0, cp.rank), to_the_right(cp.transport))
+            call.start(parcel_of(call, 1.0), to_the_right(cp.transport))
         cp.transport.call("next")
 
     with pytest.raises(RingError, match=r"cannot be used any more .*nobody waited.*make a new"):
@@ -130,7 +131,7 @@ def test_after_a_hop_was_left_the_group_says_that_it_cannot_be_used() -> None:
 def test_waiting_twice_raises() -> None:
     def work(cp: CPContext) -> None:
         with cp.transport.call("test") as call:
-            hop = call.start(parcel_of(1.0, cp.rank), to_the_right(cp.transport))
+            hop = call.start(parcel_of(call, 1.0), to_the_right(cp.transport))
             hop.wait()
             hop.wait()
 
@@ -170,10 +171,28 @@ def test_headers_that_are_verified_late_are_verified() -> None:
         kind = "wrong" if cp.rank == 0 else "test"
         with cp.transport.call(kind) as call:
             call._header = lambda *args: header(call, *args)
-            call.start(parcel_of(1.0, cp.rank), to_the_right(cp.transport)).wait()
+            call.start(parcel_of(call, 1.0), to_the_right(cp.transport)).wait()
 
     with pytest.raises(RingError, match="expected message 1 of ring call 1"):
         CPContext.local(2).run(work)
+
+
+def test_large_buffers_are_used_again_and_only_a_few_are_kept() -> None:
+    def addresses(cp: CPContext, length: int) -> set[int]:
+        with cp.transport.call("test") as call:
+            parcels = [call.parcel("kv", (length,), torch.float32, CPU) for _ in range(3)]
+            for parcel in parcels:
+                parcel.spare()
+            return {parcel.payload.data_ptr() for parcel in parcels}
+
+    def work(cp: CPContext) -> None:
+        addresses(cp, 3)
+        assert len(cp.transport.buffers) == 0, "small buffers are not kept"
+        first = addresses(cp, 1 << 15)
+        assert len(cp.transport.buffers) == POOL_BUFFERS
+        assert first & addresses(cp, 1 << 15)
+
+    CPContext.local(1).run(work)
 
 
 def test_a_rank_that_returns_early_is_named() -> None:

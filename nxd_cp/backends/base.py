@@ -15,7 +15,7 @@ from nxd_cp.schedule import MaskKind, Plan
 
 
 class Backend(Protocol):
-    """Stateless and safe to call from several threads."""
+    """Stateless and safe to call from several threads; results are new tensors, the caller's."""
 
     name: str
 

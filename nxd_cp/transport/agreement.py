@@ -15,7 +15,6 @@ import torch
 from nxd_cp.schedule import HEADER_BYTES, Plan
 from nxd_cp.transport.call import Call
 from nxd_cp.transport.errors import RankMismatchError
-from nxd_cp.transport.parcel import Parcel
 
 _DESCRIPTION_BYTES = 1024
 AGREEMENT_BYTES = _DESCRIPTION_BYTES + HEADER_BYTES
@@ -31,7 +30,7 @@ def check_agreement(
     rank = call.transport.rank
     text = json.dumps(dict(description)).encode("ascii").ljust(_DESCRIPTION_BYTES)
     assert len(text) == _DESCRIPTION_BYTES, f"description of {len(text)} bytes is too long"
-    parcel = Parcel("agreement", (_DESCRIPTION_BYTES,), torch.uint8, device, owner=rank)
+    parcel = call.parcel("agreement", (_DESCRIPTION_BYTES,), torch.uint8, device)
     parcel.payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     said = {rank: dict(description)}
     for step in plan.steps[rank][:-1]:

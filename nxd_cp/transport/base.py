@@ -15,7 +15,7 @@ from torch import Tensor
 from nxd_cp.schedule import Move
 from nxd_cp.transport.call import Call
 from nxd_cp.transport.errors import RingError
-from nxd_cp.transport.parcel import Counters, Parcel
+from nxd_cp.transport.parcel import BufferPool, Counters
 
 
 class Transport(ABC):
@@ -26,6 +26,7 @@ class Transport(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.counters = Counters()
+        self.buffers = BufferPool()
         self.num_calls = 0
         self._lock = threading.Lock()
         self._failure: str | None = None
@@ -52,11 +53,11 @@ class Transport(ABC):
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor, in rank order; equal shapes and dtypes."""
-        here = Parcel("gather", tuple(tensor.shape), tensor.dtype, tensor.device, self.rank)
-        here.payload.copy_(tensor)
-        found = {self.rank: here.payload.clone()}
+        found = {self.rank: tensor.clone()}
         to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         with self.call("all_gather") as call:
+            here = call.parcel("gather", tuple(tensor.shape), tensor.dtype, tensor.device)
+            here.payload.copy_(tensor)
             for distance in range(1, self.size):
                 move = Move(to, source, brings=(self.rank - distance) % self.size)
                 found[move.brings] = call.start(here, move).wait().clone()

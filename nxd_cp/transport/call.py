@@ -4,6 +4,7 @@ Does: number the messages, check what arrives, and refuse hops that nobody waits
 a byte itself (`distributed.py`, `local.py`).
 
     with transport.call("forward") as call:
+        parcel = call.parcel("kv", shape, dtype, device)
         hop = call.start(parcel, move)   # what is in the parcel leaves
         ...                              # compute on parcel.payload, which may be read, not written
         payload = hop.wait()             # what came in is in the parcel now
@@ -20,6 +21,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from nxd_cp.schedule import Move
@@ -54,6 +56,7 @@ class Call:
         self.transport, self.kind, self.number = transport, kind, number
         self._num_started = 0
         self._open: list[Hop] = []
+        self._parcels: list[Parcel] = []
         self._unverified: list[tuple[Tensor, list[int]]] = []
 
     def __enter__(self) -> Call:
@@ -71,6 +74,16 @@ class Call:
         if self._open:
             which = ", ".join(str(hop.sequence) for hop in self._open)
             raise self._failed(f"{self}: nobody waited for hop {which}; call hop.wait()")
+        for parcel in self._parcels:
+            parcel.release()
+
+    def parcel(
+        self, channel: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Parcel:
+        """A parcel of this rank's own data, to be filled; its memory is gone as the call ends."""
+        rank, pool = self.transport.rank, self.transport.buffers
+        self._parcels.append(Parcel(pool, channel, shape, dtype, device, owner=rank))
+        return self._parcels[-1]
 
     def start(self, parcel: Parcel, move: Move | None) -> Hop:
         """Send what is in the parcel and receive into its other buffer; None moves nothing."""

@@ -6,10 +6,15 @@ Note [Two buffers]
     A parcel owns two buffers. One holds what is here and is sent, the other receives; when a hop is
     done they are swapped. So a buffer in flight is never written, and the one that was sent is
     never read again (in debug mode it is filled with NaN).
+
+Note [The pool]
+    Fresh memory is slow to touch for the first time, so large buffers go back to a small pool when
+    a call has ended well. A context holds at most `POOL_BUFFERS` of them between calls.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -21,6 +26,8 @@ from nxd_cp.schedule import HEADER_BYTES
 
 CHANNELS = ("kv", "grad", "agreement", "gather")
 RING_CHANNELS = ("kv", "grad")
+POOL_BUFFERS = 4  # keys and values, and their gradients, twice each
+_POOL_LEAST_BYTES = 1 << 16
 
 
 @dataclass
@@ -46,11 +53,39 @@ class Counters:
         self.size_bytes.clear()
 
 
+class BufferPool:
+    """Buffers that no call uses; see Note [The pool]. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def take(self, size_bytes: int, device: torch.device) -> Tensor:
+        """A buffer with unspecified contents."""
+        with self._lock:
+            for index, buffer in enumerate(self._free):
+                if buffer.numel() == size_bytes and buffer.device == device:
+                    return self._free.pop(index)
+        return torch.empty(size_bytes, dtype=torch.uint8, device=device)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Nobody reads or writes this buffer any more."""
+        if debug_enabled():
+            buffer.fill_(0xFF)
+        if buffer.numel() >= _POOL_LEAST_BYTES:
+            with self._lock:
+                self._free = [*self._free, buffer][-POOL_BUFFERS:]
+
+
 class Parcel:
     """A tensor that travels, in two owned buffers; see Note [Two buffers]."""
 
     def __init__(
         self,
+        pool: BufferPool,
         channel: str,
         shape: tuple[int, ...],
         dtype: torch.dtype,
@@ -63,7 +98,8 @@ class Parcel:
         self.shape, self.dtype = shape, dtype
         payload_bytes = torch.Size(shape).numel() * dtype.itemsize
         self.size_bytes = HEADER_BYTES + payload_bytes
-        self._here = torch.empty(self.size_bytes, dtype=torch.uint8, device=device)
+        self._pool = pool
+        self._here = pool.take(self.size_bytes, device)
         self._spare: Tensor | None = None  # a ring of one never needs it
 
     @property
@@ -74,8 +110,14 @@ class Parcel:
     def spare(self) -> Tensor:
         """The buffer that receives."""
         if self._spare is None:
-            self._spare = torch.empty_like(self._here)
+            self._spare = self._pool.take(self.size_bytes, self._here.device)
         return self._spare
+
+    def release(self) -> None:
+        """Give both buffers back; the payload must not be used any more."""
+        for buffer in (self._here, self._spare):
+            if buffer is not None:
+                self._pool.give_back(buffer)
 
     def swap(self) -> None:
         """What came in becomes what is here."""
