@@ -1,0 +1,26 @@
+"""A cost model of NeuronCores and an engine-level timeline, from instruction logs.
+
+    from nxd_cp.simulators.timing import estimate
+    times = estimate(log, "gen3")     # log: see nki_api.record
+    times.bound_ns, times.expected_ns, times.pessimistic_ns, times.guess_share
+
+Reading order: constants.py, gen3.py, cost.py, dma.py, program.py, machine.py, critical.py, views.
+Every number is an estimate from public documents and measurements; docs/timing.md says how good.
+"""
+
+from .constants import Constant, Constants, constants_for
+from .estimate import Estimate, estimate
+from .machine import Timeline, replay
+from .program import Options, Program
+
+__all__ = [
+    "Constant",
+    "Constants",
+    "Estimate",
+    "Options",
+    "Program",
+    "Timeline",
+    "constants_for",
+    "estimate",
+    "replay",
+]

@@ -6,7 +6,7 @@ and tagged guess. Sources as in gen3.py; ARCH4 is trainium3_arch.rst.
 
 from dataclasses import replace
 
-from .constants import Constant, Constants, same
+from .constants import Constant, same
 from .gen3 import CONSTANTS as GEN3
 
 

@@ -74,8 +74,9 @@ class _Machine:
         self.program = program
         self.warmth = _Warmth(program)
         n = len(program)
-        self.line = Timeline(program, [0.0] * n, [0.0] * n, [0.0] * n, ["start"] * n, [-1] * n,
-                             [0.0] * n, {}, set())
+        self.line = Timeline(
+            program, [0.0] * n, [0.0] * n, [0.0] * n, ["start"] * n, [-1] * n, [0.0] * n, {}, set()
+        )
         self.queue_free: dict[str, float] = {}
         self.queue_last: dict[str, int] = {}
         self.ports: dict[str, tuple[float, int]] = {}
@@ -241,8 +242,9 @@ class _Machine:
         last = max(first + cost.engine_ns, self.core)
         line.transfer[record] = (first, last)
         line.end[record] = last + cost.done_ns
-        self.busy["dma engines"] = self.busy.get("dma engines", 0.0) + held * len(
-            cost.groups) / NUM_GROUPS
+        self.busy["dma engines"] = (
+            self.busy.get("dma engines", 0.0) + held * len(cost.groups) / NUM_GROUPS
+        )
         self.busy["dma core rate"] = self.busy.get("dma core rate", 0.0) + cost.core_ns
 
 

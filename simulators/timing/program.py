@@ -34,14 +34,15 @@ class Options:
     """How to read a log.
 
     granularity: "byte" or "tensor" dependencies. order: "program" keeps each engine's instructions
-    in program order; "list" lets an engine take any ready instruction among its next `window`.
+    in program order; "list" lets an engine take any ready instruction among its next `window`, as
+    a compiler's scheduler would have (8 fits the profiled attention kernels best; a guess).
     dma_queues: "direction" is one queue for loads and one for stores; "line" is one per source line,
     as the compilers before dynamic DMA generation did, with no shared generator.
     """
 
     granularity: Literal["byte", "tensor"] = "byte"
-    order: Literal["program", "list"] = "program"
-    window: int = 64
+    order: Literal["program", "list"] = "list"
+    window: int = 8
     dma_queues: Literal["direction", "line"] = "direction"
 
 
@@ -85,19 +86,33 @@ class Program:
             self.writes.append(tuple(writes))
             self.lines.append(line)
             self.opcodes.append(names[opcode])
-            self._add(names[opcode], names[engine], names[detail], bits, elements, dst, sources,
-                      line)
+            self._add(
+                names[opcode], names[engine], names[detail], bits, elements, dst, sources, line
+            )
 
-    def _add(self, opcode: str, engine: str, detail: str, bits: int, elements: int, dst: int,
-             sources: list[int], line: int) -> None:
+    def _add(
+        self,
+        opcode: str,
+        engine: str,
+        detail: str,
+        bits: int,
+        elements: int,
+        dst: int,
+        sources: list[int],
+        line: int,
+    ) -> None:
         record = len(self.queues)
         target = None if dst == NONE else self.accesses[dst]
         given = tuple(self.accesses[s] for s in sources)
         if engine == "all":
             self.barriers.add(record)
             self.queues.append("all")
-            self.costs.append(Cost((("loop_iteration", self.values.loop_iteration),),
-                                   (("loop_iteration", self.values.loop_iteration),)))
+            self.costs.append(
+                Cost(
+                    (("loop_iteration", self.values.loop_iteration),),
+                    (("loop_iteration", self.values.loop_iteration),),
+                )
+            )
             return
         key = (opcode, engine, detail, bits, elements, _kind(target), *map(_kind, given))
         cost = self._cost_cache.get(key)
@@ -106,8 +121,17 @@ class Program:
                 assert target is not None, f"{opcode} without a destination"
                 cost = transfer(self.generation, opcode, detail, bits, target, given, self.values)
             else:
-                cost = instruction_cost(self.generation, opcode, engine, detail, bits, elements,
-                                        target, given, self.values)
+                cost = instruction_cost(
+                    self.generation,
+                    opcode,
+                    engine,
+                    detail,
+                    bits,
+                    elements,
+                    target,
+                    given,
+                    self.values,
+                )
             self._cost_cache[key] = cost
         self.costs.append(cost)
         self.queues.append(engine if engine != "dma" else self._dma_queue(target, line, detail))
@@ -125,8 +149,15 @@ def _kind(access: Access | None) -> object:
     """What of an access can change a cost: not where it lies, but its shape and side."""
     if access is None:
         return None
-    return (access.space, access.partitions, access.first_partition, access.elements,
-            access.itemsize, access.run_bytes, access.inner_stride_bytes)
+    return (
+        access.space,
+        access.partitions,
+        access.first_partition,
+        access.elements,
+        access.itemsize,
+        access.run_bytes,
+        access.inner_stride_bytes,
+    )
 
 
 class _Edges:
@@ -167,7 +198,8 @@ class _Edges:
                     continue
                 mine = program.accesses[view]
                 result[view] = [
-                    other for other in ordered
+                    other
+                    for other in ordered
                     if (other in written[buffer] or view in written[buffer])
                     and (whole or other == view or overlap(mine, program.accesses[other]))
                 ]
@@ -236,8 +268,13 @@ def _placement(program: Program) -> dict[tuple[int, int], tuple[int, ...]]:
     return result
 
 
-def _reuse(buffers: list[int], sizes: dict[int, int], capacity: int,
-           first: dict[int, tuple[int, int]], last: dict[int, int]) -> dict[int, tuple[int, ...]]:
+def _reuse(
+    buffers: list[int],
+    sizes: dict[int, int],
+    capacity: int,
+    first: dict[int, tuple[int, int]],
+    last: dict[int, int],
+) -> dict[int, tuple[int, ...]]:
     """Room taken over by each buffer, oldest dead room first.
 
     When more is alive than fits, the rest shares without waiting: the log was legal elsewhere.

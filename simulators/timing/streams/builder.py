@@ -70,7 +70,9 @@ class Stream:
         partitions = shape[0] if space != "hbm" else 1
         number = len(self.log.buffers)
         self.log.buffers.append(BufferInfo(space, "", dtype, partitions, row, 0, 0))
-        return Tile(SimpleNamespace(number=number), 0, shape, tuple(reversed(strides)), dtype, space)
+        return Tile(
+            SimpleNamespace(number=number), 0, shape, tuple(reversed(strides)), dtype, space
+        )
 
     def hbm(self, *shape: int, dtype: str = "bfloat16") -> Tile:
         """A tensor in HBM."""
@@ -100,8 +102,9 @@ class Stream:
 
     def matmul(self, dst: Tile, stationary: Tile, moving: Tile, *, add: bool = False) -> None:
         """dst (+)= stationary.T @ moving."""
-        self.log.add("nc_matmul", "tensor", dst, (stationary, moving), moving.free,
-                     ACCUMULATE if add else 0)
+        self.log.add(
+            "nc_matmul", "tensor", dst, (stationary, moving), moving.free, ACCUMULATE if add else 0
+        )
 
     def transpose(self, dst: Tile, data: Tile) -> None:
         """A transpose on TensorE; its moving operand is as wide as data has partitions."""
@@ -115,8 +118,15 @@ class Stream:
     def scalar(self, function: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
         """An activation on ScalarE; with `read` the last source takes the row sums."""
         size = max([dst.free, *(s.free for s in sources)])
-        self.log.add("activation", "scalar", dst, sources, size, READ_ACCUMULATOR if read else 0,
-                     detail=function)
+        self.log.add(
+            "activation",
+            "scalar",
+            dst,
+            sources,
+            size,
+            READ_ACCUMULATOR if read else 0,
+            detail=function,
+        )
 
     def gpsimd(self, opcode: str, dst: Tile, *sources: Tile) -> None:
         """An instruction on GpSimdE."""

@@ -25,8 +25,9 @@ def matmul(version: str, m: int, k: int, n: int, dtype: str = "bfloat16") -> Log
     if version not in builders:
         raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
     s = Stream()
-    builders[version](s, s.hbm(k, m, dtype=dtype), s.hbm(k, n, dtype=dtype),
-                      s.hbm(m, n, dtype=dtype))
+    builders[version](
+        s, s.hbm(k, m, dtype=dtype), s.hbm(k, n, dtype=dtype), s.hbm(m, n, dtype=dtype)
+    )
     return s.log
 
 
@@ -79,8 +80,15 @@ def _block(s: Stream, lhs: Tile, rhs: Tile, out: Tile, m_tiles: int = 2, n_tiles
                     _store(s, out, acc, m + i, n + j)
 
 
-def _full(s: Stream, lhs: Tile, rhs: Tile, out: Tile, m_tiles: int = 16, n_tiles: int = 2,
-          k_tiles: int = 8) -> None:
+def _full(
+    s: Stream,
+    lhs: Tile,
+    rhs: Tile,
+    out: Tile,
+    m_tiles: int = 16,
+    n_tiles: int = 2,
+    k_tiles: int = 8,
+) -> None:
     dtype = lhs.dtype
     width, height = n_tiles * N_TILE, m_tiles * M_TILE
     for n in range(out.shape[1] // width):
@@ -100,8 +108,9 @@ def _full(s: Stream, lhs: Tile, rhs: Tile, out: Tile, m_tiles: int = 16, n_tiles
             s.dma(_cut(out, m, M_TILE, n, width), tile)
 
 
-def _multiply_block(s: Stream, a: Tile, b: Tile, sums: list[Tile], n_tiles: int,
-                    k_tiles: int) -> None:
+def _multiply_block(
+    s: Stream, a: Tile, b: Tile, sums: list[Tile], n_tiles: int, k_tiles: int
+) -> None:
     for j in range(n_tiles):
         columns = slice(j * N_TILE, (j + 1) * N_TILE)
         for i, tile in enumerate(sums):

@@ -1,0 +1,109 @@
+"""The three versions of the fused Mamba tutorial, as instruction streams.
+
+Written from the tutorial's description: per 128 channels and per state, exp(delta A) on ScalarE,
+then delta u B, a scan, the product with C and the sum over states on VectorE. Rows of B and C are
+spread over the partitions by a multiplication with ones on TensorE. Up to one PSUM bank wide VectorE
+reads them there; wider ones are copied to SBUF by ScalarE first. delta u does not depend on the
+state: v1 computes it each time, v2 and v3 once. v3 walks the sequence in tiles of 512.
+
+Does not model what the compiler does when a version does not fit in SBUF: it spills, and v2 does so
+beyond about 4096 steps.
+Source: AWS Neuron SDK docs, nki/guides/tutorials/fused_mamba.rst.
+"""
+
+from __future__ import annotations
+
+from nxd_cp.simulators.nki_api.log import Log
+
+from .builder import Stream, Tile
+
+CHANNELS, BANK = 128, 512
+
+
+def mamba(version: int, channels: int, seq_len: int, states: int = 16) -> Log:
+    """The log of version 1, 2 or 3 in fp32."""
+    if version not in (1, 2, 3):
+        raise ValueError(f"version: expected 1, 2 or 3, got {version!r}")
+    s = Stream()
+    wide = {"dtype": "float32"}
+    delta, u, out = (s.hbm(channels, seq_len, **wide) for _ in range(3))
+    a, b, c = (
+        s.hbm(channels, states, **wide),
+        s.hbm(states, seq_len, **wide),
+        s.hbm(states, seq_len, **wide),
+    )
+    ones = s.sbuf(1, CHANNELS, **wide)
+    s.vector("memset", ones)
+    width = BANK if version == 3 else seq_len
+    for first in range(0, channels, CHANNELS):
+        rows = slice(first, first + CHANNELS)
+        total = s.sbuf(CHANNELS, seq_len, **wide)
+        s.vector("memset", total)
+        delta_tile, u_tile = (
+            (None, None) if version == 1 else (s.load(delta[rows]), s.load(u[rows]))
+        )
+        product = None
+        if delta_tile is not None and u_tile is not None:
+            product = s.sbuf(CHANNELS, seq_len, **wide)
+            s.vector("tensor_tensor", product, delta_tile, u_tile)
+        for state in range(states):
+            if delta_tile is None or version == 1:
+                delta_tile, u_tile = s.load(delta[rows]), s.load(u[rows])
+                product = s.sbuf(CHANNELS, seq_len, **wide)
+                s.vector("tensor_tensor", product, delta_tile, u_tile)
+            a_column = s.load(a[rows, state])
+            carry = None
+            for start in range(0, seq_len, width):
+                part = slice(start, start + width)
+                carry = _state(
+                    s,
+                    delta_tile[:, part],
+                    product[:, part],
+                    total[:, part],
+                    a_column,
+                    b[state, part],
+                    c[state, part],
+                    ones,
+                    carry,
+                )
+        s.dma(out[rows], total)
+    return s.log
+
+
+def _state(
+    s: Stream,
+    delta: Tile,
+    product: Tile,
+    total: Tile,
+    a_column: Tile,
+    b_row: Tile,
+    c_row: Tile,
+    ones: Tile,
+    carry: Tile | None,
+) -> Tile:
+    """One state over one stretch of the sequence; returns the last column of the scan."""
+    shape = delta.shape
+    decay = s.sbuf(*shape, dtype="float32")
+    s.scalar("exp", decay, delta, a_column)
+    pushed, scan, seen = (s.sbuf(*shape, dtype="float32") for _ in range(3))
+    s.vector("tensor_tensor", pushed, product, _spread(s, b_row, ones))
+    s.vector("tensor_tensor_scan", scan, decay, pushed, *([carry] if carry is not None else []))
+    s.vector("tensor_tensor", seen, scan, _spread(s, c_row, ones))
+    s.vector("tensor_tensor", total, total, seen)
+    return scan[:, shape[1] - 1 : shape[1]]
+
+
+def _spread(s: Stream, row: Tile, ones: Tile) -> Tile:
+    """A row of HBM on all partitions: in PSUM if it fits in a bank, else copied to SBUF."""
+    on_chip = s.load(row)
+    width = on_chip.shape[1]
+    if width <= BANK:
+        spread = s.psum(CHANNELS, width)
+        s.matmul(spread, ones, on_chip)
+        return spread
+    copy = s.sbuf(CHANNELS, width, dtype="float32")
+    for start in range(0, width, BANK):
+        part = s.psum(CHANNELS, BANK)
+        s.matmul(part, ones, on_chip[:, start : start + BANK])
+        s.scalar("copy", copy[:, start : start + BANK], part)
+    return copy

@@ -1,0 +1,227 @@
+"""A timeline as Chrome/Perfetto JSON: open it at ui.perfetto.dev or chrome://tracing.
+
+Does: write one process per rank and core, one lane per engine, DMA queue and transfer, slices with
+operands, source line and wait, flow arrows from producer to consumer, and counters. Does not: time
+anything. Timestamps in the file are microseconds, as the format wants.
+
+Source: Trace Event Format (Google). Field names follow neuron-profile where it has one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .access import Access
+from .dma import Transfer
+from .machine import Timeline
+
+LANES = ("tensor", "vector", "scalar", "gpsimd", "sync")
+RATE_WINDOW_NS = 1000.0
+
+
+def events(
+    line: Timeline, *, pid: int = 0, name: str = "rank 0 core 0", offset_ns: float = 0.0
+) -> list[dict[str, Any]]:
+    """The trace events of one core. offset_ns moves them all."""
+    lanes = _lanes(line)
+    out: list[dict[str, Any]] = [_meta("process_name", pid, 0, name)]
+    out += [_meta("thread_name", pid, tid, lane) for lane, tid in lanes.items()]
+    for record in range(len(line.program)):
+        out += _slice(line, record, pid, lanes, offset_ns)
+        out += _arrow(line, record, pid, lanes, offset_ns)
+    out += _memory(line, pid, offset_ns)
+    out += _rates(line, pid, offset_ns)
+    return out
+
+
+def document(parts: Mapping[str, Timeline]) -> dict[str, Any]:
+    """A whole trace of several cores, by the name of their process."""
+    listed: list[dict[str, Any]] = []
+    for pid, (name, line) in enumerate(parts.items()):
+        listed += events(line, pid=pid, name=name)
+    generations = sorted({line.program.generation for line in parts.values()})
+    other = {"target": ", ".join(generations), "note": "estimated, not measured"}
+    return {"traceEvents": listed, "displayTimeUnit": "ns", "otherData": other}
+
+
+def write(path: Path, parts: Mapping[str, Timeline]) -> None:
+    """Write the trace of `parts` to `path`."""
+    path.write_text(json.dumps(document(parts)))
+
+
+def _lanes(line: Timeline) -> dict[str, int]:
+    queues = set(line.program.queues)
+    ordered = [lane for lane in LANES if lane in queues] + sorted(queues - set(LANES))
+    ordered += [f"{queue} transfers" for queue in ordered if queue.startswith("dma")]
+    return {lane: tid for tid, lane in enumerate(ordered, start=1)}
+
+
+def _meta(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _slice(
+    line: Timeline, record: int, pid: int, lanes: dict[str, int], offset: float
+) -> list[dict[str, Any]]:
+    program = line.program
+    queue, opcode = program.queues[record], program.opcodes[record]
+    file, number = program.log.lines[program.lines[record]]
+    waited = line.wait_on[record]
+    args: dict[str, Any] = {
+        "record": record,
+        "nki_source_location": f"{file}:{number}",
+        "operands": ", ".join(
+            _operand(program.accesses[v]) for v in (*program.writes[record], *program.reads[record])
+        ),
+        "wait": line.wait_kind[record],
+        "latency_ns": round(line.end[record] - line.start[record], 3),
+    }
+    if waited >= 0:
+        args["wait_on"] = waited
+    if record in line.cold:
+        args["cold"] = True
+    done = [
+        _complete(
+            opcode, queue, line.start[record], line.free[record], pid, lanes[queue], args, offset
+        )
+    ]
+    if record in line.transfer:
+        begin, end = line.transfer[record]
+        cost = program.costs[record]
+        size = cost.size_bytes if isinstance(cost, Transfer) else 0
+        rate = size / (end - begin) if end > begin else 0.0
+        done.append(
+            _complete(
+                f"{opcode} data",
+                "dma",
+                begin,
+                end,
+                pid,
+                lanes[f"{queue} transfers"],
+                {"record": record, "bytes": size, "GB/s": round(rate, 1)},
+                offset,
+            )
+        )
+    return done
+
+
+def _complete(
+    name: str,
+    category: str,
+    begin: float,
+    end: float,
+    pid: int,
+    tid: int,
+    args: dict[str, Any],
+    offset: float,
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "cat": category,
+        "ph": "X",
+        "pid": pid,
+        "tid": tid,
+        "ts": round((begin + offset) / 1e3, 6),
+        "dur": round((end - begin) / 1e3, 6),
+        "args": args,
+    }
+
+
+def _operand(access: Access) -> str:
+    return f"{access.space}[{access.partitions}x{access.elements}x{access.itemsize}B]"
+
+
+def _arrow(
+    line: Timeline, record: int, pid: int, lanes: dict[str, int], offset: float
+) -> list[dict[str, Any]]:
+    """A flow arrow from the producer whose data this record waited for."""
+    before = line.wait_on[record]
+    if before < 0 or line.wait_kind[record] not in ("data", "war", "waw", "bank", "space"):
+        return []
+    program = line.program
+    base = {"name": line.wait_kind[record], "cat": "wait", "id": pid * 10**9 + record, "pid": pid}
+    from_lane, to_lane = lanes[program.queues[before]], lanes[program.queues[record]]
+    return [
+        {**base, "ph": "s", "tid": from_lane, "ts": round((line.start[before] + offset) / 1e3, 6)},
+        {
+            **base,
+            "ph": "f",
+            "bp": "e",
+            "tid": to_lane,
+            "ts": round((line.start[record] + offset) / 1e3, 6),
+        },
+    ]
+
+
+def _memory(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
+    """Bytes per partition in use in SBUF and PSUM, from first write to last use."""
+    program = line.program
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    for record in range(len(program)):
+        for view in (*program.writes[record], *program.reads[record]):
+            buffer = program.accesses[view].buffer
+            first[buffer] = min(first.get(buffer, line.start[record]), line.start[record])
+            last[buffer] = max(last.get(buffer, 0.0), line.end[record])
+    out = []
+    for space in ("sbuf", "psum"):
+        changes: dict[float, int] = {}
+        for buffer, begin in first.items():
+            info = program.log.buffers[buffer]
+            if info.space == space:
+                changes[begin] = changes.get(begin, 0) + info.row_bytes
+                changes[last[buffer]] = changes.get(last[buffer], 0) - info.row_bytes
+        used = 0
+        for moment in sorted(changes):
+            used += changes[moment]
+            out.append(_counter(f"{space} bytes per partition", moment + offset, used, pid))
+    return out
+
+
+def _rates(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
+    """DMA and HBM GB/s and TensorE columns per ns, averaged over windows of a microsecond."""
+    program = line.program
+    steps = int(line.total_ns // RATE_WINDOW_NS) + 1
+    dma, hbm, columns = [0.0] * steps, [0.0] * steps, [0.0] * steps
+    for record, (begin, end) in line.transfer.items():
+        cost = program.costs[record]
+        size = float(cost.size_bytes) if isinstance(cost, Transfer) else 0.0
+        sides = (*program.writes[record], *program.reads[record])
+        in_hbm = sum(program.accesses[v].space == "hbm" for v in sides)
+        _spread(dma, begin, end, size)
+        _spread(hbm, begin, end, size * in_hbm)
+    for record, queue in enumerate(program.queues):
+        if queue == "tensor":
+            moved = program.accesses[program.reads[record][-1]].elements
+            _spread(columns, line.start[record], line.free[record], float(moved))
+    out = []
+    for title, values in (("DMA GB/s", dma), ("HBM GB/s", hbm), ("PE columns per ns", columns)):
+        for step, amount in enumerate(values):
+            out.append(
+                _counter(
+                    title, step * RATE_WINDOW_NS + offset, round(amount / RATE_WINDOW_NS, 3), pid
+                )
+            )
+    return out
+
+
+def _spread(values: list[float], begin: float, end: float, amount: float) -> None:
+    """Add `amount`, spread evenly from begin to end, to the windows."""
+    length = max(end - begin, 1e-9)
+    for step in range(int(begin // RATE_WINDOW_NS), int(end // RATE_WINDOW_NS) + 1):
+        inside = min(end, (step + 1) * RATE_WINDOW_NS) - max(begin, step * RATE_WINDOW_NS)
+        if step < len(values) and inside > 0:
+            values[step] += amount * inside / length
+
+
+def _counter(title: str, moment: float, value: float, pid: int) -> dict[str, Any]:
+    return {
+        "name": title,
+        "ph": "C",
+        "pid": pid,
+        "ts": round(moment / 1e3, 6),
+        "args": {"value": value},
+    }
