@@ -57,6 +57,11 @@ def ring_attention(
     ValueError, on every rank when ranks differ; RingError when a rank is lost or late.
     Source: Ring Attention (arXiv 2310.01889).
     """
+    if cp is not None and not isinstance(cp, CPContext):
+        raise ValueError(
+            f"cp: expected a CPContext or None, got {type(cp).__name__}; make one with "
+            "CPContext.from_group"
+        )
     validate_tensors(q, k, v)
     refuse_unsupported(window=window, segment_ids=segment_ids, sinks=sinks, softcap=softcap)
     validate_dropout(dropout_p)

@@ -137,7 +137,7 @@ class CPContext:
         return self.transport.all_gather(tensor.detach())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """A new tensor: the sum over ranks, added in rank order. No gradient flows."""
+        """A new tensor: the sum over ranks, the same on every rank. No gradient flows."""
         if op != "sum":
             raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
         return self.transport.all_reduce_sum(tensor.detach())

@@ -152,6 +152,11 @@ BAD = [
 ]
 
 
+def test_a_context_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="cp: expected a CPContext or None, got str"):
+        ring_attention(*GOOD.values(), cp="world")
+
+
 @pytest.mark.parametrize(("change", "text"), BAD, ids=[text[:30] for _, text in BAD])
 def test_unsupported_arguments_raise_before_any_message(change: dict[str, Any], text: str) -> None:
     arguments = {**GOOD, **change}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import RankGroup
 from torch import Tensor
 
 from nxd_cp import ops
@@ -71,3 +73,19 @@ def test_it_compiles_without_a_graph_break() -> None:
     found = torch.autograd.grad(compiled(q, k, v), (q, k, v))
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
+
+
+def compiled_ring(group: dist.ProcessGroup) -> list[bool]:
+    cp = CPContext.from_group(group)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ring_attention(q, k, v, cp=cp).square().sum()
+
+    x = leaves()
+    expected = torch.autograd.grad(loss(*x), x)
+    found = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(*x), x)
+    return [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def test_a_ring_of_processes_compiles_without_a_graph_break(ranks: RankGroup) -> None:
+    assert ranks.run(compiled_ring, num_ranks=2) == [[True] * 3] * 2

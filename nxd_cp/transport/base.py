@@ -64,7 +64,7 @@ class Transport(ABC):
         return [found[rank] for rank in range(self.size)]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, added in rank order; the argument is left as it is."""
+        """The sum over ranks, the same on every rank; the argument is left as it is."""
         total, *others = self.all_gather(tensor)
         for other in others:
             total += other

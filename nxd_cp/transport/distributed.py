@@ -63,6 +63,11 @@ class DistributedTransport(Transport):
         dist.all_gather(found, tensor, group=self._group)
         return found
 
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total
+
     def _raise(self, move: Move, error: RuntimeError) -> None:
         raise RingError(
             f"rank {self.rank} lost its neighbours (sends to rank {move.to}, receives from rank "
