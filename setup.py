@@ -62,7 +62,7 @@ setup(
     python_requires=">=3.10",
     packages=packages(),
     package_dir={"nxd_cp.kernels": "kernels", "nxd_cp.simulators": "simulators"},
-    package_data={"nxd_cp": ["py.typed"]},
+    package_data={"nxd_cp": ["py.typed"], "nxd_cp.simulators.timing": ["data/*.csv"]},
     # `import nxd_cp` needs torch alone; the other two serve the command line.
     install_requires=["torch>=2.8", "typer>=0.12", "rich>=13"],
     extras_require=EXTRAS,

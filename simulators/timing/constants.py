@@ -44,7 +44,7 @@ def same(value: float, unit: str, tag: Tag, source: str) -> Constant:
 
 @dataclass(frozen=True, kw_only=True)
 class Constants:
-    """One generation. Every field but the first two is a Constant; see gen3.py for their reading."""
+    """One generation. Every field but the first two is a Constant; gen3.py says how they read."""
 
     generation: str
     note: str

@@ -1,4 +1,4 @@
-"""What one instruction costs, from its record: how long it holds its engine, when its result is out.
+"""What one instruction costs: how long it holds its engine, and when its result is out.
 
 Does: turn (opcode, engine, operands, flags) into a Cost of named parts; every part carries the name
 of the constant that it rests on. Does not: know what else is running (machine.py), or DMA (dma.py).

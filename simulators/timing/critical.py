@@ -78,7 +78,9 @@ def _parts(line: Timeline, piece: Piece) -> Parts:
         return (*cost.start, *cost.engine, *cost.done)
     assert isinstance(cost, Cost), "a cost is a Cost or a Transfer"
     hop = () if piece.kind in HELD else (("semaphore", line.program.values.semaphore),)
-    return (*(cost.occupancy if piece.kind in HELD else cost.latency), *hop)
+    load = line.table_load.get(piece.record, 0.0)
+    tables = (("table_load", load),) if load else ()
+    return (*tables, *(cost.occupancy if piece.kind in HELD else cost.latency), *hop)
 
 
 def time_by_line(line: Timeline) -> list[tuple[str, int, float]]:

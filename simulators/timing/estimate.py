@@ -54,7 +54,7 @@ class Estimate:
 
 
 def estimate(log: Log, generation: str, options: Options | None = None) -> Estimate:
-    """Time a log on "gen2", "gen3" or "gen4". Raises ValueError for an unknown generation or opcode.
+    """Time a log on "gen2", "gen3" or "gen4"; ValueError for an unknown generation or opcode.
 
     `options` apply to the expected time; the pessimistic one keeps only the choice of DMA queues.
     """

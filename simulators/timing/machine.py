@@ -5,9 +5,9 @@ out, with the reason for its start. Deterministic: equal programs give equal tim
 at data; a time never changes a result.
 
 Resources: engines and DMA queues; on gen2 one PSUM port for VectorE and ScalarE and one SBUF port
-for VectorE and GpSimdE; on gen3 and gen4 PSUM banks shared by VectorE and ScalarE are left alone
-(no penalty is published); four groups of four DMA engines and the core's bandwidth cap; the software
-descriptor generator; TensorE's clock, halved while it is cold (gen3, gen4).
+for VectorE and GpSimdE; on gen3 and gen4 VectorE and ScalarE take turns on a PSUM bank; four groups
+of four DMA engines and the core's bandwidth cap; the software descriptor generator; TensorE's
+clock, halved while it is cold (gen3, gen4).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Timeline:
     start: the engine takes the instruction. free: the engine or queue may take the next one.
     end: the result may be used (a DMA: data landed). wait_kind and wait_on: what `start` waited
     for; kinds are start, engine, data, war, waw, bank, space, window, loop, port, generator.
-    transfer: (first byte, last byte) of DMAs.
+    transfer: (first byte, last byte) of DMAs. cold: matmuls at half clock. table_load: ns of
+    exposed function table loads of ScalarE.
     """
 
     program: Program
@@ -37,8 +38,9 @@ class Timeline:
     wait_kind: list[str]
     wait_on: list[int]
     ready: list[float]
-    transfer: dict[int, tuple[float, float]]
-    cold: set[int]
+    transfer: dict[int, tuple[float, float]] = field(default_factory=dict)
+    cold: set[int] = field(default_factory=set)
+    table_load: dict[int, float] = field(default_factory=dict)
     total_ns: float = 0.0
     resource_busy: dict[str, float] = field(default_factory=dict)
 
@@ -75,7 +77,13 @@ class _Machine:
         self.warmth = _Warmth(program)
         n = len(program)
         self.line = Timeline(
-            program, [0.0] * n, [0.0] * n, [0.0] * n, ["start"] * n, [-1] * n, [0.0] * n, {}, set()
+            program=program,
+            start=[0.0] * n,
+            free=[0.0] * n,
+            end=[0.0] * n,
+            wait_kind=["start"] * n,
+            wait_on=[-1] * n,
+            ready=[0.0] * n,
         )
         self.queue_free: dict[str, float] = {}
         self.queue_last: dict[str, int] = {}
@@ -179,30 +187,41 @@ class _Machine:
             if free > start:
                 start = free
                 line.wait_kind[record], line.wait_on[record] = "port", user
-        if cost.table is not None and cost.table != 0 and queue == "scalar":
-            start = self._load_table(cost.table, start)
-        held = cost.occupancy_ns
+        load = self._load_table(cost.table, start, record) if queue == "scalar" else 0.0
+        held = cost.occupancy_ns + load
         line.start[record], line.free[record] = start, start + held
-        line.end[record] = start + max(held, cost.latency_ns)
+        line.end[record] = start + max(held, cost.latency_ns + load)
         for port in self._ports(record, queue):
             self.ports[port] = (start + held, record)
 
-    def _load_table(self, table: int, start: float) -> float:
-        """ScalarE loads a function table when it changes; the first load starts with the kernel."""
+    def _load_table(self, table: int | None, start: float, record: int) -> float:
+        """How long ScalarE loads a function table; the first load starts with the kernel."""
+        if table is None or table == 0:
+            return 0.0
         loaded = self.ports.get("table")
         if loaded is not None and loaded[1] == table:
-            return start
-        begin = self.program.values.kernel_start if loaded is None else start
+            return 0.0
+        values = self.program.values
+        begin = values.kernel_start if loaded is None else start
         self.ports["table"] = (0.0, table)
-        end = begin + self.program.values.table_load
-        self.busy["table load"] = self.busy.get("table load", 0.0) + end - begin
-        return max(start, end)
+        self.busy["table load"] = self.busy.get("table load", 0.0) + values.table_load
+        exposed = max(0.0, begin + values.table_load - start)
+        if exposed:
+            self.line.table_load[record] = exposed
+        return exposed
 
     def _ports(self, record: int, queue: str) -> tuple[str, ...]:
-        """Shared ports that this record holds while it runs (gen2 only)."""
-        if not self.gen2 or queue not in ("vector", "scalar", "gpsimd"):
-            return ()
+        """Shared ports that this record holds while it runs: see the module."""
         program = self.program
+        if queue not in ("vector", "scalar", "gpsimd"):
+            return ()
+        if not self.gen2:
+            views = program.reads[record] + program.writes[record]
+            return tuple(
+                f"psum bank of {program.accesses[v].buffer}"
+                for v in views
+                if program.accesses[v].space == "psum"
+            )
         spaces = {program.accesses[v].space for v in program.reads[record] + program.writes[record]}
         ports = []
         if queue in ("vector", "scalar") and "psum" in spaces:

@@ -36,8 +36,8 @@ class Options:
     granularity: "byte" or "tensor" dependencies. order: "program" keeps each engine's instructions
     in program order; "list" lets an engine take any ready instruction among its next `window`, as
     a compiler's scheduler would have (8 fits the profiled attention kernels best; a guess).
-    dma_queues: "direction" is one queue for loads and one for stores; "line" is one per source line,
-    as the compilers before dynamic DMA generation did, with no shared generator.
+    dma_queues: "direction" is one queue for loads and one for stores; "line" is one per source
+    line, with no shared generator, as compilers did before dynamic descriptor generation.
     """
 
     granularity: Literal["byte", "tensor"] = "byte"

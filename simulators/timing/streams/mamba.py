@@ -2,9 +2,9 @@
 
 Written from the tutorial's description: per 128 channels and per state, exp(delta A) on ScalarE,
 then delta u B, a scan, the product with C and the sum over states on VectorE. Rows of B and C are
-spread over the partitions by a multiplication with ones on TensorE. Up to one PSUM bank wide VectorE
-reads them there; wider ones are copied to SBUF by ScalarE first. delta u does not depend on the
-state: v1 computes it each time, v2 and v3 once. v3 walks the sequence in tiles of 512.
+spread over the partitions by a multiplication with ones on TensorE. Up to one PSUM bank wide,
+VectorE reads them there; wider ones are copied to SBUF by ScalarE first. delta u does not depend on
+the state: v1 computes it each time, v2 and v3 once. v3 walks the sequence in tiles of 512.
 
 Does not model what the compiler does when a version does not fit in SBUF: it spills, and v2 does so
 beyond about 4096 steps.
@@ -39,18 +39,10 @@ def mamba(version: int, channels: int, seq_len: int, states: int = 16) -> Log:
         rows = slice(first, first + CHANNELS)
         total = s.sbuf(CHANNELS, seq_len, **wide)
         s.vector("memset", total)
-        delta_tile, u_tile = (
-            (None, None) if version == 1 else (s.load(delta[rows]), s.load(u[rows]))
-        )
-        product = None
-        if delta_tile is not None and u_tile is not None:
-            product = s.sbuf(CHANNELS, seq_len, **wide)
-            s.vector("tensor_tensor", product, delta_tile, u_tile)
+        delta_tile, product = _inputs(s, delta[rows], u[rows])
         for state in range(states):
-            if delta_tile is None or version == 1:
-                delta_tile, u_tile = s.load(delta[rows]), s.load(u[rows])
-                product = s.sbuf(CHANNELS, seq_len, **wide)
-                s.vector("tensor_tensor", product, delta_tile, u_tile)
+            if version == 1 and state > 0:
+                delta_tile, product = _inputs(s, delta[rows], u[rows])
             a_column = s.load(a[rows, state])
             carry = None
             for start in range(0, seq_len, width):
@@ -68,6 +60,14 @@ def mamba(version: int, channels: int, seq_len: int, states: int = 16) -> Log:
                 )
         s.dma(out[rows], total)
     return s.log
+
+
+def _inputs(s: Stream, delta: Tile, u: Tile) -> tuple[Tile, Tile]:
+    """delta and delta u of 128 channels, in SBUF."""
+    delta_tile, u_tile = s.load(delta), s.load(u)
+    product = s.sbuf(*delta.shape, dtype="float32")
+    s.vector("tensor_tensor", product, delta_tile, u_tile)
+    return delta_tile, product
 
 
 def _state(

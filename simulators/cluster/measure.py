@@ -1,0 +1,123 @@
+"""Kernel times for the ring from the kernels themselves: run in the simulator, timed, extrapolated.
+
+Does: run nxd_cp's flash attention kernels on zeros at small sizes and hand their estimated times to
+`Timed`. Does not: run anything on a device. Needs NumPy and ml_dtypes.
+
+Letters: H query heads, G key/value heads of one core, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nxd_cp.simulators.nki_api import load, record
+from nxd_cp.simulators.nki_api.log import Log
+from nxd_cp.simulators.timing import Estimate, constants_for, estimate
+
+from .kernel_time import Timed
+
+KERNELS = ("flash_fwd", "flash_bwd")
+
+
+def kernel_log(
+    name: str,
+    generation: str,
+    *,
+    q_len: int,
+    k_len: int,
+    mask: str = "full",
+    num_heads: int = 1,
+    num_kv_heads: int = 1,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+) -> Log:
+    """The instruction log of "flash_fwd" or "flash_bwd" for one block on one core.
+
+    Raises ValueError for another name, or a dtype other than bfloat16 and float32.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {name!r}")
+    if dtype not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype: expected bfloat16 or float32, got {dtype!r}")
+    q, k, row = _inputs(dtype, (1, num_heads, q_len, head_dim), (1, num_kv_heads, k_len, head_dim))
+    package = load("nxd_cp.kernels", generation=generation)
+    scale = head_dim**-0.5
+    with record() as log:
+        if name == "flash_fwd":
+            package.flash_fwd.flash_fwd(q, k, k, mask, scale)
+        else:
+            package.flash_bwd.flash_bwd(q, q, k, k, row, row, mask, scale)
+    return log
+
+
+def _inputs(dtype: str, q_shape: tuple[int, ...], k_shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        kind: Any = ml_dtypes.bfloat16
+    else:
+        kind = np.float32
+    row = np.zeros((*q_shape[:3], 1), np.float32)
+    return np.zeros(q_shape, kind), np.zeros(k_shape, kind), row
+
+
+def time_kernel(name: str, generation: str, **shape: Any) -> Estimate:
+    """Estimate of one block; keywords as in `kernel_log`."""
+    return estimate(kernel_log(name, generation, **shape), generation)
+
+
+def timed_kernel(
+    name: str,
+    generation: str,
+    *,
+    heads_per_core: int,
+    kv_heads_per_core: int,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    level: str = "expected",
+    small: int = 512,
+    large: int = 1024,
+) -> Timed:
+    """Extrapolated times of a kernel on one core; one group of heads is run, the rest multiplied.
+
+    level: "low" gives bounds, "expected", or "high" gives pessimistic times. Raises ValueError when
+    heads do not divide, or for an unknown name, dtype or level.
+    """
+    fields = {"low": "bound_ns", "expected": "expected_ns", "high": "pessimistic_ns"}
+    if level not in fields:
+        raise ValueError(f"level: expected one of {', '.join(fields)}, got {level!r}")
+    if kv_heads_per_core < 1 or heads_per_core % kv_heads_per_core:
+        raise ValueError(
+            f"heads: expected kv_heads_per_core to divide heads_per_core, "
+            f"got {kv_heads_per_core} and {heads_per_core}"
+        )
+    share: list[float] = []
+
+    def measure(q_len: int, k_len: int, mask: str) -> float:
+        times = time_kernel(
+            name,
+            generation,
+            q_len=q_len,
+            k_len=k_len,
+            mask=mask,
+            num_heads=heads_per_core // kv_heads_per_core,
+            num_kv_heads=1,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        share.append(times.timeline.resource_busy.get("dma core rate", 0.0) / times.expected_ns)
+        return float(getattr(times, fields[level]))
+
+    values = constants_for(generation).at(level)
+    timed = Timed(
+        measure,
+        fixed_ns=values.kernel_start + values.kernel_end,
+        groups=kv_heads_per_core,
+        small=small,
+        large=large,
+    )
+    timed.rectangle_ns(large, large, "full")
+    timed.dma_share = max(share)
+    return timed
