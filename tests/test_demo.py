@@ -162,6 +162,20 @@ def test_table_and_plot_are_made(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("off_by", [0.0, 1e-3])
+def test_demo_command_exits_with_1_when_a_loss_is_off(tmp_path, monkeypatch, off_by):
+    def pretend(runs, num_ranks, out, on_step):
+        losses = [5.0, 4.0 + off_by * (num_ranks == 4), 3.0]
+        return {r.name: _records(losses, scheduled_per_step(r, num_ranks)) for r in runs}
+
+    monkeypatch.setattr("nxd_cp.demo.main.launch", pretend)
+    arguments = ["demo", "--steps", "3", "--simulate-steps", "3", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == (1 if off_by else 0), result.output
+    assert ("4 ranks: later loss off by" in result.output) == bool(off_by)
+    assert (tmp_path / "loss.png").exists()
+
+
 def test_plan_command_prints_the_plan():
     result = CliRunner().invoke(app, ["plan", "--layout", "zigzag", "--ranks", "4"])
     assert result.exit_code == 0

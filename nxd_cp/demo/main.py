@@ -67,6 +67,7 @@ def run_demo(
         rows = compare(run, by_ranks, traffic[run.name])
         console.print(table(run, rows, first, later))
         problems += [f"{run.name}, {found}" for found in failures(rows, first, later)]
+    out.mkdir(parents=True, exist_ok=True)
     picture = out / "loss.png"
     plot([(run, {n: records[n][run.name] for n in rank_counts}) for run in runs], picture)
     console.print(f"loss curves: {picture}")
