@@ -201,7 +201,7 @@ def _vector_passes(
             return 1.0 if generation == "gen2" else 0.5
         return 2.0
     if opcode == "tensor_reduce":
-        return 0.5 if small else 1.0
+        return 0.5 if small and dst is not None and dst.itemsize <= 2 else 1.0
     if opcode not in _ONE_PASS:
         raise ValueError(f"no cost rule for {opcode} on VectorE")
     if generation != "gen2" and opcode in _FAST_COPIES:

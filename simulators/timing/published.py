@@ -1,0 +1,191 @@
+"""Published timings, one figure a row, and what this model says for those it can run.
+
+Does: read data/published.csv and predict each row that has an instruction stream (streams/), with
+the reason when it has none. Does not: judge (validation.py). Rows are fit (constants come from
+them), or score (compared only; no constant is fitted on them).
+
+Rows measured with compilers before dynamic descriptor generation ("old" namespaces, and tutorials
+whose figures date from 2024) are timed with one DMA queue per source line.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from nxd_cp.simulators.nki_api.log import Log
+
+from .estimate import Estimate, estimate, matmul_flops
+from .profile import hbm_bytes
+from .program import Options
+from .streams.attention import attention
+from .streams.mamba import mamba
+from .streams.matmul import matmul
+from .streams.primitives import Primitive, primitive
+
+DATA = Path(__file__).parent / "data" / "published.csv"
+NS_PER = {"ns": 1.0, "us": 1e3, "ms": 1e6, "%": 1.0, "GB/s": 1.0, "Gcol/s": 1.0}
+TRN2_HBM_PER_CORE = 3000.0 / 8  # B/ns, trainium2_arch.rst
+
+
+@dataclass(frozen=True)
+class Row:
+    """One published figure. value is in `unit`; use is fit or score."""
+
+    group: str
+    kernel: str
+    shape: str
+    dtype: str
+    instance: str
+    metric: str
+    value: float
+    unit: str
+    stat: str
+    source: str
+    use: str
+
+    @property
+    def generation(self) -> str:
+        """gen2 or gen3, from the instance."""
+        return "gen2" if self.instance.startswith(("trn1", "inf2")) else "gen3"
+
+    @property
+    def name(self) -> str:
+        """Kernel, shape and metric in one line."""
+        return f"{self.kernel} {self.shape} {self.dtype}: {self.metric}".replace("  ", " ")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The model's figure for a row, in the row's unit, and the expected total in ns."""
+
+    value: float
+    total_ns: float
+    guess_share: float
+    kind: Literal["kernel", "primitive", "small primitive"]
+
+
+@lru_cache(maxsize=1)
+def rows() -> tuple[Row, ...]:
+    """All rows of the data file."""
+    with DATA.open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Row(
+                group=r["group"],
+                kernel=r["kernel"],
+                shape=r["shape"],
+                dtype=r["dtype"],
+                instance=r["instance"],
+                metric=r["metric"],
+                value=float(r["value"]),
+                unit=r["unit"],
+                stat=r["stat"],
+                source=r["source"],
+                use=r["use"],
+            )
+            for r in csv.DictReader(file)
+        )
+
+
+def not_a_kernel(row: Row) -> bool:
+    """Rows that time a framework, not one kernel: nothing here could predict them."""
+    return "PyTorch compiled" in row.kernel or row.metric == "sync call"
+
+
+def predict(row: Row) -> Prediction | None:
+    """The model's figure, or None when the row's kernel has no stream."""
+    single = primitive(row.group, row.kernel, row.shape, row.metric)
+    if single is not None:
+        return _single(row, single)
+    found = _stream(row)
+    if found is None:
+        return None
+    key, options = found
+    times = _estimate(key, row.generation, options)
+    value = _metric(row, times)
+    if value is None:
+        return None
+    return Prediction(value, times.expected_ns, times.guess_share, "kernel")
+
+
+def _single(row: Row, single: Primitive) -> Prediction:
+    value = single.value_ns if single.bytes == 0 else single.bytes / single.value_ns
+    if single.bytes == 0:
+        value /= NS_PER[row.unit]
+    kind: Literal["primitive", "small primitive"] = (
+        "primitive" if single.elements >= 128 else "small primitive"
+    )
+    return Prediction(value, single.value_ns, 0.0, kind)
+
+
+def _stream(row: Row) -> tuple[tuple[object, ...], Options] | None:
+    """(what to build, options) of a row's stream."""
+    by_line = Options(dma_queues="line")
+    if row.group in ("A1", "A2"):
+        names = {
+            "tiled": "tiled",
+            "hoist": "hoist",
+            "block": "block",
+            "full": "full",
+            "optimised": "full",
+        }
+        for word, version in names.items():
+            if word in row.kernel:
+                dtype = "bfloat16" if row.group == "A1" else "float32"
+                options = by_line if row.group == "A1" else Options()
+                return ("matmul", version, dtype), options
+    if row.group == "A3" and row.kernel[-2:] in ("v1", "v2", "v3"):
+        channels, seq_len = (
+            int(word[2 if i == 0 else 3 :]) for i, word in enumerate(row.shape.split()[:2])
+        )
+        return ("mamba", int(row.kernel[-1]), channels, seq_len), by_line
+    if row.group == "H" and row.kernel.startswith("attention"):
+        seq_len = int(row.shape.split("seq")[1])
+        dtype = "float32" if row.dtype == "fp32" else "bfloat16"
+        return ("attention", seq_len, dtype, "fused" in row.kernel), Options()
+    return None
+
+
+def _build(key: tuple[object, ...]) -> Log:
+    builders: dict[str, Callable[..., Log]] = {
+        "matmul": lambda version, dtype: matmul(version, 4096, 8192, 8192, dtype),
+        "mamba": mamba,
+        "attention": lambda seq_len, dtype, fused: attention(seq_len, dtype, fused=fused),
+    }
+    return builders[str(key[0])](*key[1:])
+
+
+@lru_cache(maxsize=4)
+def _estimate(key: tuple[object, ...], generation: str, options: Options) -> Estimate:
+    return estimate(_build(key), generation, options)
+
+
+def _metric(row: Row, times: Estimate) -> float | None:
+    """What the row measures, in its unit."""
+    busy = times.timeline.resource_busy
+    engines = {"PE active": "tensor", "VectorE active": "vector", "ScalarE active": "scalar"}
+    if row.metric in ("latency", "total", "nc_latency", "kernel time"):
+        return times.expected_ns / NS_PER[row.unit]
+    if row.metric in engines:
+        return busy.get(engines[row.metric], 0.0) / NS_PER[row.unit]
+    if row.metric == "DMA active":
+        return dma_active_ns(times) / NS_PER[row.unit]
+    if row.metric == "HFU":
+        peak = 91.75e3 if row.generation == "gen2" else 78.64e3
+        return 100 * matmul_flops(times.timeline.program) / (peak * times.expected_ns)
+    if row.metric == "MBU":
+        return 100 * sum(hbm_bytes(times)) / times.expected_ns / TRN2_HBM_PER_CORE
+    return None
+
+
+def dma_active_ns(times: Estimate) -> float:
+    """Time during which at least one DMA moves data."""
+    total, until = 0.0, 0.0
+    for begin, end in sorted(times.timeline.transfer.values()):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total

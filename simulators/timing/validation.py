@@ -1,0 +1,95 @@
+"""Predicted against published: one line a row, then median, 90th percentile and worst per class.
+
+Does: judge the rows of published.py and say what was not run. Does not: run a device, or fit.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from .published import NS_PER, Prediction, Row, not_a_kernel, predict, rows
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A row with its prediction, or None and why it was not run."""
+
+    row: Row
+    prediction: Prediction | None
+    reason: str = ""
+
+    @property
+    def error(self) -> float:
+        """(predicted - published) / published."""
+        assert self.prediction is not None, "only rows that ran have an error"
+        return self.prediction.value / self.row.value - 1.0
+
+    @property
+    def judged(self) -> str:
+        """The class whose limits apply: kernel, short kernel, primitive or small primitive."""
+        assert self.prediction is not None, "only rows that ran have a class"
+        kind = self.prediction.kind
+        return "short kernel" if kind == "kernel" and self.prediction.total_ns < 5e4 else kind
+
+
+def score(use: str, progress: Callable[[Row], None] | None = None) -> list[Scored]:
+    """All rows of one use ("score" or "fit")."""
+    result = []
+    for row in rows():
+        if row.use != use:
+            continue
+        if progress is not None:
+            progress(row)
+        if not_a_kernel(row):
+            result.append(Scored(row, None, "times a framework, not a kernel: not scorable"))
+            continue
+        prediction = predict(row)
+        reason = "" if prediction is not None else "no instruction stream for this kernel"
+        result.append(Scored(row, prediction, reason))
+    return result
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The smallest value that at least `share` of the values do not exceed."""
+    ordered = sorted(values)
+    index = max(0, -(-round(share * 1000) * len(ordered) // 1000) - 1)
+    return ordered[min(index, len(ordered) - 1)]
+
+
+def report(scored: Iterable[Scored], title: str) -> str:
+    """The table of one use, with the summary per class and n scored of n scorable."""
+    listed = list(scored)
+    out = [f"{title}", f"  {'predicted':>11} {'published':>11} {'':<6} {'error':>8}  row"]
+    for item in listed:
+        row = item.row
+        if item.prediction is not None:
+            out.append(
+                f"  {item.prediction.value:>11.3f} {row.value:>11.3f} {row.unit:<6} "
+                f"{100 * item.error:>+7.1f}%  {row.group} {row.name} [{row.generation}]"
+            )
+    for item in listed:
+        if item.prediction is None:
+            out.append(
+                f"  {'not run':>11} {item.row.value:>11.3f} {item.row.unit:<6} {'':>8}  "
+                f"{item.row.group} {item.row.name}: {item.reason}"
+            )
+    ran = [item for item in listed if item.prediction is not None]
+    for kind in sorted({item.judged for item in ran}):
+        errors = [item.error for item in ran if item.judged == kind]
+        sizes = [abs(e) for e in errors]
+        worst = max(errors, key=abs)
+        out.append(
+            f"  {kind}: {len(errors)} rows, median |error| {100 * statistics.median(sizes):.1f} %, "
+            f"90th percentile {100 * quantile(sizes, 0.9):.1f} %, worst {100 * worst:+.1f} %, "
+            f"median error {100 * statistics.median(errors):+.1f} %"
+        )
+    scorable = [item for item in listed if not not_a_kernel(item.row)]
+    out.append(f"  scored {len(ran)} of {len(scorable)} scorable rows")
+    return "\n".join(out)
+
+
+def in_ns(row: Row) -> float:
+    """A time row's value in ns."""
+    return row.value * NS_PER[row.unit]
