@@ -1,4 +1,4 @@
-"""The command line: `nxd-cp demo` and `nxd-cp plan`; every command imports what it needs itself."""
+"""The command line: `nxd-cp --help` lists it; every command imports what it needs itself."""
 
 from enum import Enum
 from pathlib import Path
@@ -84,6 +84,149 @@ def plan(
     tokens = 128 * seq_len_multiple(layout.value, ranks) if seq_len is None else seq_len
     try:
         typer.echo(make_plan(layout.value, ranks, tokens, causal=causal).table())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+class Kernel(str, Enum):
+    """Kernels that can be timed."""
+
+    flash_fwd = "flash_fwd"
+    flash_bwd = "flash_bwd"
+
+
+class Chip(str, Enum):
+    """Chips with a cost model."""
+
+    trn1 = "trn1"
+    trn2 = "trn2"
+    trn3 = "trn3"
+
+
+KernelArgument = Annotated[Kernel, typer.Argument(help="The kernel to time.")]
+ChipOption = Annotated[Chip, typer.Option(help="Chip whose cost model is used.")]
+QueriesOption = Annotated[int, typer.Option(help="Query rows of the block.")]
+KeysOption = Annotated[
+    int | None, typer.Option(help="Keys of the block; default as many as queries.")
+]
+MaskOption = Annotated[str, typer.Option(help="full, causal or strict.")]
+HeadsOption = Annotated[int, typer.Option(min=1, help="Query heads.")]
+KvHeadsOption = Annotated[int, typer.Option(min=1, help="Key and value heads.")]
+HeadDimOption = Annotated[int, typer.Option(min=1, help="Head dim.")]
+DtypeOption = Annotated[str, typer.Option(help="bfloat16 or float32.")]
+
+
+@app.command()
+def profile(
+    kernel: KernelArgument,
+    chip: ChipOption = Chip.trn2,
+    queries: QueriesOption = 1024,
+    keys: KeysOption = None,
+    mask: MaskOption = "causal",
+    heads: HeadsOption = 1,
+    kv_heads: KvHeadsOption = 1,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = "bfloat16",
+    json: Annotated[Path | None, typer.Option(help="Also write the summary as JSON.")] = None,
+    roofline: Annotated[Path | None, typer.Option(help="Also draw a roofline PNG.")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Also draw a timeline PNG.")] = None,
+) -> None:
+    """Say where a kernel's time goes on one core: estimated from its instructions, not measured."""
+    from nxd_cp.simulators.timing.cli import Block, run_profile
+
+    block = Block(
+        generation=chip.value,
+        queries=queries,
+        keys=queries if keys is None else keys,
+        mask=mask,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    try:
+        text = run_profile(
+            kernel.value, block, json_path=json, roofline=roofline, timeline=timeline
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(text)
+
+
+@app.command()
+def trace(
+    kernel: KernelArgument,
+    out: Annotated[Path, typer.Option(help="File to write, JSON for ui.perfetto.dev.")] = Path(
+        "trace.json"
+    ),
+    chip: ChipOption = Chip.trn2,
+    queries: QueriesOption = 1024,
+    keys: KeysOption = None,
+    mask: MaskOption = "causal",
+    heads: HeadsOption = 1,
+    kv_heads: KvHeadsOption = 1,
+    head_dim: HeadDimOption = 128,
+    dtype: DtypeOption = "bfloat16",
+) -> None:
+    """Write a kernel's estimated timeline for Perfetto: a lane per engine and DMA queue."""
+    from nxd_cp.simulators.timing.cli import Block, run_trace
+
+    block = Block(
+        generation=chip.value,
+        queries=queries,
+        keys=queries if keys is None else keys,
+        mask=mask,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    try:
+        typer.echo(run_trace(kernel.value, block, out))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@app.command()
+def simulate(
+    chip: ChipOption = Chip.trn2,
+    ranks: Annotated[int, typer.Option(min=1, help="Positions of the ring.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens of the whole sequence.")] = 131072,
+    layout: LayoutOption = Layout.zigzag,
+    causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Logical cores of a position.")] = 4,
+    lnc: Annotated[int, typer.Option(help="Physical cores of a logical core, 1 or 2.")] = 2,
+    pods: Annotated[bool, typer.Option(help="trn2 nodes joined to UltraServers.")] = False,
+    heads: HeadsOption = 32,
+    kv_heads: KvHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    channels: Annotated[int, typer.Option(help="Links used at once: 1, 2 or 4.")] = 1,
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="Sustained TFLOP/s of a position; default: time our kernels."),
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Also write a Perfetto trace.")] = None,
+) -> None:
+    """Estimate a ring on simulated chips: step time, exposed communication, efficiency."""
+    from nxd_cp.simulators.cluster.cli import Ring, run_simulate
+
+    ring = Ring(
+        generation=chip.value,
+        ranks=ranks,
+        seq_len=seq_len,
+        layout=layout.value,
+        causal=causal,
+        tensor_parallel=tensor_parallel,
+        lnc=lnc,
+        pods=pods,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        channels=channels,
+        tflops=tflops,
+    )
+    try:
+        typer.echo(run_simulate(ring, trace_path=trace))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 

@@ -24,7 +24,10 @@ SMALL, LARGE = 1024, 2048
 class KernelTime(Protocol):
     """ns for one rectangle on one position, and its share of the DMA engines while it runs."""
 
-    dma_share: float
+    @property
+    def dma_share(self) -> float:
+        """Share of the position's DMA engines that the kernel keeps busy."""
+        ...
 
     def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:
         """ns of the forward (or backward) of one rectangle, all heads of the position."""
@@ -33,7 +36,7 @@ class KernelTime(Protocol):
 
 @dataclass(frozen=True)
 class Rate:
-    """Sustained flops per ns of one position (GFLOP/s x 1e-0: 535e12 flop/s is 535_000).
+    """A sustained rate, in flops per ns of one position: 535e12 flop/s is 535_000.
 
     flops_per_pair: 4 D H for the forward, 10 D H for the backward (H heads of the position).
     overhead_ns: per rectangle.
