@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-SMALL, LARGE = 1024, 2048
-
 
 class KernelTime(Protocol):
     """ns for one rectangle on one position, and its share of the DMA engines while it runs."""
@@ -57,27 +55,21 @@ class Rate:
 class Timed:
     """Extrapolates `measure(q_len, k_len, mask)`, ns of one run; see Note [Linear in tiles].
 
-    Rectangles up to `exact_up_to` rows and keys are run as they are. groups: how many times the
-    measured heads run one after the other on a core, start and end of the kernel counted once.
+    small, large: the lengths that are run. groups: how many times the measured heads run one after
+    the other on a core, start and end of the kernel counted once.
     """
 
     measure: Callable[[int, int, str], float]
     fixed_ns: float = 0.0
     groups: int = 1
-    small: int = SMALL
-    large: int = LARGE
-    exact_up_to: int = 0
+    small: int = 1024
+    large: int = 2048
     dma_share: float = 0.0
     _known: dict[tuple[int, int, str], float] = field(default_factory=dict)
 
     def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:
         """ns for all groups, extrapolated."""
-        if max(q_len, k_len) <= self.exact_up_to:
-            once = self._run(q_len, k_len, mask)
-        elif mask == "full":
-            once = self._full(q_len, k_len)
-        else:
-            once = self._diagonal(q_len, mask)
+        once = self._full(q_len, k_len) if mask == "full" else self._diagonal(q_len, mask)
         return self.fixed_ns + self.groups * (once - self.fixed_ns)
 
     def _run(self, q_len: int, k_len: int, mask: str) -> float:

@@ -8,6 +8,8 @@ Letters: H query heads, G key/value heads of one core, D head dim.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,43 @@ def time_kernel(name: str, generation: str, **shape: Any) -> Estimate:
     return estimate(kernel_log(name, generation, **shape), generation)
 
 
+@dataclass(frozen=True)
+class _Numbers:
+    """What is kept of an Estimate: the three times, and the share of time at the DMA cap."""
+
+    low: float
+    expected: float
+    high: float
+    dma_share: float
+
+
+@lru_cache(maxsize=256)
+def _numbers(
+    name: str,
+    generation: str,
+    q_len: int,
+    k_len: int,
+    mask: str,
+    num_heads: int,
+    head_dim: int,
+    dtype: str,
+) -> _Numbers:
+    times = time_kernel(
+        name,
+        generation,
+        q_len=q_len,
+        k_len=k_len,
+        mask=mask,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+    )
+    moving = times.timeline.resource_busy.get("dma core rate", 0.0)
+    return _Numbers(
+        times.bound_ns, times.expected_ns, times.pessimistic_ns, moving / times.expected_ns
+    )
+
+
 def timed_kernel(
     name: str,
     generation: str,
@@ -77,47 +116,34 @@ def timed_kernel(
     head_dim: int = 128,
     dtype: str = "bfloat16",
     level: str = "expected",
-    small: int = 512,
-    large: int = 1024,
+    small: int = 1024,
+    large: int = 2048,
 ) -> Timed:
     """Extrapolated times of a kernel on one core; one group of heads is run, the rest multiplied.
 
-    level: "low" gives bounds, "expected", or "high" gives pessimistic times. Raises ValueError when
-    heads do not divide, or for an unknown name, dtype or level.
+    level: "low" gives bounds, "expected", or "high" gives pessimistic times. small and large: the
+    lengths that are run. Raises ValueError when heads do not divide, or for an unknown name, dtype
+    or level.
     """
-    fields = {"low": "bound_ns", "expected": "expected_ns", "high": "pessimistic_ns"}
-    if level not in fields:
-        raise ValueError(f"level: expected one of {', '.join(fields)}, got {level!r}")
+    values = constants_for(generation).at(level)
     if kv_heads_per_core < 1 or heads_per_core % kv_heads_per_core:
         raise ValueError(
             f"heads: expected kv_heads_per_core to divide heads_per_core, "
             f"got {kv_heads_per_core} and {heads_per_core}"
         )
-    share: list[float] = []
+    heads = heads_per_core // kv_heads_per_core
 
     def measure(q_len: int, k_len: int, mask: str) -> float:
-        times = time_kernel(
-            name,
-            generation,
-            q_len=q_len,
-            k_len=k_len,
-            mask=mask,
-            num_heads=heads_per_core // kv_heads_per_core,
-            num_kv_heads=1,
-            head_dim=head_dim,
-            dtype=dtype,
-        )
-        share.append(times.timeline.resource_busy.get("dma core rate", 0.0) / times.expected_ns)
-        return float(getattr(times, fields[level]))
+        found = _numbers(name, generation, q_len, k_len, mask, heads, head_dim, dtype)
+        return float(getattr(found, level))
 
-    values = constants_for(generation).at(level)
-    timed = Timed(
+    return Timed(
         measure,
         fixed_ns=values.kernel_start + values.kernel_end,
         groups=kv_heads_per_core,
         small=small,
         large=large,
+        dma_share=_numbers(
+            name, generation, small, small, "full", heads, head_dim, dtype
+        ).dma_share,
     )
-    timed.rectangle_ns(large, large, "full")
-    timed.dma_share = max(share)
-    return timed

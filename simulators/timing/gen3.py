@@ -8,6 +8,7 @@ DMA   AWS Neuron SDK docs, nki/get-started/about/nki-dma-overview.rst (figures)
 DMABW AWS Neuron SDK docs, nki/deep-dives/nki-dma-bandwidth-guide.rst
 DGE   AWS Neuron SDK docs, nki/deep-dives/nki-dge.rst
 EXPL  AWS Neuron SDK docs, tools/neuron-explorer/overview-summary-page.rst
+SKILL aws-neuron/neuron-agentic-development, neuron-nki-profile-querying references
 PROF  allenkchau/trainium-kernel-fusion at d709ddf, profiling/artifacts/* (ten full profiles)
 """
 
@@ -58,7 +59,7 @@ CONSTANTS = Constants(
         20.0, 26.0, 30.0, "ns", "derived", "fit: 1416 ns for 32 KiB; 1, 4 KiB rows"
     ),
     dma_packet_bytes=same(4096.0, "B", "documented", "compute-comm-overlap.rst, packet size"),
-    dma_core_rate=Constant(435.0, 371.0, 332.0, "B/ns", "measured", "DMABW; PROF 332 while active"),
+    dma_core_rate=Constant(435.0, 354.0, 332.0, "B/ns", "measured", "SKILL 4 KiB rows; PROF 332"),
     dma_software_issue=Constant(570.0, 581.0, 620.0, "ns", "measured", "PROF: GpSimd triggers"),
     dma_software_start=Constant(616.0, 800.0, 890.0, "ns", "measured", "DMA 739; PROF 739-890"),
     dma_hardware_issue=Constant(517.0, 545.0, 600.0, "ns", "measured", "PROF: Sync; DGE 600"),

@@ -41,14 +41,18 @@ def resources(times: Estimate) -> list[Row]:
 def hbm_bytes(times: Estimate) -> tuple[int, int]:
     """(bytes read from HBM, bytes written to HBM) by DMA."""
     program = times.timeline.program
-    read = written = 0
-    for record, cost in enumerate(program.costs):
-        if isinstance(cost, Transfer):
-            if any(program.accesses[v].space == "hbm" for v in program.reads[record]):
-                read += cost.size_bytes
-            if any(program.accesses[v].space == "hbm" for v in program.writes[record]):
-                written += cost.size_bytes
-    return read, written
+
+    def moved(views: tuple[int, ...]) -> int:
+        sides = [program.accesses[view] for view in views]
+        return sum(side.size_bytes for side in sides if side.space == "hbm")
+
+    kept = [
+        i for i, cost in enumerate(program.costs) if isinstance(cost, Transfer) and not cost.skipped
+    ]
+    return (
+        sum(moved(program.reads[i]) for i in kept),
+        sum(moved(program.writes[i]) for i in kept),
+    )
 
 
 def summary(times: Estimate) -> dict[str, Any]:

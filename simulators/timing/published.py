@@ -11,7 +11,7 @@ whose figures date from 2024) are timed with one DMA queue per source line.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -166,12 +166,11 @@ def _estimate(key: tuple[object, ...], generation: str, options: Options) -> Est
 
 def _metric(row: Row, times: Estimate) -> float | None:
     """What the row measures, in its unit."""
-    busy = times.timeline.resource_busy
     engines = {"PE active": "tensor", "VectorE active": "vector", "ScalarE active": "scalar"}
     if row.metric in ("latency", "total", "nc_latency", "kernel time"):
         return times.expected_ns / NS_PER[row.unit]
     if row.metric in engines:
-        return busy.get(engines[row.metric], 0.0) / NS_PER[row.unit]
+        return active_ns(times, engines[row.metric]) / NS_PER[row.unit]
     if row.metric == "DMA active":
         return dma_active_ns(times) / NS_PER[row.unit]
     if row.metric == "HFU":
@@ -182,10 +181,24 @@ def _metric(row: Row, times: Estimate) -> float | None:
     return None
 
 
+def active_ns(times: Estimate, engine: str) -> float:
+    """Time during which an engine has an instruction whose result is not out: a profiler's view."""
+    line = times.timeline
+    return _covered(
+        (line.start[i], line.end[i])
+        for i, queue in enumerate(line.program.queues)
+        if queue == engine
+    )
+
+
 def dma_active_ns(times: Estimate) -> float:
     """Time during which at least one DMA moves data."""
+    return _covered(times.timeline.transfer.values())
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
     total, until = 0.0, 0.0
-    for begin, end in sorted(times.timeline.transfer.values()):
+    for begin, end in sorted(spans):
         total += max(0.0, end - max(begin, until))
         until = max(until, end)
     return total

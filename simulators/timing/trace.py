@@ -189,10 +189,10 @@ def _rates(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
     for record, (begin, end) in line.transfer.items():
         cost = program.costs[record]
         size = float(cost.size_bytes) if isinstance(cost, Transfer) else 0.0
-        sides = (*program.writes[record], *program.reads[record])
-        in_hbm = sum(program.accesses[v].space == "hbm" for v in sides)
+        sides = [program.accesses[v] for v in (*program.writes[record], *program.reads[record])]
+        in_hbm = sum(side.size_bytes for side in sides if side.space == "hbm")
         _spread(dma, begin, end, size)
-        _spread(hbm, begin, end, size * in_hbm)
+        _spread(hbm, begin, end, float(in_hbm))
     for record, queue in enumerate(program.queues):
         if queue == "tensor":
             moved = program.accesses[program.reads[record][-1]].elements

@@ -18,34 +18,40 @@ from .builder import Stream, Tile
 ROWS, KEYS = 128, 512
 
 
-def attention(seq_len: int, dtype: str, *, fused: bool) -> Log:
-    """The log for one head of `seq_len` queries and keys, head dim 128."""
+def attention(
+    seq_len: int, dtype: str, *, fused: bool, p_dtype: str = "float32", evict: str = "both"
+) -> Log:
+    """The log for one head of `seq_len` queries and keys, head dim 128.
+
+    p_dtype: dtype of probabilities and v in the second product (the published kernels: float32).
+    evict: "both" engines empty PSUM in turn, or "vector" alone does.
+    """
     s = Stream()
     q, k, v = (s.load(s.hbm(ROWS, seq_len, dtype=dtype)) for _ in range(3))
     out = s.hbm(seq_len, ROWS, dtype=dtype)
     kernel = _fused if fused else _unfused
-    kernel(s, q, k, v, out)
+    kernel(s, q, k, v, out, _Evict(s, p_dtype, evict))
     return s.log
 
 
 class _Evict:
     """Copies PSUM to SBUF on VectorE and ScalarE in turn."""
 
-    def __init__(self, s: Stream) -> None:
-        self.s, self.turn = s, 0
+    def __init__(self, s: Stream, p_dtype: str, engines: str) -> None:
+        self.s, self.turn, self.p_dtype, self.engines = s, 0, p_dtype, engines
 
     def __call__(self, dst: Tile, src: Tile) -> None:
         self.turn += 1
-        if self.turn % 3 == 1:
+        if self.turn % 3 == 1 or self.engines == "vector":
             self.s.vector("tensor_copy", dst, src)
         else:
             self.s.scalar("copy", dst, src)
 
 
 def _transposed(s: Stream, source: Tile, evict: _Evict) -> Tile:
-    """[128, S] to [128, S / 128, 128] fp32, four transposes to a bank and one copy."""
+    """[128, S] to [128, S / 128, 128] of p_dtype, four transposes to a bank and one copy."""
     blocks = source.shape[1] // ROWS
-    result = s.sbuf(ROWS, blocks, ROWS, dtype="float32")
+    result = s.sbuf(ROWS, blocks, ROWS, dtype=evict.p_dtype)
     for first in range(0, blocks, 4):
         bank = s.psum(ROWS, 4, ROWS, dtype=source.dtype)
         for j in range(min(4, blocks - first)):
@@ -88,8 +94,7 @@ def _product(s: Stream, p: Tile, v_blocks: Tile, evict: _Evict) -> Tile:
     return acc
 
 
-def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile) -> None:
-    evict = _Evict(s)
+def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: _Evict) -> None:
     seq_len = q.shape[1]
     v_blocks = _transposed(s, v, evict)
     parts = [slice(j, j + KEYS) for j in range(0, seq_len, KEYS)]
@@ -97,7 +102,7 @@ def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile) -> None:
         tiles = [_scores(s, q, k, m, part) for part in parts]
         if len(tiles) > 4:  # more than half of PSUM: keep them in SBUF
             tiles = [_kept(s, tile, evict) for tile in tiles]
-        p = s.sbuf(ROWS, seq_len, dtype="float32")
+        p = s.sbuf(ROWS, seq_len, dtype=evict.p_dtype)
         inverse = _softmax(s, tiles, p)
         acc = _product(s, p, v_blocks, evict)
         result = s.sbuf(ROWS, ROWS, dtype="float32")
@@ -111,8 +116,7 @@ def _kept(s: Stream, tile: Tile, evict: _Evict) -> Tile:
     return kept
 
 
-def _unfused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile) -> None:
-    evict = _Evict(s)
+def _unfused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: _Evict) -> None:
     seq_len = q.shape[1]
     blocks = seq_len // ROWS
     parts = [slice(j, j + KEYS) for j in range(0, seq_len, KEYS)]

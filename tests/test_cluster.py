@@ -1,0 +1,213 @@
+"""The simulated cluster: topology, hops, the ring against closed forms, extrapolation."""
+
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nxd_cp.schedule import make_plan
+from nxd_cp.simulators.cluster.cli import Ring, run_simulate
+from nxd_cp.simulators.cluster.kernel_time import Rate, Timed
+from nxd_cp.simulators.cluster.links import LAUNCH, LINKS
+from nxd_cp.simulators.cluster.measure import KERNELS, kernel_log, time_kernel, timed_kernel
+from nxd_cp.simulators.cluster.ring import Model, closed_form_exposed_ns, hop_times, simulate
+from nxd_cp.simulators.cluster.topology import Cluster, torus_cycle
+from nxd_cp.simulators.cluster.trace import document
+
+LLAMA = Model(num_heads=32, num_kv_heads=8, head_dim=128)
+TRN2_FORWARD = 535e3  # flops per ns of a chip: 85 % of its bf16 peak
+CHIP = Cluster(generation="gen3", num_positions=8, tensor_parallel=4, lnc=2)
+
+
+def _rate(flops_per_ns=TRN2_FORWARD, backward=False):
+    return Rate(flops_per_ns, (10 if backward else 4) * LLAMA.head_dim * LLAMA.num_heads)
+
+
+def _closed_form(plan, cluster, compute_ns):
+    hop = max(hop_times(cluster, LLAMA.kv_bytes(plan.local_len), channels=1, level="expected"))
+    return closed_form_exposed_ns(compute_ns, hop, plan.size - 1)
+
+
+@pytest.mark.parametrize(("positions", "pods"), [(8, False), (64, True)])
+def test_exposed_communication_of_zigzag_meets_the_closed_form(positions, pods):
+    cluster = replace(CHIP, num_positions=positions, pods=pods)
+    for tokens in (positions * 1024, positions * 4096):
+        plan = make_plan("zigzag", positions, tokens)
+        times = simulate(plan, cluster, LLAMA, _rate())
+        s = plan.local_len
+        expected = _closed_form(plan, cluster, 2 * s * s * 32 * 128 / TRN2_FORWARD)
+        # The wait for the slowest hop is the closed form's; 1 us is one step's half-tile rounding.
+        assert times.exposed_ns == pytest.approx(expected, rel=0.05, abs=1000)
+    assert times.balance == pytest.approx(1, abs=1e-3)
+
+
+def test_rings_of_8_64_and_512_chips_at_a_million_tokens_are_fast_and_meet_the_closed_form():
+    begin = time.perf_counter()
+    for positions in (8, 64, 512):
+        cluster = replace(CHIP, num_positions=positions, pods=positions == 64)
+        plan = make_plan("zigzag", positions, 2**20)
+        times = simulate(plan, cluster, LLAMA, _rate())
+        s = plan.local_len
+        expected = _closed_form(plan, cluster, 2 * s * s * 32 * 128 / TRN2_FORWARD)
+        assert times.exposed_ns == pytest.approx(expected, rel=0.05, abs=1e4)
+        assert 0 < times.efficiency <= 1
+    assert expected > 0, "512 chips over EFA cannot hide their hops"
+    assert time.perf_counter() - begin < 60
+
+
+def test_without_messages_to_wait_for_the_ring_is_its_computing():
+    plan = make_plan("contiguous", 8, 8 * 4096, causal=False)
+    times = simulate(plan, CHIP, LLAMA, _rate(TRN2_FORWARD / 100))
+    assert times.exposed_ns == pytest.approx(0, abs=1)
+    assert times.total_ns == pytest.approx(times.compute_ns)
+    assert times.efficiency == pytest.approx(1)
+
+
+def test_a_contiguous_causal_ring_is_out_of_balance_and_zigzag_is_not():
+    kernel = _rate(TRN2_FORWARD / 100)
+    plans = {name: make_plan(name, 8, 8 * 2048) for name in ("contiguous", "zigzag", "striped")}
+    times = {name: simulate(plan, CHIP, LLAMA, kernel) for name, plan in plans.items()}
+    assert times["contiguous"].balance > 1.8
+    assert times["zigzag"].balance < 1.01
+    assert times["zigzag"].total_ns < 0.6 * times["contiguous"].total_ns
+    assert times["striped"].balance < 1.01
+
+
+def test_one_position_has_no_messages():
+    plan = make_plan("zigzag", 1, 4096)
+    times = simulate(plan, replace(CHIP, num_positions=1), LLAMA, _rate())
+    assert times.exposed_ns == 0
+    assert times.efficiency == pytest.approx(1)
+
+
+def test_backward_waits_for_the_gradients_to_come_home():
+    plan = make_plan("zigzag", 8, 8 * 8192)
+    times = simulate(plan, CHIP, LLAMA, _rate(TRN2_FORWARD / 10, backward=True), backward=True)
+    hop = max(hop_times(CHIP, LLAMA.grad_bytes(plan.local_len), channels=1, level="expected"))
+    assert times.exposed_ns == pytest.approx(hop, rel=0.01)
+
+
+def test_more_channels_and_a_lower_level_never_take_longer():
+    plan = make_plan("zigzag", 8, 8 * 512)
+    by_channels = [
+        simulate(plan, CHIP, LLAMA, _rate(), channels=channels).total_ns for channels in (1, 2, 4)
+    ]
+    assert by_channels == sorted(by_channels, reverse=True)
+    by_level = [
+        simulate(plan, CHIP, LLAMA, _rate(), level=level).total_ns
+        for level in ("low", "expected", "high")
+    ]
+    assert by_level == sorted(by_level)
+    assert by_level[0] < by_level[2]
+
+
+def test_any_ring_order_gives_the_same_times_on_equal_links():
+    order = (0, 3, 1, 2, 7, 5, 6, 4)
+    plain = simulate(make_plan("zigzag", 8, 8 * 1024), CHIP, LLAMA, _rate())
+    mixed = simulate(make_plan("zigzag", 8, 8 * 1024, ring_order=order), CHIP, LLAMA, _rate())
+    assert mixed.total_ns == pytest.approx(plain.total_ns, rel=0.02)
+
+
+def test_a_kernel_that_fills_the_dma_engines_is_slowed_by_messages():
+    plan = make_plan("zigzag", 8, 8 * 8192)
+    free, busy = (
+        simulate(plan, CHIP, LLAMA, replace(_rate(), dma_share=share)).total_ns
+        for share in (0.0, 1.0)
+    )
+    assert busy > 1.01 * free
+
+
+def test_a_ring_simulated_twice_is_equal_to_the_last_bit():
+    first, second = (
+        simulate(make_plan("zigzag", 8, 8 * 1024), CHIP, LLAMA, _rate()) for _ in range(2)
+    )
+    assert np.array_equal(first.start, second.start)
+    assert np.array_equal(first.end, second.end)
+
+
+def test_a_torus_cycle_goes_through_neighbours_once_and_closes():
+    walk = torus_cycle()
+    assert len(set(walk)) == len(walk) == 16
+    for a, b in zip(walk, walk[1:] + walk[:1], strict=True):
+        steps = [min((x - y) % 4, (y - x) % 4) for x, y in zip(a, b, strict=True)]
+        assert sorted(steps) == [0, 1]
+    with pytest.raises(ValueError, match="expected an even number, got 3"):
+        torus_cycle(3)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "links"),
+    [
+        (replace(CHIP, num_positions=16), {"neuronlink"}),
+        (replace(CHIP, num_positions=32), {"neuronlink", "efa"}),
+        (replace(CHIP, num_positions=64, pods=True), {"neuronlink", "ultraserver"}),
+        (replace(CHIP, num_positions=128, pods=True), {"neuronlink", "ultraserver", "efa"}),
+        (replace(CHIP, num_positions=2, tensor_parallel=2), {"chip"}),
+        (replace(CHIP, num_positions=8, tensor_parallel=64), {"efa"}),
+        (Cluster(generation="gen2", num_positions=16, tensor_parallel=2), {"neuronlink"}),
+        (
+            Cluster(generation="gen4", num_positions=64, tensor_parallel=4, lnc=2),
+            {"sled", "rack"},
+        ),
+    ],
+)
+def test_hops_take_the_links_of_the_machine(cluster, links):
+    assert set(cluster.hop_links()) == links
+    assert links <= set(LINKS[cluster.generation])
+
+
+def test_a_hop_is_latency_plus_bytes_over_bandwidth():
+    (hop, *_) = hop_times(CHIP, 128e6, channels=1, level="expected")
+    link = LINKS["gen3"]["neuronlink"]
+    assert hop == pytest.approx(LAUNCH.expected + link.alpha.expected + 1e6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_extrapolation_meets_a_size_run_in_full_within_one_percent(kernel):
+    timed = timed_kernel(kernel, "gen3", heads_per_core=1, kv_heads_per_core=1)
+    for q_len, k_len, mask in ((2560, 2560, "causal"), (1536, 3072, "full")):
+        full = time_kernel(kernel, "gen3", q_len=q_len, k_len=k_len, mask=mask).expected_ns
+        assert timed.rectangle_ns(q_len, k_len, mask) == pytest.approx(full, rel=0.01)
+
+
+def test_extrapolation_from_wrong_sizes_is_caught():
+    wrong = Timed(lambda q, k, mask: 1e4 + q * k**1.2, small=512, large=1024)
+    exact = 1e4 + 4096 * 4096**1.2
+    assert abs(wrong.rectangle_ns(4096, 4096, "full") / exact - 1) > 0.01
+
+
+def test_trace_of_a_ring_has_a_lane_per_rank_and_steps_in_order():
+    plan = make_plan("zigzag", 8, 8 * 1024)
+    times = simulate(plan, CHIP, LLAMA, _rate())
+    trace = document(plan, times)
+    steps = [e for e in trace["traceEvents"] if e["ph"] == "X" and e["cat"] == "compute"]
+    assert len(steps) == 8 * 8
+    mine = [e for e in steps if e["pid"] == 3]
+    assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-9 for a, b in itertools.pairwise(mine))
+    assert max(e["ts"] + e["dur"] for e in steps) == pytest.approx(times.total_ns / 1e3)
+
+
+def test_the_command_prints_three_levels_both_ways(tmp_path):
+    text = run_simulate(
+        Ring(ranks=8, seq_len=8 * 1024, tflops=500.0), trace_path=tmp_path / "ring.json"
+    )
+    for words in ("forward, bound", "backward, pessimistic", "neuronlink", "not measured"):
+        assert words in text
+    assert (tmp_path / "ring.json").exists()
+
+
+def test_wrong_clusters_and_models_are_caught():
+    with pytest.raises(ValueError, match="expected a divisor or a multiple of the 8 cores"):
+        replace(CHIP, tensor_parallel=3, lnc=1)
+    with pytest.raises(ValueError, match="lnc: expected 1, or 2 on gen3"):
+        Cluster(generation="gen2", num_positions=2, tensor_parallel=1, lnc=2)
+    with pytest.raises(ValueError, match="expected 8 ranks as in the cluster, got 4"):
+        simulate(make_plan("zigzag", 4, 4096), CHIP, LLAMA, _rate())
+    with pytest.raises(ValueError, match="channels: expected 1, 2 or 4, got 3"):
+        simulate(make_plan("zigzag", 8, 4096), CHIP, LLAMA, _rate(), channels=3)
+    with pytest.raises(ValueError, match="kernel: expected one of flash_fwd"):
+        kernel_log("softmax", "gen3", q_len=128, k_len=128)
+    with pytest.raises(ValueError, match="to divide heads_per_core, got 2 and 3"):
+        timed_kernel("flash_fwd", "gen3", heads_per_core=3, kv_heads_per_core=2)

@@ -1,0 +1,76 @@
+"""The constants of the cost model: complete, ordered, sourced, and equal to the fit they claim."""
+
+from dataclasses import replace
+
+import pytest
+
+from nxd_cp.simulators.timing.constants import LEVELS, TAGS, Constant, constants_for
+from nxd_cp.simulators.timing.fit import fits
+
+GENERATIONS = ("gen2", "gen3", "gen4")
+# Constants that are rates or shares of speed: their low level, the fast one, is the largest.
+FASTER_WHEN_LARGER = {
+    "tensor_clock",
+    "tensor_sustained",
+    "tensor_cold",
+    "weights_columns_per_cycle",
+    "vector_clock",
+    "scalar_clock",
+    "gpsimd_clock",
+    "dma_engine_rate",
+    "dma_core_rate",
+    "dma_packet_bytes",
+    "dma_transpose_share",
+    "dma_compute_share",
+}
+
+
+def _out_of_order(name: str, constant: Constant) -> bool:
+    values = [constant.at(level) for level in LEVELS]
+    return values != sorted(values, reverse=name in FASTER_WHEN_LARGER)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_constant_has_a_source_a_tag_and_ordered_levels(generation):
+    for name, constant in constants_for(generation).items():
+        assert constant.tag in TAGS, name
+        assert len(constant.source) > 3, name
+        assert constant.unit, name
+        assert not _out_of_order(name, constant), f"{name}: {constant}"
+
+
+def test_levels_in_the_wrong_order_are_caught():
+    name, constant = "vector_latency", constants_for("gen3").vector_latency
+    assert not _out_of_order(name, constant)
+    assert _out_of_order(name, replace(constant, low=constant.high, high=constant.low))
+
+
+def test_trn3_says_that_it_is_extrapolated():
+    table = constants_for("trn3")
+    assert "extrapolated" in table.note
+    measured = [name for name, constant in table.items() if constant.tag == "measured"]
+    moving_parts = {"vector_latency", "scalar_issue", "matmul_latency", "dma_done", "semaphore"}
+    assert not moving_parts & set(measured)
+
+
+def test_unknown_generation_level_and_constant_are_caught():
+    with pytest.raises(ValueError, match=r"expected one of trn1.*got 'trn9'"):
+        constants_for("trn9")
+    with pytest.raises(ValueError, match="level: expected one of low"):
+        constants_for("gen3").at("middle")
+    with pytest.raises(AttributeError, match="no constant named 'vector_speed'"):
+        _ = constants_for("gen3").at("low").vector_speed
+
+
+@pytest.mark.parametrize("fit", fits(), ids=lambda fit: f"{fit.generation}-{fit.constant}")
+def test_fitted_constants_lie_where_the_fit_puts_them(fit):
+    constant = getattr(constants_for(fit.generation), fit.constant)
+    low, high = sorted((constant.low, constant.high))
+    assert low <= fit.value <= high, f"{fit}: {constant}"
+    assert constant.expected == pytest.approx(fit.value, rel=fit.rounding)
+
+
+def test_fits_use_rows_marked_fit_only():
+    used = [row for fit in fits() for row in fit.rows]
+    assert used
+    assert {row.use for row in used} == {"fit"}
