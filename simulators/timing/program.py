@@ -137,10 +137,10 @@ class Program:
         self.queues.append(engine if engine != "dma" else self._dma_queue(target, line, detail))
 
     def _dma_queue(self, target: Access | None, line: int, detail: str) -> str:
-        if self.options.dma_queues == "line":
-            return f"dma line {self.log.lines[line][1]}"
         if ":" in detail:
             return f"dma {detail.split(':')[1]}"
+        if self.options.dma_queues == "line":
+            return f"dma line {self.log.lines[line][1]}"
         store = target is not None and target.space == "hbm"
         return "dma store" if store else "dma load"
 

@@ -25,10 +25,12 @@ from .program import Options
 from .streams.attention import attention
 from .streams.mamba import mamba
 from .streams.matmul import matmul
+from .streams.nkibench import nkibench
 from .streams.primitives import Primitive, primitive
 
 DATA = Path(__file__).parent / "data" / "published.csv"
 NS_PER = {"ns": 1.0, "us": 1e3, "ms": 1e6, "%": 1.0, "GB/s": 1.0, "Gcol/s": 1.0}
+GEMM_STEPS = {"gemm trace step 1": "group 1x2", "gemm trace step 3": "group 4x2"}
 TRN2_HBM_PER_CORE = 3000.0 / 8  # B/ns, trainium2_arch.rst
 
 
@@ -143,6 +145,12 @@ def _stream(row: Row) -> tuple[tuple[object, ...], Options] | None:
             int(word[2 if i == 0 else 3 :]) for i, word in enumerate(row.shape.split()[:2])
         )
         return ("mamba", int(row.kernel[-1]), channels, seq_len), by_line
+    if row.group == "E" and row.kernel in GEMM_STEPS:
+        return ("matmul", GEMM_STEPS[row.kernel], "bfloat16"), by_line
+    if row.group == "E" and row.kernel in ("mamba trace step 2", "mamba trace step 3"):
+        return ("mamba", 2, 256, 2048), by_line
+    if row.group == "D":
+        return ("nkibench", row.kernel.split()[1]), by_line
     if row.group == "H" and row.kernel.startswith("attention"):
         seq_len = int(row.shape.split("seq")[1])
         dtype = "float32" if row.dtype == "fp32" else "bfloat16"
@@ -154,6 +162,7 @@ def _build(key: tuple[object, ...]) -> Log:
     builders: dict[str, Callable[..., Log]] = {
         "matmul": lambda version, dtype: matmul(version, 4096, 8192, 8192, dtype),
         "mamba": mamba,
+        "nkibench": nkibench,
         "attention": lambda seq_len, dtype, fused: attention(seq_len, dtype, fused=fused),
     }
     return builders[str(key[0])](*key[1:])

@@ -90,10 +90,11 @@ class Stream:
         """One DMA."""
         self.log.add("dma_copy", "dma", dst, (src,), dst.free, detail=mode)
 
-    def load(self, src: Tile, dtype: str | None = None) -> Tile:
-        """A fresh SBUF tile with the contents of `src`."""
+    def load(self, src: Tile, dtype: str | None = None, queue: str = "") -> Tile:
+        """A fresh SBUF tile with the contents of `src`; on a DMA queue of its own if named."""
         tile = self.sbuf(*src.shape, dtype=dtype or src.dtype)
-        self.log.add("dma_copy", "dma", tile, (src,), tile.free, detail="unknown")
+        mode = f"unknown:{queue}" if queue else "unknown"
+        self.log.add("dma_copy", "dma", tile, (src,), tile.free, detail=mode)
         return tile
 
     def dma_transpose(self, dst: Tile, src: Tile) -> None:

@@ -1,4 +1,4 @@
-"""The four versions of the matrix multiplication tutorial, as instruction streams.
+"""The versions of the matrix multiplication tutorial, as instruction streams.
 
 Written from the tutorial's description: lhsT [K, M] and rhs [K, N] in HBM, tiles of K 128, M 128,
 N 512, sums over K in PSUM, results copied to SBUF and stored. Timing only: no data.
@@ -6,22 +6,35 @@ N 512, sums over K in PSUM, results copied to SBUF and stored. Timing only: no d
 tiled: both tiles loaded for every multiplication. hoist: a row of lhsT tiles and a column of rhs
 tiles loaded once each per output tile row and output tile. block: 2 x 2 output tiles share loads.
 full: blocks of 16 x 2 x 8 tiles, sums over K blocks in SBUF, loads and stores a block wide.
-Source: AWS Neuron SDK docs, nki/guides/tutorials/matrix_multiplication.rst.
+group 1x2, group 4x2: tiled, with 1 or 4 rows and 2 columns of output tiles at once, each tile of
+either operand loaded by a line of its own.
+Source: AWS Neuron SDK docs, nki/guides/tutorials/matrix_multiplication.rst; the groups from
+ucb-bar/autocomp, examples/trn-tutorial.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 from nxd_cp.simulators.nki_api.log import Log
 
 from .builder import Stream, Tile
 
 K_TILE, M_TILE, N_TILE = 128, 128, 512
-VERSIONS = ("tiled", "hoist", "block", "full")
+VERSIONS = ("tiled", "hoist", "block", "full", "group 1x2", "group 4x2")
 
 
 def matmul(version: str, m: int, k: int, n: int, dtype: str = "bfloat16") -> Log:
     """The log of one version for [m, k] x [k, n]; ValueError for an unknown version."""
-    builders = {"tiled": _tiled, "hoist": _hoist, "block": _block, "full": _full}
+    builders: dict[str, Callable[[Stream, Tile, Tile, Tile], None]] = {
+        "tiled": _tiled,
+        "hoist": _hoist,
+        "block": _block,
+        "full": _full,
+        "group 1x2": partial(_group, m_tiles=1),
+        "group 4x2": partial(_group, m_tiles=4),
+    }
     if version not in builders:
         raise ValueError(f"version: expected one of {', '.join(VERSIONS)}, got {version!r}")
     s = Stream()
@@ -50,6 +63,24 @@ def _tiled(s: Stream, lhs: Tile, rhs: Tile, out: Tile) -> None:
                 b = s.load(_cut(rhs, k, K_TILE, n, N_TILE))
                 s.matmul(acc, a, b, add=k > 0)
             _store(s, out, acc, m, n)
+
+
+def _group(s: Stream, lhs: Tile, rhs: Tile, out: Tile, m_tiles: int, n_tiles: int = 2) -> None:
+    for m in range(0, out.shape[0] // M_TILE, m_tiles):
+        for n in range(0, out.shape[1] // N_TILE, n_tiles):
+            sums = [[s.psum(M_TILE, N_TILE) for _ in range(n_tiles)] for _ in range(m_tiles)]
+            for k in range(lhs.shape[0] // K_TILE):
+                b = [
+                    s.load(_cut(rhs, k, K_TILE, n + j, N_TILE), queue=f"rhs {j}")
+                    for j in range(n_tiles)
+                ]
+                for i in range(m_tiles):
+                    a = s.load(_cut(lhs, k, K_TILE, m + i, M_TILE), queue=f"lhs {i}")
+                    for j in range(n_tiles):
+                        s.matmul(sums[i][j], a, b[j], add=k > 0)
+            for i in range(m_tiles):
+                for j in range(n_tiles):
+                    _store(s, out, sums[i][j], m + i, n + j)
 
 
 def _hoist(s: Stream, lhs: Tile, rhs: Tile, out: Tile) -> None:
