@@ -1,7 +1,9 @@
 """Print what the timing model predicts for published timings, and how far off it is.
 
-    python scripts/validate_timing.py [--fit]
+    python scripts/validate_timing.py [PATH_TO_CLONES] [--fit]
 
+With a folder of clones (aws-neuron-sdk) the tutorials' own kernels are run, as they are, in the
+simulator; without, and where they do not run, streams written from their descriptions stand in.
 Runs on this CPU; nothing is measured. Rows marked `score` are compared only; with --fit also the
 rows that constants were taken from, which say how well the model can fit, not how well it predicts.
 """
@@ -20,6 +22,7 @@ from nxd_cp.simulators.timing.validation import report, score
 def main() -> None:
     """Score, print, and say how long it took."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("clones", nargs="?", type=Path, help="folder with clones of repositories")
     parser.add_argument("--fit", action="store_true", help="also the rows that constants come from")
     arguments = parser.parse_args()
     begin = time.perf_counter()
@@ -31,7 +34,7 @@ def main() -> None:
     if arguments.fit:
         tables.append(("fit", "Fit rows: constants come from these and others"))
     for use, title in tables:
-        text = report(score(use, progress), title)
+        text = report(score(use, progress, arguments.clones), title)
         print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
         print(text + "\n")
     print(f"{time.perf_counter() - begin:.0f} s; predictions are estimates, nothing was measured")

@@ -119,6 +119,14 @@ def test_a_kernel_that_fills_the_dma_engines_is_slowed_by_messages():
     assert busy > 1.01 * free
 
 
+def test_guesses_count_by_what_the_time_rests_on():
+    hidden = simulate(make_plan("zigzag", 8, 8 * 8192), CHIP, LLAMA, _rate(TRN2_FORWARD / 10))
+    assert hidden.guess_share == pytest.approx(1)  # an assumed rate is a guess
+    known = replace(_rate(TRN2_FORWARD * 100), guess_share=0.0)
+    exposed = simulate(make_plan("zigzag", 8, 8 * 8192), CHIP, LLAMA, known)
+    assert 0 < exposed.guess_share < 0.05  # the launch of a hop is one, the link is documented
+
+
 def test_a_ring_simulated_twice_is_equal_to_the_last_bit():
     first, second = (
         simulate(make_plan("zigzag", 8, 8 * 1024), CHIP, LLAMA, _rate()) for _ in range(2)
@@ -193,7 +201,13 @@ def test_the_command_prints_three_levels_both_ways(tmp_path):
     text = run_simulate(
         Ring(ranks=8, seq_len=8 * 1024, tflops=500.0), trace_path=tmp_path / "ring.json"
     )
-    for words in ("forward, bound", "backward, pessimistic", "neuronlink", "not measured"):
+    for words in (
+        "guesses",
+        "forward, bound",
+        "backward, pessimistic",
+        "neuronlink",
+        "not measured",
+    ):
         assert words in text
     assert (tmp_path / "ring.json").exists()
 

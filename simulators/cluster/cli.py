@@ -59,7 +59,7 @@ def run_simulate(ring: Ring, *, trace_path: Path | None = None) -> str:
         f"({cluster.chips:g} chips), {ring.seq_len} tokens, {ring.layout}, hops over "
         f"{', '.join(links)}; estimated, not measured",
         f"{'':<24}{'step ms':>10}{'compute ms':>12}{'exposed ms':>12}{'hop us':>10}"
-        f"{'balance':>9}{'efficiency':>12}",
+        f"{'balance':>9}{'efficiency':>12}{'guesses':>9}",
     ]
     for backward in (False, True):
         for level, name in LEVELS.items():
@@ -110,7 +110,7 @@ def _line(name: str, times: RingTimes) -> str:
     return (
         f"{name:<24}{times.total_ns / 1e6:>10.3f}{times.compute_ns / 1e6:>12.3f}"
         f"{times.exposed_ns / 1e6:>12.3f}{hop / 1e3:>10.1f}{times.balance:>9.3f}"
-        f"{100 * times.efficiency:>11.1f}%"
+        f"{100 * times.efficiency:>11.1f}%{100 * times.guess_share:>8.1f}%"
     )
 
 

@@ -27,6 +27,11 @@ class KernelTime(Protocol):
         """Share of the position's DMA engines that the kernel keeps busy."""
         ...
 
+    @property
+    def guess_share(self) -> float:
+        """Share of its times that rests on guesses; 1 for a rate that somebody assumed."""
+        ...
+
     def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:
         """ns of the forward (or backward) of one rectangle, all heads of the position."""
         ...
@@ -44,6 +49,7 @@ class Rate:
     flops_per_pair: float
     overhead_ns: float = 0.0
     dma_share: float = 0.0
+    guess_share: float = 1.0
 
     def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:
         """ns at the given rate, counting visible pairs exactly."""
@@ -65,6 +71,7 @@ class Timed:
     small: int = 1024
     large: int = 2048
     dma_share: float = 0.0
+    guess_share: float = 0.0
     _known: dict[tuple[int, int, str], float] = field(default_factory=dict)
 
     def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:

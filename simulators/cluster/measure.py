@@ -72,12 +72,13 @@ def time_kernel(name: str, generation: str, **shape: Any) -> Estimate:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What is kept of an Estimate: the three times, and the share of time at the DMA cap."""
+    """What is kept of an Estimate: the three times, shares at the DMA cap and of guesses."""
 
     low: float
     expected: float
     high: float
     dma_share: float
+    guess_share: float
 
 
 @lru_cache(maxsize=256)
@@ -103,7 +104,11 @@ def _numbers(
     )
     moving = times.timeline.resource_busy.get("dma core rate", 0.0)
     return _Numbers(
-        times.bound_ns, times.expected_ns, times.pessimistic_ns, moving / times.expected_ns
+        low=times.bound_ns,
+        expected=times.expected_ns,
+        high=times.pessimistic_ns,
+        dma_share=moving / times.expected_ns,
+        guess_share=times.guess_share,
     )
 
 
@@ -133,6 +138,8 @@ def timed_kernel(
         )
     heads = heads_per_core // kv_heads_per_core
 
+    steady = _numbers(name, generation, large, large, "full", heads, head_dim, dtype)
+
     def measure(q_len: int, k_len: int, mask: str) -> float:
         found = _numbers(name, generation, q_len, k_len, mask, heads, head_dim, dtype)
         return float(getattr(found, level))
@@ -143,7 +150,6 @@ def timed_kernel(
         groups=kv_heads_per_core,
         small=small,
         large=large,
-        dma_share=_numbers(
-            name, generation, small, small, "full", heads, head_dim, dtype
-        ).dma_share,
+        dma_share=steady.dma_share,
+        guess_share=steady.guess_share,
     )

@@ -54,7 +54,8 @@ class RingTimes:
 
     start, end: computing of each step. arrival: its keys and values are there. exposed_ns: time
     that the slowest rank waits for messages; compute_ns: its computing. alone_ns: one position,
-    all tokens, no messages.
+    all tokens, no messages. guess_share: share of the total that rests on guesses: the launch of
+    a hop, some links, a kernel rate that was given.
     """
 
     total_ns: float
@@ -63,6 +64,7 @@ class RingTimes:
     alone_ns: float
     balance: float
     hop_ns: tuple[float, ...]
+    guess_share: float
     start: Any
     end: Any
     arrival: Any
@@ -125,13 +127,17 @@ def simulate(
     alone = kernel.rectangle_ns(plan.seq_len, plan.seq_len, "causal" if plan.causal else "full")
     work = compute.sum(axis=0)
     total = float(finish.max())
+    exposed = total - float(work[slowest])
+    guesses = kernel.guess_share * float(work[slowest])
+    guesses += _guessed_hop_share(cluster, kv, level) * exposed
     return RingTimes(
         total_ns=total,
-        exposed_ns=total - float(work[slowest]),
+        exposed_ns=exposed,
         compute_ns=float(work[slowest]),
         alone_ns=alone + launch_ns,
         balance=float(work.max() / work.mean()) if work.mean() else 1.0,
         hop_ns=tuple(float(x) for x in kv),
+        guess_share=guesses / total if total else 0.0,
         start=start,
         end=end,
         arrival=arrival,
@@ -201,6 +207,17 @@ def _message_share(cluster: Cluster, size_bytes: float, hop_ns: Any, level: str)
     """Share of a position's DMA engines that one message takes: received, sent on, and loaded."""
     rate = constants_for(cluster.generation).at(level).dma_core_rate * cluster.cores
     return 3.0 * size_bytes / (hop_ns * rate)
+
+
+def _guessed_hop_share(cluster: Cluster, hop_ns: Any, level: str) -> float:
+    """Share of the slowest hop that rests on guesses: all of it over a link whose rate is one."""
+    links = cluster.hop_links()
+    if not links:
+        return 0.0
+    slowest = int(np.argmax(hop_ns))
+    if LINKS[cluster.generation][links[slowest]].rate.tag == "guess":
+        return 1.0
+    return LAUNCH.at(level) / float(hop_ns[slowest])
 
 
 def closed_form_exposed_ns(compute_ns: float, hop_ns: float, num_hops: int) -> float:

@@ -44,8 +44,6 @@ def itemsize(dtype: str) -> int:
 
     Raises ValueError for a name without a size.
     """
-    if dtype.endswith("_x4"):
-        return 4
     if "tfloat32" in dtype or dtype == "tf32":
         return 4
     digits = re.search(r"\d+", dtype)
@@ -53,7 +51,8 @@ def itemsize(dtype: str) -> int:
         if dtype in ("bool", "bool_"):
             return 1
         raise ValueError(f"dtype: expected a name with its size in bits, got {dtype!r}")
-    return max(1, int(digits.group()) // 8)
+    packed = 4 if dtype.endswith("_x4") else 1
+    return max(1, int(digits.group()) * packed // 8)
 
 
 def resolve(view: View, buffer: BufferInfo) -> Access:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from nxd_cp.simulators.nki_api.log import Log
 
+from .clones import Kernel, NotRun, mamba_kernel, matmul_kernel, run
 from .estimate import Estimate, estimate, matmul_flops
 from .profile import hbm_bytes
 from .program import Options
@@ -67,8 +68,9 @@ class Prediction:
 
     value: float
     total_ns: float
-    guess_share: float
+    guess_share: float | None  # of the expected time; None for primitives
     kind: Literal["kernel", "primitive", "small primitive"]
+    ran: str = "stream"  # or "public kernel", or why that did not run
 
 
 @lru_cache(maxsize=1)
@@ -98,8 +100,11 @@ def not_a_kernel(row: Row) -> bool:
     return "PyTorch compiled" in row.kernel or row.metric == "sync call"
 
 
-def predict(row: Row) -> Prediction | None:
-    """The model's figure, or None when the row's kernel has no stream."""
+def predict(row: Row, clones: Path | None = None) -> Prediction | None:
+    """The model's figure, or None when the row's kernel has no stream.
+
+    clones: folder with clones of public repositories; a kernel found there is run as it is.
+    """
     single = primitive(row.group, row.kernel, row.shape, row.metric)
     if single is not None:
         return _single(row, single)
@@ -107,11 +112,11 @@ def predict(row: Row) -> Prediction | None:
     if found is None:
         return None
     key, options = found
-    times = _estimate(key, row.generation, options)
+    times, ran = _estimate(key, row.generation, options, clones)
     value = _metric(row, times)
     if value is None:
         return None
-    return Prediction(value, times.expected_ns, times.guess_share, "kernel")
+    return Prediction(value, times.expected_ns, times.guess_share, "kernel", ran)
 
 
 def _single(row: Row, single: Primitive) -> Prediction:
@@ -121,7 +126,7 @@ def _single(row: Row, single: Primitive) -> Prediction:
     kind: Literal["primitive", "small primitive"] = (
         "primitive" if single.elements >= 128 else "small primitive"
     )
-    return Prediction(value, single.value_ns, 0.0, kind)
+    return Prediction(value, single.value_ns, None, kind)
 
 
 def _stream(row: Row) -> tuple[tuple[object, ...], Options] | None:
@@ -169,8 +174,26 @@ def _build(key: tuple[object, ...]) -> Log:
 
 
 @lru_cache(maxsize=4)
-def _estimate(key: tuple[object, ...], generation: str, options: Options) -> Estimate:
-    return estimate(_build(key), generation, options)
+def _estimate(
+    key: tuple[object, ...], generation: str, options: Options, clones: Path | None
+) -> tuple[Estimate, str]:
+    ran = "stream"
+    if clones is not None and (kernel := _public(key)) is not None:
+        try:
+            return estimate(run(kernel, clones, generation), generation, options), "public kernel"
+        except NotRun as error:
+            ran = f"stream; {error}"
+    return estimate(_build(key), generation, options), ran
+
+
+def _public(key: tuple[object, ...]) -> Kernel | None:
+    """The public kernel behind a stream, where one runs under the present language."""
+    if key[0] == "matmul":
+        return matmul_kernel(str(key[1]), 4096, 8192, 8192, str(key[2]))
+    if key[0] == "mamba":
+        version, channels, seq_len = (int(str(x)) for x in key[1:])
+        return mamba_kernel(version, channels, seq_len)
+    return None
 
 
 def _metric(row: Row, times: Estimate) -> float | None:

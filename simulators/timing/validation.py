@@ -8,8 +8,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
-from .published import NS_PER, Prediction, Row, not_a_kernel, predict, rows
+from .published import Prediction, Row, not_a_kernel, predict, rows
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,10 @@ class Scored:
         return "short kernel" if kind == "kernel" and self.prediction.total_ns < 5e4 else kind
 
 
-def score(use: str, progress: Callable[[Row], None] | None = None) -> list[Scored]:
-    """All rows of one use ("score" or "fit")."""
+def score(
+    use: str, progress: Callable[[Row], None] | None = None, clones: Path | None = None
+) -> list[Scored]:
+    """All rows of one use ("score" or "fit"); public kernels are run from `clones` if given."""
     result = []
     for row in rows():
         if row.use != use:
@@ -45,7 +48,7 @@ def score(use: str, progress: Callable[[Row], None] | None = None) -> list[Score
         if not_a_kernel(row):
             result.append(Scored(row, None, "times a framework, not a kernel: not scorable"))
             continue
-        prediction = predict(row)
+        prediction = predict(row, clones)
         reason = "" if prediction is not None else "no instruction stream for this kernel"
         result.append(Scored(row, prediction, reason))
     return result
@@ -61,35 +64,37 @@ def quantile(values: list[float], share: float) -> float:
 def report(scored: Iterable[Scored], title: str) -> str:
     """The table of one use, with the summary per class and n scored of n scorable."""
     listed = list(scored)
-    out = [f"{title}", f"  {'predicted':>11} {'published':>11} {'':<6} {'error':>8}  row"]
-    for item in listed:
-        row = item.row
-        if item.prediction is not None:
-            out.append(
-                f"  {item.prediction.value:>11.3f} {row.value:>11.3f} {row.unit:<6} "
-                f"{100 * item.error:>+7.1f}%  {row.group} {row.name} [{row.generation}]"
-            )
+    out = [title, f"  {'predicted':>11} {'published':>11} {'':<6} {'error':>8} {'guess':>6}  row"]
+    out += [_ran_line(item) for item in listed if item.prediction is not None]
     for item in listed:
         if item.prediction is None:
             out.append(
-                f"  {'not run':>11} {item.row.value:>11.3f} {item.row.unit:<6} {'':>8}  "
+                f"  {'not run':>11} {item.row.value:>11.3f} {item.row.unit:<6} {'':>15}  "
                 f"{item.row.group} {item.row.name}: {item.reason}"
             )
     ran = [item for item in listed if item.prediction is not None]
     for kind in sorted({item.judged for item in ran}):
-        errors = [item.error for item in ran if item.judged == kind]
-        sizes = [abs(e) for e in errors]
-        worst = max(errors, key=abs)
-        out.append(
-            f"  {kind}: {len(errors)} rows, median |error| {100 * statistics.median(sizes):.1f} %, "
-            f"90th percentile {100 * quantile(sizes, 0.9):.1f} %, worst {100 * worst:+.1f} %, "
-            f"median error {100 * statistics.median(errors):+.1f} %"
-        )
+        out.append(f"  {kind}: {_summary([item.error for item in ran if item.judged == kind])}")
     scorable = [item for item in listed if not not_a_kernel(item.row)]
     out.append(f"  scored {len(ran)} of {len(scorable)} scorable rows")
     return "\n".join(out)
 
 
-def in_ns(row: Row) -> float:
-    """A time row's value in ns."""
-    return row.value * NS_PER[row.unit]
+def _ran_line(item: Scored) -> str:
+    found, row = item.prediction, item.row
+    assert found is not None, "only rows that ran have numbers"
+    guess = "-" if found.guess_share is None else f"{100 * found.guess_share:.0f}%"
+    return (
+        f"  {found.value:>11.3f} {row.value:>11.3f} {row.unit:<6} {100 * item.error:>+7.1f}% "
+        f"{guess:>6}  {row.group} {row.name} [{row.generation}, {found.ran}]"
+    )
+
+
+def _summary(errors: list[float]) -> str:
+    sizes = [abs(e) for e in errors]
+    return (
+        f"{len(errors)} rows, median |error| {100 * statistics.median(sizes):.1f} %, "
+        f"90th percentile {100 * quantile(sizes, 0.9):.1f} %, "
+        f"worst {100 * max(errors, key=abs):+.1f} %, "
+        f"median error {100 * statistics.median(errors):+.1f} %"
+    )

@@ -1,0 +1,115 @@
+"""The comparison with published timings: quick rows within their limits, and honest bookkeeping."""
+
+from dataclasses import replace
+
+import pytest
+
+from nxd_cp.simulators.timing import estimate
+from nxd_cp.simulators.timing.clones import NotRun, matmul_kernel, run
+from nxd_cp.simulators.timing.published import Prediction, not_a_kernel, predict, rows
+from nxd_cp.simulators.timing.streams.matmul import matmul
+from nxd_cp.simulators.timing.streams.nkibench import nkibench
+from nxd_cp.simulators.timing.validation import Scored, quantile, report
+
+QUICK = (
+    "fused_mamba v2 ch4096 seq512",
+    "mamba trace step 2",
+    "NKIBench silu",
+    "NKIBench rmsnorm_matmul",
+    "NKIBench matmul_add_rmsnorm",
+)
+WORST = 0.40  # what the model claims for any published kernel over 50 us
+
+
+def _quick():
+    return [row for row in rows() if row.use == "score" and row.name.startswith(QUICK)]
+
+
+def _summary(scored):
+    return report(scored, "title").splitlines()[-1].strip()
+
+
+@pytest.mark.parametrize("row", _quick(), ids=lambda row: row.name[:60])
+def test_quick_kernels_are_within_the_worst_that_is_claimed(row):
+    scored = Scored(row, predict(row))
+    assert scored.judged == "kernel"
+    assert abs(scored.error) <= WORST, f"{scored.prediction} for {row}"
+
+
+def test_every_row_has_a_source_and_a_use():
+    assert len(rows()) > 100
+    for row in rows():
+        assert row.use in ("fit", "score")
+        assert len(row.source) > 10
+        assert row.value > 0
+
+
+def test_a_row_that_did_not_run_counts_as_a_miss():
+    row = _quick()[0]
+    ran = Scored(row, Prediction(row.value, 1e6, 0.0, "kernel"))
+    missed = Scored(row, None, "no instruction stream for this kernel")
+    assert _summary([ran, missed]) == "scored 1 of 2 scorable rows"
+    assert "not run" in report([ran, missed], "title")
+
+
+def test_a_row_that_times_a_framework_is_not_scorable():
+    framework = next(row for row in rows() if not_a_kernel(row))
+    ran = Scored(_quick()[0], Prediction(1.0, 1e6, 0.0, "kernel"))
+    assert _summary([ran, Scored(framework, None, "framework")]) == "scored 1 of 1 scorable rows"
+
+
+def test_a_bad_prediction_shows_in_the_report():
+    row = replace(_quick()[0], value=1.0)
+    text = report([Scored(row, Prediction(3.0, 1e6, 0.0, "kernel"))], "title")
+    assert "+200.0%" in text
+    assert "worst +200.0 %" in text
+
+
+def test_quantile_is_the_smallest_value_that_covers_the_share():
+    values = [float(i) for i in range(1, 11)]
+    assert quantile(values, 0.9) == 9
+    assert quantile(values, 0.5) == 5
+    assert quantile([3.0], 0.9) == 3
+
+
+def test_unknown_versions_and_kernels_are_caught():
+    with pytest.raises(ValueError, match="version: expected one of tiled"):
+        matmul("fast", 128, 128, 512)
+    with pytest.raises(ValueError, match="name: expected one of silu"):
+        nkibench("softmax")
+
+
+KERNEL = """
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+
+@nki.jit
+def nki_matmul_tiled_(lhsT, rhs):
+    out = nl.ndarray((128, 512), dtype=lhsT.dtype, buffer=nl.shared_hbm)
+    a = nl.ndarray((128, 128), dtype=lhsT.dtype, buffer=nl.sbuf)
+    b = nl.ndarray((128, 512), dtype=rhs.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=a, src=lhsT)
+    nisa.dma_copy(dst=b, src=rhs)
+    acc = nl.ndarray((128, 512), dtype=nl.float32, buffer=nl.psum)
+    nisa.nc_matmul(dst=acc, stationary=a, moving=b)
+    result = nl.ndarray((128, 512), dtype=out.dtype, buffer=nl.sbuf)
+    nisa.tensor_copy(dst=result, src=acc)
+    nisa.dma_copy(dst=out, src=result)
+    return out
+"""
+
+
+def test_a_kernel_in_a_clone_is_run_and_takes_the_time_of_its_stream(tmp_path):
+    kernel = matmul_kernel("tiled", 128, 128, 512, "bfloat16")
+    folder = tmp_path / kernel.folder
+    folder.mkdir(parents=True)
+    (folder / f"{kernel.module}.py").write_text(KERNEL)
+    ran = estimate(run(kernel, tmp_path, "gen3"), "gen3")
+    assert ran.expected_ns == estimate(matmul("tiled", 128, 128, 512), "gen3").expected_ns
+
+
+def test_a_kernel_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(NotRun, match=r"matrix_multiplication_nki_kernels\.py is not below"):
+        run(matmul_kernel("tiled", 128, 128, 512, "bfloat16"), tmp_path, "gen3")
