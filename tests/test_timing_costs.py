@@ -140,5 +140,7 @@ def test_an_instruction_without_a_rule_is_named():
     values = constants_for("gen3").at("expected")
     with pytest.raises(ValueError, match="no cost rule for warp_shuffle on VectorE"):
         instruction_cost("gen3", "warp_shuffle", "vector", "", 0, 8, None, (), values)
+    with pytest.raises(ValueError, match="no cost rule for warp_shuffle on GpSimdE"):
+        instruction_cost("gen3", "warp_shuffle", "gpsimd", "", 0, 8, None, (), values)
     with pytest.raises(ValueError, match="no cost rule for fly on engine 'moon'"):
         instruction_cost("gen3", "fly", "moon", "", 0, 8, None, (), values)

@@ -23,12 +23,11 @@ def _events(trace, phase):
 
 
 def _lanes_overlap(trace):
-    """Whether two slices of one lane share time (engine and queue lanes must not)."""
+    """Whether two slices of one lane share time: a viewer would nest or drop them."""
     lanes = {}
     for event in _events(trace, "X"):
-        if not event["name"].endswith("data"):
-            span = (event["ts"], event["ts"] + event["dur"])
-            lanes.setdefault((event["pid"], event["tid"]), []).append(span)
+        span = (event["ts"], event["ts"] + event["dur"])
+        lanes.setdefault((event["pid"], event["tid"]), []).append(span)
     return any(
         a[1] > b[0] + 2e-6
         for spans in lanes.values()

@@ -63,6 +63,16 @@ _ONE_PASS = frozenset(
     )
 )
 _TWO_INPUTS = frozenset(("tensor_tensor", "scalar_tensor_tensor", "tensor_copy_predicated"))
+# Passes of GpSimdE; only topk's is documented, the rest are one or two inputs.
+_GPSIMD = {
+    "tensor_tensor": 2.0,
+    "tensor_partition_reduce": 2.0,
+    "topk": 4.0,
+    "local_gather": 1.0,
+    "nc_n_gather": 1.0,
+    "sequence_bounds": 1.0,
+    "nonzero_with_count": 1.0,
+}
 _FAST_COPIES = frozenset(("tensor_copy", "tensor_scalar", "memset"))
 
 
@@ -251,7 +261,9 @@ def table_of(function: str) -> int:
 
 
 def _gpsimd(opcode: str, elements: int, c: Values) -> Cost:
-    passes = {"tensor_tensor": 2.0, "tensor_partition_reduce": 2.0, "topk": 4.0}.get(opcode, 1.0)
+    passes = _GPSIMD.get(opcode, 1.0 if opcode in _ONE_PASS else 0.0)
+    if not passes:
+        raise ValueError(f"no cost rule for {opcode} on GpSimdE")
     parts = (
         (
             "gpsimd_cycles_per_element",

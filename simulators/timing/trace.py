@@ -30,8 +30,9 @@ def events(
     out: list[dict[str, Any]] = [_meta("process_name", pid, 0, name)]
     out += [_meta("thread_name", pid, tid, lane) for lane, tid in lanes.items()]
     for record in range(len(line.program)):
-        out += _slice(line, record, pid, lanes, offset_ns)
+        out.append(_slice(line, record, pid, lanes, offset_ns))
         out += _arrow(line, record, pid, lanes, offset_ns)
+    out += _transfers(line, pid, lanes, offset_ns)
     out += _memory(line, pid, offset_ns)
     out += _rates(line, pid, offset_ns)
     return out
@@ -65,7 +66,7 @@ def _meta(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
 
 def _slice(
     line: Timeline, record: int, pid: int, lanes: dict[str, int], offset: float
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     program = line.program
     queue, opcode = program.queues[record], program.opcodes[record]
     file, number = program.log.lines[program.lines[record]]
@@ -83,29 +84,29 @@ def _slice(
         args["wait_on"] = waited
     if record in line.cold:
         args["cold"] = True
-    done = [
-        _complete(
-            opcode, queue, line.start[record], line.free[record], pid, lanes[queue], args, offset
-        )
-    ]
-    if record in line.transfer:
+    return _complete(
+        opcode, queue, line.start[record], line.free[record], pid, lanes[queue], args, offset
+    )
+
+
+def _transfers(
+    line: Timeline, pid: int, lanes: dict[str, int], offset: float
+) -> list[dict[str, Any]]:
+    """Slices of the data that DMAs move; a lane shows no two at once, `began_us` is the truth."""
+    program, out = line.program, []
+    shown: dict[int, float] = {}
+    for record in sorted(line.transfer, key=lambda i: (line.transfer[i], i)):
         begin, end = line.transfer[record]
         cost = program.costs[record]
         size = cost.size_bytes if isinstance(cost, Transfer) else 0
-        rate = size / (end - begin) if end > begin else 0.0
-        done.append(
-            _complete(
-                f"{opcode} data",
-                "dma",
-                begin,
-                end,
-                pid,
-                lanes[f"{queue} transfers"],
-                {"record": record, "bytes": size, "GB/s": round(rate, 1)},
-                offset,
-            )
-        )
-    return done
+        lane = lanes[f"{program.queues[record]} transfers"]
+        first = min(end, max(begin, shown.get(lane, 0.0)))
+        shown[lane] = max(end, shown.get(lane, 0.0))
+        rate = round(size / (end - begin), 1) if end > begin else 0.0
+        args = {"record": record, "bytes": size, "GB/s": rate, "began_us": begin / 1e3}
+        name = f"{program.opcodes[record]} data"
+        out.append(_complete(name, "dma", first, end, pid, lane, args, offset))
+    return out
 
 
 def _complete(
