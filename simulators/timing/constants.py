@@ -66,14 +66,14 @@ class Constants:
     vector_issue: Constant
     vector_latency: Constant
     vector_pointer: Constant
-    vector_min_elements: Constant
+    vector_min_interval: Constant
 
     scalar_clock: Constant
     scalar_issue: Constant
     scalar_copy_issue: Constant
     scalar_latency: Constant
     scalar_copy_latency: Constant
-    scalar_min_elements: Constant
+    scalar_min_interval: Constant
     table_load: Constant
     accumulator_read: Constant
 

@@ -163,9 +163,7 @@ def _vector(
     c: Values,
 ) -> Cost:
     passes = _vector_passes(generation, opcode, dst, sources)
-    cycles = max(c.vector_min_elements, passes * elements)
-    if opcode == "bn_aggr":
-        cycles = max(64.0, cycles)
+    cycles = passes * elements
     wide_stride = any(a.inner_stride_bytes > 16 and a.elements > 1 for a in (*sources, dst) if a)
     parts: list[tuple[str, float]] = [("vector_clock", cycles / c.vector_clock)]
     if wide_stride:
@@ -174,9 +172,17 @@ def _vector(
         parts.append(("vector_pointer", c.vector_pointer))
     if bits & flags.READ_ACCUMULATOR:
         parts.append(("accumulator_read", c.accumulator_read / c.vector_clock))
-    return Cost(
-        (*parts, ("vector_issue", c.vector_issue)), (*parts, ("vector_latency", c.vector_latency))
+    held = _at_least(
+        (*parts, ("vector_issue", c.vector_issue)),
+        ("vector_min_interval", c.vector_min_interval / c.vector_clock),
     )
+    return Cost(held, (*parts, ("vector_latency", c.vector_latency)))
+
+
+def _at_least(parts: Parts, floor: tuple[str, float]) -> Parts:
+    """The parts, filled up to the shortest interval between instructions of the engine."""
+    missing = floor[1] - sum(ns for _, ns in parts)
+    return (*parts, (floor[0], missing)) if missing > 0 else parts
 
 
 def _has_pointer(opcode: str, sources: tuple[Access, ...], bits: int) -> bool:
@@ -243,13 +249,15 @@ def _scalar(
     tensors = [a for a in (dst, *sources) if a is not None and a.elements > 1]
     if generation == "gen4" and opcode in COPIES and all(a.itemsize <= 2 for a in tensors):
         passes = 0.5
-    parts: list[tuple[str, float]] = [
-        ("scalar_clock", max(c.scalar_min_elements, passes * elements) / c.scalar_clock)
-    ]
+    parts: list[tuple[str, float]] = [("scalar_clock", passes * elements / c.scalar_clock)]
     if bits & flags.READ_ACCUMULATOR:
         parts.append(("accumulator_read", c.accumulator_read / c.scalar_clock))
-    return Cost(
+    held = _at_least(
         (*parts, (issue, getattr(c, issue))),
+        ("scalar_min_interval", c.scalar_min_interval / c.scalar_clock),
+    )
+    return Cost(
+        held,
         (*parts, (latency, getattr(c, latency))),
         table=None if copy else table_of(detail),
     )

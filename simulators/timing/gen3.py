@@ -32,19 +32,20 @@ CONSTANTS = Constants(
     weights_columns_per_cycle=Constant(
         4.0, 4.0, 2.0, "columns per cycle", "documented", "ARCH gen2, fast LoadStationary (up to)"
     ),
-    # VectorE: occupied for issue + cycles / clock, result after latency + cycles / clock.
+    # VectorE: occupied for issue + cycles / clock but at least the minimum interval; the result is
+    # out after latency + cycles / clock.
     vector_clock=same(0.96, "GHz", "documented", "ARCH, engine table"),
     vector_issue=Constant(19.0, 62.0, 66.0, "ns", "measured", "PROF: 598 ns per reduce of N=512"),
     vector_latency=Constant(148.0, 152.0, 158.0, "ns", "measured", "PROF: durations"),
     vector_pointer=Constant(0.0, 64.0, 64.0, "ns", "measured", "PROF: tensor_scalar by [P, 1]"),
-    vector_min_elements=Constant(1.0, 1.0, 64.0, "elements", "measured", "PROF: 157 ns for N=4"),
+    vector_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
     # ScalarE: functions and copies differ.
     scalar_clock=same(1.2, "GHz", "documented", "ARCH, engine table"),
     scalar_issue=Constant(143.0, 150.0, 185.0, "ns", "measured", "PROF: 570-586 ns per exp N=512"),
     scalar_copy_issue=Constant(40.0, 50.0, 60.0, "ns", "measured", "PROF: back-to-back copies"),
     scalar_latency=Constant(253.0, 278.0, 294.0, "ns", "measured", "PROF exp; DMA 401 and 3706 ns"),
     scalar_copy_latency=Constant(155.0, 158.0, 160.0, "ns", "measured", "PROF: 585 ns for N=512"),
-    scalar_min_elements=same(1.0, "elements", "measured", "PROF, DMA: no floor above issue"),
+    scalar_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
     table_load=Constant(1283.0, 1290.0, 1300.0, "ns", "measured", "PROF ACT_TABLE_LOAD; DMA"),
     accumulator_read=same(64.0, "cycles", "documented", "ARCH gen2, ScalarE accumulators"),
     # GpSimdE: base + per-element cycles.

@@ -14,7 +14,9 @@ Note [Which orders hold]
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from nxd_cp.simulators.nki_api import chips
@@ -64,7 +66,11 @@ class Program:
         self.opcodes: list[str] = []
         self._cost_cache: dict[tuple[object, ...], Cost | Transfer] = {}
         self._resolve()
-        self.edges: list[list[Edge]] = _Edges(self).edges
+
+    @cached_property
+    def edges(self) -> list[list[Edge]]:
+        """Predecessors of every record, with the kind of dependency."""
+        return _Edges(self).edges
 
     def __len__(self) -> int:
         return len(self.queues)
@@ -161,7 +167,10 @@ def _kind(access: Access | None) -> object:
 
 
 class _Edges:
-    """Dependency edges of a program, by one walk in program order."""
+    """Dependency edges of a program, by one walk in program order.
+
+    With "tensor" granularity the first view of a tensor stands for all of them.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -169,7 +178,13 @@ class _Edges:
         self.readers: dict[int, dict[str, int]] = {}
         self.writers: dict[int, dict[str, int]] = {}
         self.last_use: dict[int, dict[str, int]] = defaultdict(dict)
-        self.overlaps = self._overlaps()
+        whole = program.options.granularity == "tensor"
+        first: dict[int, int] = {}
+        self.stands_for = [
+            first.setdefault(access.buffer, view) if whole else view
+            for view, access in enumerate(program.accesses)
+        ]
+        self.overlaps = [[view] for view in self.stands_for] if whole else self._overlaps()
         self.before = _placement(program)
         for record in range(len(program)):
             self.edges.append(self._visit(record))
@@ -186,23 +201,21 @@ class _Edges:
             for view in reads:
                 used[program.accesses[view].buffer].add(view)
         result: list[list[int]] = [[] for _ in program.accesses]
-        whole = program.options.granularity == "tensor"
         for buffer, views in used.items():
-            if not written[buffer]:
+            mine = written[buffer]
+            if not mine:
                 continue  # only read: nothing waits
-            write_only = written[buffer] == views and program.log.buffers[buffer].space == "hbm"
-            ordered = sorted(views)
-            for view in ordered:
-                if write_only and not whole:
+            if mine == views and program.log.buffers[buffer].space == "hbm":
+                for view in views:
                     result[view] = [view]
-                    continue
-                mine = program.accesses[view]
-                result[view] = [
-                    other
-                    for other in ordered
-                    if (other in written[buffer] or view in written[buffer])
-                    and (whole or other == view or overlap(mine, program.accesses[other]))
-                ]
+                continue
+            for view, other in _touching(sorted(views), program.accesses):
+                if view in mine or other in mine:
+                    result[view].append(other)
+                    if view != other:
+                        result[other].append(view)
+        for found in result:
+            found.sort()
         return result
 
     def _visit(self, record: int) -> list[Edge]:
@@ -216,7 +229,7 @@ class _Edges:
                         found[last] = kind
             for other in self.overlaps[view]:
                 for user, last in self.readers.get(other, {}).items():
-                    if user != queue and last != record:
+                    if user != queue:
                         found[last] = "war"
                 for user, last in self.writers.get(other, {}).items():
                     if user != queue or queue.startswith("dma"):
@@ -231,16 +244,34 @@ class _Edges:
 
     def _note(self, record: int, queue: str) -> None:
         program = self.program
-        for view in program.reads[record]:
+        reads = {self.stands_for[view] for view in program.reads[record]}
+        writes = {self.stands_for[view] for view in program.writes[record]}
+        for view in reads:
             self.readers.setdefault(view, {})[queue] = record
-            self.last_use[program.accesses[view].buffer][queue] = record
-        for view in program.writes[record]:
-            if view not in program.reads[record]:
+        for view in writes:
+            if view in reads:
+                self.writers.setdefault(view, {})[queue] = record
+            else:
                 self.readers[view] = {}
                 self.writers[view] = {queue: record}
-            else:
-                self.writers.setdefault(view, {})[queue] = record
+        for view in reads | writes:
             self.last_use[program.accesses[view].buffer][queue] = record
+
+
+def _touching(views: list[int], accesses: list[Access]) -> Iterator[tuple[int, int]]:
+    """Pairs of views that share bytes, each once, equal pairs included.
+
+    A sweep by first byte: only views that reach over the next one's start are compared.
+    """
+    open_views: list[int] = []
+    for view in sorted(views, key=lambda v: (accesses[v].low, v)):
+        mine = accesses[view]
+        open_views = [other for other in open_views if accesses[other].high > mine.low]
+        for other in open_views:
+            if overlap(mine, accesses[other]):
+                yield view, other
+        yield view, view
+        open_views.append(view)
 
 
 def _placement(program: Program) -> dict[tuple[int, int], tuple[int, ...]]:

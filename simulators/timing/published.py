@@ -24,6 +24,7 @@ from .estimate import Estimate, estimate, matmul_flops
 from .profile import hbm_bytes
 from .program import Options
 from .streams.attention import attention
+from .streams.conv import depthwise_conv
 from .streams.mamba import mamba
 from .streams.matmul import matmul
 from .streams.nkibench import nkibench
@@ -154,6 +155,8 @@ def _stream(row: Row) -> tuple[tuple[object, ...], Options] | None:
         return ("matmul", GEMM_STEPS[row.kernel], "bfloat16"), by_line
     if row.group == "E" and row.kernel in ("mamba trace step 2", "mamba trace step 3"):
         return ("mamba", 2, 256, 2048), by_line
+    if row.group == "E" and row.kernel == "depthwise conv1d trace step 0":
+        return ("conv", 8, 512, 2048), by_line
     if row.group == "D":
         return ("nkibench", row.kernel.split()[1]), by_line
     if row.group == "H" and row.kernel.startswith("attention"):
@@ -168,6 +171,7 @@ def _build(key: tuple[object, ...]) -> Log:
         "matmul": lambda version, dtype: matmul(version, 4096, 8192, 8192, dtype),
         "mamba": mamba,
         "nkibench": nkibench,
+        "conv": depthwise_conv,
         "attention": lambda seq_len, dtype, fused: attention(seq_len, dtype, fused=fused),
     }
     return builders[str(key[0])](*key[1:])
