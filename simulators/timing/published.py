@@ -24,6 +24,7 @@ from .estimate import Estimate, estimate, matmul_flops
 from .profile import hbm_bytes
 from .program import Options
 from .streams.attention import attention
+from .streams.attention_steps import attention_step
 from .streams.conv import depthwise_conv
 from .streams.mamba import mamba
 from .streams.matmul import matmul
@@ -32,6 +33,7 @@ from .streams.primitives import Primitive, primitive
 
 DATA = Path(__file__).parent / "data" / "published.csv"
 NS_PER = {"ns": 1.0, "us": 1e3, "ms": 1e6, "%": 1.0, "GB/s": 1.0, "Gcol/s": 1.0}
+ATTENTION_STEPS = tuple(f"attention trace step {step}" for step in (0, 7, 8))
 GEMM_STEPS = {"gemm trace step 1": "group 1x2", "gemm trace step 3": "group 4x2"}
 TRN2_HBM_PER_CORE = 3000.0 / 8  # B/ns, trainium2_arch.rst
 
@@ -155,6 +157,8 @@ def _stream(row: Row) -> tuple[tuple[object, ...], Options] | None:
         return ("matmul", GEMM_STEPS[row.kernel], "bfloat16"), by_line
     if row.group == "E" and row.kernel in ("mamba trace step 2", "mamba trace step 3"):
         return ("mamba", 2, 256, 2048), by_line
+    if row.group == "E" and row.kernel in ATTENTION_STEPS:
+        return ("attention step", int(row.kernel[-1])), by_line
     if row.group == "E" and row.kernel == "depthwise conv1d trace step 0":
         return ("conv", 8, 512, 2048), by_line
     if row.group == "D":
@@ -172,6 +176,7 @@ def _build(key: tuple[object, ...]) -> Log:
         "mamba": mamba,
         "nkibench": nkibench,
         "conv": depthwise_conv,
+        "attention step": attention_step,
         "attention": lambda seq_len, dtype, fused: attention(seq_len, dtype, fused=fused),
     }
     return builders[str(key[0])](*key[1:])

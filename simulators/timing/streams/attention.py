@@ -30,25 +30,25 @@ def attention(
     q, k, v = (s.load(s.hbm(ROWS, seq_len, dtype=dtype)) for _ in range(3))
     out = s.hbm(seq_len, ROWS, dtype=dtype)
     kernel = _fused if fused else _unfused
-    kernel(s, q, k, v, out, _Evict(s, p_dtype, evict))
+    kernel(s, q, k, v, out, Evict(s, p_dtype, evict))
     return s.log
 
 
-class _Evict:
-    """Copies PSUM to SBUF on VectorE and ScalarE in turn."""
+class Evict:
+    """Copies PSUM to SBUF on VectorE and ScalarE in turn ("both"), or "vector" or "scalar"."""
 
     def __init__(self, s: Stream, p_dtype: str, engines: str) -> None:
         self.s, self.turn, self.p_dtype, self.engines = s, 0, p_dtype, engines
 
     def __call__(self, dst: Tile, src: Tile) -> None:
         self.turn += 1
-        if self.turn % 3 == 1 or self.engines == "vector":
+        if self.engines == "vector" or (self.engines == "both" and self.turn % 3 == 1):
             self.s.vector("tensor_copy", dst, src)
         else:
             self.s.scalar("copy", dst, src)
 
 
-def _transposed(s: Stream, source: Tile, evict: _Evict) -> Tile:
+def _transposed(s: Stream, source: Tile, evict: Evict) -> Tile:
     """[128, S] to [128, S / 128, 128] of p_dtype, four transposes to a bank and one copy."""
     blocks = source.shape[1] // ROWS
     result = s.sbuf(ROWS, blocks, ROWS, dtype=evict.p_dtype)
@@ -86,7 +86,7 @@ def _softmax(s: Stream, tiles: list[Tile], out: Tile) -> Tile:
     return inverse
 
 
-def _product(s: Stream, p: Tile, v_blocks: Tile, evict: _Evict) -> Tile:
+def _product(s: Stream, p: Tile, v_blocks: Tile, evict: Evict) -> Tile:
     p_blocks = _transposed(s, p, evict)
     acc = s.psum(ROWS, ROWS)
     for j in range(p_blocks.shape[1]):
@@ -94,7 +94,7 @@ def _product(s: Stream, p: Tile, v_blocks: Tile, evict: _Evict) -> Tile:
     return acc
 
 
-def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: _Evict) -> None:
+def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: Evict) -> None:
     seq_len = q.shape[1]
     v_blocks = _transposed(s, v, evict)
     parts = [slice(j, j + KEYS) for j in range(0, seq_len, KEYS)]
@@ -110,13 +110,13 @@ def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: _Evict) -> No
         s.dma(out[m * ROWS : (m + 1) * ROWS], result, "swdge")
 
 
-def _kept(s: Stream, tile: Tile, evict: _Evict) -> Tile:
+def _kept(s: Stream, tile: Tile, evict: Evict) -> Tile:
     kept = s.sbuf(*tile.shape, dtype="float32")
     evict(kept, tile)
     return kept
 
 
-def _unfused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: _Evict) -> None:
+def _unfused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: Evict) -> None:
     seq_len = q.shape[1]
     blocks = seq_len // ROWS
     parts = [slice(j, j + KEYS) for j in range(0, seq_len, KEYS)]
