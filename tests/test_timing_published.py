@@ -7,6 +7,8 @@ import pytest
 from nxd_cp.simulators.timing import estimate
 from nxd_cp.simulators.timing.clones import NotRun, matmul_kernel, run
 from nxd_cp.simulators.timing.published import Prediction, not_a_kernel, predict, rows
+from nxd_cp.simulators.timing.streams.attention_steps import attention_step
+from nxd_cp.simulators.timing.streams.mamba import mamba
 from nxd_cp.simulators.timing.streams.matmul import matmul
 from nxd_cp.simulators.timing.streams.nkibench import nkibench
 from nxd_cp.simulators.timing.validation import Scored, quantile, report
@@ -15,6 +17,7 @@ QUICK = (
     "fused_mamba v2 ch4096 seq512",
     "mamba trace step 2",
     "NKIBench silu",
+    "attention trace step 8",
     "NKIBench rmsnorm_matmul",
     "NKIBench matmul_add_rmsnorm",
 )
@@ -77,6 +80,10 @@ def test_unknown_versions_and_kernels_are_caught():
         matmul("fast", 128, 128, 512)
     with pytest.raises(ValueError, match="name: expected one of silu"):
         nkibench("softmax")
+    with pytest.raises(ValueError, match="step: expected 0, 7 or 8, got 5"):
+        attention_step(5)
+    with pytest.raises(ValueError, match="version: expected 1, 2 or 3, got 4"):
+        mamba(4, 128, 512)
 
 
 KERNEL = """
