@@ -180,6 +180,12 @@ def test_extrapolation_meets_a_size_run_in_full_within_one_percent(kernel):
         assert timed.rectangle_ns(q_len, k_len, mask) == pytest.approx(full, rel=0.01)
 
 
+def test_short_blocks_are_run_as_they_are():
+    timed = timed_kernel("flash_bwd", "gen3", heads_per_core=1, kv_heads_per_core=1)
+    short = time_kernel("flash_bwd", "gen3", q_len=256, k_len=256).expected_ns
+    assert timed.rectangle_ns(256, 256, "full") == short
+
+
 def test_extrapolation_from_wrong_sizes_is_caught():
     wrong = Timed(lambda q, k, mask: 1e4 + q * k**1.2, small=512, large=1024)
     exact = 1e4 + 4096 * 4096**1.2

@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 
+ROWS = 128  # kernels take multiples of this many queries and keys
+
+
 class KernelTime(Protocol):
     """ns for one rectangle on one position, and its share of the DMA engines while it runs."""
 
@@ -75,8 +78,11 @@ class Timed:
     _known: dict[tuple[int, int, str], float] = field(default_factory=dict)
 
     def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:
-        """ns for all groups, extrapolated."""
-        once = self._full(q_len, k_len) if mask == "full" else self._diagonal(q_len, mask)
+        """ns for all groups: run as it is up to `small`, extrapolated beyond."""
+        if max(q_len, k_len) <= self.small and q_len % ROWS == k_len % ROWS == 0:
+            once = self._run(q_len, k_len, mask)
+        else:
+            once = self._full(q_len, k_len) if mask == "full" else self._diagonal(q_len, mask)
         return self.fixed_ns + self.groups * (once - self.fixed_ns)
 
     def _run(self, q_len: int, k_len: int, mask: str) -> float:
