@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-
 ROWS = 128  # kernels take multiples of this many queries and keys
 
 
