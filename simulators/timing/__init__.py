@@ -4,7 +4,8 @@
     times = estimate(log, "gen3")     # log: see nki_api.record
     times.bound_ns, times.expected_ns, times.pessimistic_ns, times.guess_share
 
-Reading order: constants.py, gen3.py, cost.py, dma.py, program.py, machine.py, critical.py, views.
+Reading order: constants.py, gen3.py, cost.py, dma.py, program.py, edges.py, machine.py,
+critical.py, then the views (profile.py, trace.py, plots.py).
 Every number is an estimate from public documents and measurements; docs/timing.md says how good.
 """
 

@@ -195,7 +195,7 @@ def _has_pointer(opcode: str, sources: tuple[Access, ...], bits: int) -> bool:
 def _vector_passes(
     generation: str, opcode: str, dst: Access | None, sources: tuple[Access, ...]
 ) -> float:
-    """Cycles per element of VectorE: the data sheet's one or two, and the 16-bit fast modes."""
+    """Cycles per element of VectorE: one or two by inputs, fewer in 16-bit fast modes."""
     if opcode == "tensor_tensor_scan":
         return 2.0
     if opcode == "reciprocal":
