@@ -224,3 +224,16 @@ def test_an_engine_may_take_a_ready_instruction_before_one_that_waits():
     strict, free = _time(s), _time(s, order="list")
     assert strict.start[2] > strict.start[1]
     assert free.start[2] < free.start[1]
+
+
+def test_every_part_of_a_tile_waits_for_the_room_that_it_takes():
+    s = Stream()
+    old, source = s.sbuf(128, 120 * 1024, dtype="uint8"), s.hbm(128, 100 * 1024, dtype="uint8")
+    s.vector("memset", old)
+    s.scalar("copy", s.sbuf(128, 1, dtype="float32"), old[:, :1])
+    new = s.sbuf(128, 2, 50 * 1024, dtype="uint8")
+    for half in range(2):
+        part = slice(half * 50 * 1024, (half + 1) * 50 * 1024)
+        s.dma(new[:, half], source[:, part])
+    edges = _time(s, "gen2", order="list").program.edges
+    assert all((1, "space") in edges[record] for record in (2, 3))

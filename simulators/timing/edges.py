@@ -45,6 +45,7 @@ class _Edges:
         self.readers: dict[int, dict[str, int]] = {}
         self.writers: dict[int, dict[str, int]] = {}
         self.last_use: dict[int, dict[str, int]] = defaultdict(dict)
+        self.room: dict[int, list[tuple[int, str, str]]] = {}
         self.reorders = program.options.order == "list"
         whole = program.options.granularity == "tensor"
         first: dict[int, int] = {}
@@ -90,13 +91,11 @@ class _Edges:
         program, queue = self.program, self.program.queues[record]
         found: dict[int, str] = {}
         for view in program.writes[record]:
-            for previous in self.before.get((record, view), ()):
-                kind = "bank" if program.accesses[view].space == "psum" else "space"
-                for user, last in self.last_use[previous].items():
-                    if user != queue:
-                        found[last] = kind
-                    elif self.reorders:
-                        found.setdefault(last, "engine")
+            for last, user, kind in self._room(record, view):
+                if user != queue:
+                    found[last] = kind
+                elif self.reorders:
+                    found.setdefault(last, "engine")
             for other in self.overlaps[view]:
                 for user, last in self.readers.get(other, {}).items():
                     if user != queue:
@@ -118,11 +117,25 @@ class _Edges:
         self._note(record, queue)
         return [(last, kind) for last, kind in sorted(found.items()) if last != record]
 
+    def _room(self, record: int, view: int) -> list[tuple[int, str, str]]:
+        """Last uses of what lay where this tensor now goes; empty once the tensor has been read."""
+        program, buffer = self.program, self.program.accesses[view].buffer
+        taken = self.before.get((record, view))
+        if taken is not None:
+            kind = "bank" if program.accesses[view].space == "psum" else "space"
+            self.room[buffer] = [
+                (last, user, kind)
+                for previous in taken
+                for user, last in self.last_use[previous].items()
+            ]
+        return self.room.get(buffer, [])
+
     def _note(self, record: int, queue: str) -> None:
         program = self.program
         reads = {self.stands_for[view] for view in program.reads[record]}
         writes = {self.stands_for[view] for view in program.writes[record]}
         for view in reads:
+            self.room.pop(program.accesses[view].buffer, None)
             self.readers.setdefault(view, {})[queue] = record
         for view in writes:
             if view in reads:
