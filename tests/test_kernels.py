@@ -5,6 +5,8 @@ Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -330,6 +332,20 @@ def test_what_the_kernels_cannot_take_is_refused_before_any_message(
         assert messages == 0
 
 
-def test_the_device_backend_says_that_nki_is_missing() -> None:
+SIMULATED_NKI = """
+from nxd_cp.simulators.nki_api import install
+from nxd_cp.backends.neuron import KernelBackend
+install()
+import nki.language
+try:
+    KernelBackend("nki")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_device_backend_takes_neither_a_missing_nor_a_simulated_nki() -> None:
     with pytest.raises(ValueError, match="AWS Neuron SDK"):
         KernelBackend("nki")
+    said = subprocess.run([sys.executable, "-c", SIMULATED_NKI], capture_output=True, text=True)
+    assert "AWS Neuron SDK" in said.stdout, said.stderr

@@ -20,8 +20,6 @@ ROWS = 128  # one tile of the kernels: lengths are multiples of it
 MAX_HEAD_DIM = 128  # the contraction of one matmul: the partition count
 DTYPES = (torch.bfloat16, torch.float32)
 SBUF_BYTES = 160 * 1024  # per partition, for the tiles that stay; gen2 has 176 KiB in all
-EMPTY_LSE = -1.0e20  # an lse below this is the forward kernel's stand-in for minus infinity
-KERNEL_EMPTY_LSE = 1.0e30  # the backward kernel's lse of an empty row: exp(s - lse) is 0
 
 
 class KernelBackend:
@@ -82,9 +80,11 @@ class KernelBackend:
         self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
     ) -> tuple[Tensor, Tensor]:
         """One block: o [B, H, S, D] and lse [B, H, S], both fp32; empty rows give 0 and -inf."""
-        o, lse = self._fwd(q.contiguous(), k.contiguous(), v.contiguous(), mask, scale)
+        inputs = (x.contiguous() for x in (q, k, v))
+        o, lse = self._fwd.flash_fwd(*inputs, mask, scale)
         lse = lse.squeeze(-1)
-        return o, lse.masked_fill(lse < EMPTY_LSE, float("-inf"))
+        empty = lse < 0.5 * scale * self._fwd.EMPTY_ROW_MAX
+        return o, lse.masked_fill(empty, float("-inf"))
 
     def backward(
         self,
@@ -100,27 +100,27 @@ class KernelBackend:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block: dq [B, H, S, D], dk and dv [B, G, K, D], all fp32; `o` is not read."""
-        lse = lse.masked_fill(lse < EMPTY_LSE, KERNEL_EMPTY_LSE)
+        lse = lse.masked_fill(lse == float("-inf"), self._bwd.EMPTY_ROW_LSE)
         inputs = (do.to(q.dtype), q, k, v, lse.unsqueeze(-1), delta.unsqueeze(-1))
-        return self._bwd(*(x.contiguous() for x in inputs), mask, scale)
+        return self._bwd.flash_bwd(*(x.contiguous() for x in inputs), mask, scale)
 
 
 def has_nki() -> bool:
-    """Whether a real `nki` can be imported: the placeholder of that name raises ImportError."""
+    """Whether a real `nki` can be imported: neither PyPI's placeholder nor our simulator counts."""
     try:
         nki = importlib.import_module("nki")
     except ImportError:
         return False
-    return hasattr(nki, "jit")
+    return hasattr(nki, "jit") and not getattr(nki, "__simulated__", False)
 
 
 def _load_kernels(name: str, generation: str | None) -> tuple[Any, Any]:
-    """The forward and the backward kernel, for the device or bound to the simulator."""
+    """The modules of the forward and the backward kernel, bound to the device or the simulator."""
     if name == "simulate":
         from nxd_cp.simulators.nki_api import load
 
         kernels = load("nxd_cp.kernels", generation=generation)
-        return kernels.flash_fwd.flash_fwd, kernels.flash_bwd.flash_bwd
+        return kernels.flash_fwd, kernels.flash_bwd
     if generation is not None:
         raise ValueError(
             f'expected no generation for backend "{name}", got {generation!r}: the device has its '
@@ -134,4 +134,4 @@ def _load_kernels(name: str, generation: str | None) -> tuple[Any, Any]:
         )
     fwd = importlib.import_module("nxd_cp.kernels.flash_fwd")
     bwd = importlib.import_module("nxd_cp.kernels.flash_bwd")
-    return fwd.flash_fwd, bwd.flash_bwd
+    return fwd, bwd
