@@ -79,6 +79,17 @@ def mark(tensor: NkiTensor, code: int) -> None:
     storage.init.mark(rect, tensor.dense, tensor.pattern, code)
 
 
+def mark_where(tensor: NkiTensor, chosen: Any) -> None:
+    """Record that an engine writes the elements of this view that `chosen` (bool) selects."""
+    storage = tensor.storage
+    if storage.init.uniform == FRESH:
+        storage.fill()
+    if FRESH in storage.init.codes(tensor.rect, tensor.dense, tensor.pattern):
+        storage.init.mark_where(tensor.pattern, chosen, OTHER)
+    else:
+        mark(tensor, OTHER)
+
+
 def check_tile(instr: str, role: str, tensor: Any) -> None:
     """Place, partition count and start partition of an on-chip operand."""
     if not isinstance(tensor, NkiTensor):

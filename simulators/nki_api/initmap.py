@@ -74,6 +74,14 @@ class InitMap:
         if self.collapse and (self.cells == code).all():
             self.uniform, self.cells = code, None
 
+    def mark_where(self, pattern: Pattern, chosen: Any, code: int) -> None:
+        """Record a write to the items of a region that the boolean array `chosen` selects."""
+        if self.uniform >= 0:
+            self._split()
+        self.cell_view(pattern)[chosen] = code
+        if self.collapse and (self.cells == code).all():
+            self.uniform, self.cells = code, None
+
     def codes(self, rect: Rect, dense: bool, pattern: Pattern) -> set[int]:
         """The codes found in a region (FRESH among them if any byte was never written)."""
         if self.uniform >= 0:

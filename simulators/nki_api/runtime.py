@@ -43,6 +43,7 @@ class Run:
         "num_programs",
         "params",
         "program_id",
+        "values",
     )
 
     def __init__(
@@ -51,6 +52,7 @@ class Run:
         self.chip = chip
         self.core = core
         self.params = params
+        self.values = True
         self.log = log
         self.program_id = 0
         self.num_programs = 1

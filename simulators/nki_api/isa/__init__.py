@@ -22,8 +22,12 @@ from .enums import (
     oob_mode,
     reduce_cmd,
 )
+from .gather import local_gather, nc_n_gather, nc_stream_shuffle, tensor_partition_reduce
 from .gpsimd import affine_select, iota
 from .scalar_engine import activation, activation_reduce
+from .scan import bn_aggr, bn_stats, tensor_scalar_reduce, tensor_tensor_scan
+from .search import max8, nc_find_index8, nc_match_replace8, nonzero_with_count
+from .select import range_select, select_reduce, tensor_copy_predicated
 from .tensor_engine import nc_matmul, nc_transpose
 from .vector_engine import (
     memset,
@@ -44,40 +48,25 @@ unknown_engine = engine.unknown
 _NOT_YET = frozenset(
     [
         "activate2",
-        "bn_aggr",
-        "bn_stats",
         "core_barrier",
         "dma_compute",
         "dma_transpose",
         "dropout",
         "exponential",
-        "local_gather",
-        "max8",
-        "nc_find_index8",
-        "nc_match_replace8",
         "nc_matmul_mx",
-        "nc_n_gather",
-        "nc_stream_shuffle",
-        "nonzero_with_count",
         "quantize_mx",
         "rand2",
         "rand_get_state",
         "rand_set_state",
-        "range_select",
         "register_alloc",
         "register_load",
         "register_move",
         "register_store",
         "rng",
-        "select_reduce",
         "sendrecv",
         "sequence_bounds",
         "set_rng_seed",
-        "tensor_copy_predicated",
-        "tensor_partition_reduce",
         "tensor_scalar_cumulative",
-        "tensor_scalar_reduce",
-        "tensor_tensor_scan",
         "topk",
     ]
 )
@@ -109,6 +98,8 @@ __all__ = [
     "activation",
     "activation_reduce",
     "affine_select",
+    "bn_aggr",
+    "bn_stats",
     "dge_mode",
     "dma_copy",
     "dma_engine",
@@ -116,17 +107,30 @@ __all__ = [
     "get_nc_sub_version",
     "get_nc_version",
     "iota",
+    "local_gather",
     "matmul_perf_mode",
+    "max8",
     "memset",
+    "nc_find_index8",
+    "nc_match_replace8",
     "nc_matmul",
+    "nc_n_gather",
+    "nc_stream_shuffle",
     "nc_transpose",
     "nc_version",
+    "nonzero_with_count",
     "oob_mode",
+    "range_select",
     "reciprocal",
     "reduce_cmd",
     "scalar_tensor_tensor",
+    "select_reduce",
     "tensor_copy",
+    "tensor_copy_predicated",
+    "tensor_partition_reduce",
     "tensor_reduce",
     "tensor_scalar",
+    "tensor_scalar_reduce",
     "tensor_tensor",
+    "tensor_tensor_scan",
 ]
