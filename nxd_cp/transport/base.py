@@ -27,7 +27,7 @@ class Transport(ABC):
         self.rank, self.size = rank, size
         self.counters = Counters()
         self.buffers = BufferPool()
-        self.num_calls = 0
+        self.num_calls = self.num_calls_started = 0
         self._lock = threading.Lock()
         self._failure: str | None = None
 
@@ -37,6 +37,12 @@ class Transport(ABC):
         with self._lock:
             self.num_calls += 1
             return Call(self, kind, self.num_calls)
+
+    def next_place(self) -> int:
+        """The place of a call that starts its first hop now: 1 for the first."""
+        with self._lock:
+            self.num_calls_started += 1
+            return self.num_calls_started
 
     def fail(self, reason: str) -> None:
         """Mark this end as unusable: messages may be left in flight. The first reason stays."""

@@ -10,9 +10,10 @@ a byte itself (`distributed.py`, `local.py`).
         payload = hop.wait()             # what came in is in the parcel now
 
 Note [Headers]
-    Each message carries its call number, its place in the call, its channel, its sender and whose
-    data it is. Two rings that overlap in a different order on two ranks therefore raise and do not
-    mix their data, and gradients that come home are known to be ours. On an accelerator, where a
+    Each message carries its call number, its place in the call, its channel, its sender, whose data
+    it is, and the place of its call among all calls that started. Two rings that overlap in a
+    different order on two ranks therefore raise and do not mix their data, also where their lengths
+    keep them apart; and gradients that come home are known to be ours. On an accelerator, where a
     look at the header would stall it, headers are verified as the call ends.
 """
 
@@ -55,6 +56,7 @@ class Call:
     def __init__(self, transport: Transport, kind: str, number: int) -> None:
         self.transport, self.kind, self.number = transport, kind, number
         self._num_started = 0
+        self._place = 0  # among the calls of this transport, in the order in which they started
         self._open: list[Hop] = []
         self._parcels: list[Parcel] = []
         self._unverified: list[tuple[Tensor, list[int]]] = []
@@ -87,10 +89,10 @@ class Call:
 
     def start(self, parcel: Parcel, move: Move | None) -> Hop:
         """Send what is in the parcel and receive into its other buffer; None moves nothing."""
-        hop = Hop(self, parcel, move)
+        hop, transport = Hop(self, parcel, move), self.transport
+        self._place = self._place or transport.next_place()
         if move is None:
             return hop
-        transport = self.transport
         transport.check_usable()
         self._num_started += 1
         hop.sequence = self._num_started
@@ -122,7 +124,8 @@ class Call:
 
     def _header(self, hop: Hop, parcel: Parcel, sender: int, owner: int) -> list[int]:
         channel = CHANNELS.index(parcel.channel)
-        return [_MAGIC, self.number, hop.sequence, channel, sender, owner, parcel.size_bytes, 0]
+        size = parcel.size_bytes
+        return [_MAGIC, self.number, hop.sequence, channel, sender, owner, size, self._place]
 
     def _verify(self, header: list[int], expected: list[int]) -> None:
         if header != expected:
@@ -140,10 +143,10 @@ class Call:
 
 
 def _describe(header: list[int]) -> str:
-    magic, number, sequence, channel, sender, owner, size_bytes, _ = header
+    magic, number, sequence, channel, sender, owner, size_bytes, place = header
     if magic != _MAGIC:
         return "a message that is not ours"
     return (
         f"message {sequence} of ring call {number} from rank {sender} "
-        f"({CHANNELS[channel]} of rank {owner}, {size_bytes} bytes)"
+        f"({CHANNELS[channel]} of rank {owner}, {size_bytes} bytes; call {place} to start)"
     )
