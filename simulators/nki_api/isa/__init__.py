@@ -13,6 +13,7 @@ from nxd_cp.simulators.nki_api.errors import NkiValidationError, unsupported
 from nxd_cp.simulators.nki_api.runtime import current_or_none
 
 from .dma import dma_copy
+from .dma_reshape import dma_compute, dma_transpose
 from .enums import (
     dge_mode,
     dma_engine,
@@ -24,6 +25,7 @@ from .enums import (
 )
 from .gather import local_gather, nc_n_gather, nc_stream_shuffle, tensor_partition_reduce
 from .gpsimd import affine_select, iota
+from .running import exponential, tensor_scalar_cumulative
 from .scalar_engine import activation, activation_reduce
 from .scan import bn_aggr, bn_stats, tensor_scalar_reduce, tensor_tensor_scan
 from .search import max8, nc_find_index8, nc_match_replace8, nonzero_with_count
@@ -49,10 +51,7 @@ _NOT_YET = frozenset(
     [
         "activate2",
         "core_barrier",
-        "dma_compute",
-        "dma_transpose",
         "dropout",
-        "exponential",
         "nc_matmul_mx",
         "quantize_mx",
         "rand2",
@@ -66,7 +65,6 @@ _NOT_YET = frozenset(
         "sendrecv",
         "sequence_bounds",
         "set_rng_seed",
-        "tensor_scalar_cumulative",
         "topk",
     ]
 )
@@ -101,9 +99,12 @@ __all__ = [
     "bn_aggr",
     "bn_stats",
     "dge_mode",
+    "dma_compute",
     "dma_copy",
     "dma_engine",
+    "dma_transpose",
     "engine",
+    "exponential",
     "get_nc_sub_version",
     "get_nc_version",
     "iota",
@@ -130,6 +131,7 @@ __all__ = [
     "tensor_partition_reduce",
     "tensor_reduce",
     "tensor_scalar",
+    "tensor_scalar_cumulative",
     "tensor_scalar_reduce",
     "tensor_tensor",
     "tensor_tensor_scan",

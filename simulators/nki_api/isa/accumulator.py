@@ -43,6 +43,7 @@ _EMPTY = documented(
 )
 _IDENTITY = {
     "add": 0.0,
+    "subtract": 0.0,
     "multiply": 1.0,
     "max": -np.inf,
     "maximum": -np.inf,
@@ -74,7 +75,7 @@ def reduce_lanes(
             fail(_RESULT, instr, "reduce_res with reduce_cmd.idle", reduce_res=result)
         return
     partitions = data.shape[0]
-    registers = _begin(instr, run, data, op, command, initial)
+    registers = begin(instr, run, data, op, command, initial)
     if command is not commands.reset and run.values:
         assert op.binary is not None, "every reduction is a binary operator too"
         part = op.reduce.reduce(values.reshape(partitions, -1), axis=1, keepdims=True)
@@ -83,7 +84,8 @@ def reduce_lanes(
         _read_out(instr, run, result, registers[:partitions], negate)
 
 
-def _begin(instr: str, run: Run, data: NkiTensor, op: Op, command: Any, initial: Any) -> Any:
+def begin(instr: str, run: Run, data: NkiTensor, op: Op, command: Any, initial: Any) -> Any:
+    """The [128, 1] registers as `command` leaves them before the first element."""
     registers = run.accumulators.get("vector")
     if command is commands.reduce:
         if registers is None:

@@ -59,7 +59,7 @@ def dma_copy(
     if dge_mode is not modes.unknown or engine is not engines.unknown or priority is not None:
         _check_mode(instr, run, dst, src, priority, dge_mode, engine)
     if src.storage.init.uniform <= 0:
-        _check_padding(instr, src)
+        check_padding(instr, src)
     if dst.storage.init.uniform != OTHER:
         mark(dst, OTHER)
     values, out = src.array, dst.array
@@ -94,7 +94,8 @@ def _check_mode(
         )
 
 
-def _check_padding(instr: str, src: NkiTensor) -> None:
+def check_padding(instr: str, src: NkiTensor) -> None:
+    """Warn if a DMA moves bytes that were never written."""
     storage = src.storage
     if FRESH not in storage.init.codes(src.rect, src.dense, src.pattern):
         return
