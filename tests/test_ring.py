@@ -34,11 +34,12 @@ def check_fp32(case: Case, found: tuple[Tensor, ...]) -> None:
 
 
 GRID = [
-    Case(layout=layout, size=size, causal=causal, S=48, Hq=Hq, Hkv=Hkv)
+    Case(layout=layout, size=size, causal=causal, S=48, Hq=Hq, Hkv=Hkv, D=D)
     for layout in LAYOUTS
     for size in (1, 2, 3, 4)
     for causal in (True, False)
     for Hq, Hkv in ((3, 3), (6, 3), (8, 1))
+    for D in (16, 64, 80, 128)
 ]
 SHAPES = [
     Case(layout=layout, size=size, causal=causal, B=2, S=120, Hq=Hq, Hkv=Hkv, D=D)
