@@ -12,11 +12,17 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 MAX_OPERANDS = 6  # the destination first
 WIDTH = 6 + MAX_OPERANDS  # opcode, engine, line, elements, flags, detail, operands
 NONE = -1
+# Functions of nki.language that issue instructions: not the kernel's line.
+_HELPERS = frozenset(
+    str(Path(__file__).with_name(name)) for name in ("allocation.py", "ops.py", "tiles.py")
+)
 
 # Bits of `flags`. Bits 8..15 hold a row tile size of TensorE, 16..23 a column tile size (0: 128).
 ACCUMULATE = 1  # a matmul adds onto its PSUM destination
@@ -127,7 +133,10 @@ class Log:
         detail: str = "",
     ) -> None:
         """Append one instruction; `depth` frames up is the kernel's line."""
-        frame = sys._getframe(depth)
+        frame: FrameType | None = sys._getframe(depth)
+        while frame is not None and frame.f_code.co_filename in _HELPERS:
+            frame = frame.f_back
+        assert frame is not None, "a kernel is outside the helpers"
         key = (frame.f_code, frame.f_lineno)
         line = self._line_ids.get(key)
         if line is None:

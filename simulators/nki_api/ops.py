@@ -3,7 +3,7 @@
 Each `Op` says which roles it can play: binary ALU operator, unary ALU operator, reduction,
 activation function. Arithmetic is fp32 and comparisons give 1.0 or 0.0; bitvec operators work on
 integer bit patterns. Activation functions are exact here, polynomials on the device.
-Calling an Op on tiles (`nl.add(x, y)`) is not implemented yet.
+Calling one on tiles (`nl.add(x, y)`) issues instructions: tiles.py.
 
 Source: nki.api.shared, "Supported Math Operators" and "Supported Activation Functions".
 """
@@ -15,8 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-
-from .errors import unsupported
 
 F32 = np.float32
 
@@ -49,7 +47,10 @@ class Op:
         return f"nl.{self.name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        unsupported(f"nki.language.{self.name} on tiles", "use the nki.isa instruction")
+        """This operator on tiles, as a function of nki.language (see tiles.py)."""
+        from .tiles import apply  # tiles are made of instructions, which are made of operators
+
+        return apply(self, *args, **kwargs)
 
 
 def _compare(ufunc: Any) -> Callable[..., Any]:
