@@ -1,7 +1,7 @@
 """Flash attention forward over one rectangle of scores: q, k, v -> o, lse.
 
 Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim;
-in a tile M = 128 query rows, N <= 512 keys, J = 128 keys.
+in a tile M = 128 query rows, N <= 512 keys, J = 128 keys; T row tiles of a head.
 
 The recurrence over key tiles, per query row (online softmax, Milakov and Gimelshein 2018;
 FlashAttention-2, Dao 2023):
@@ -68,24 +68,37 @@ def flash_fwd(q_BHSD, k_BGKD, v_BGKD, mask, scale):
             kT_DK = load_transposed(k_BGKD[b, g, :, :], identity_PP)
             v_JKD = load_by_tile(v_BGKD[b, g, :, :])
             for h in range(g * heads_per_group, (g + 1) * heads_per_group):
-                for q in range(0, num_rows, ROWS):
-                    q_MD = load_rows(q_BHSD[b, h, :, :], q, ROWS, q_BHSD.dtype)
-                    o_MD, lse_M1 = attend_rows(q_MD, kT_DK, v_JKD, q, mask, scale, identity_PP)
-                    nisa.dma_copy(dst=o_hbm_BHSD[b, h, q : q + ROWS, :], src=o_MD)
-                    nisa.dma_copy(dst=lse_hbm_BHS1[b, h, q : q + ROWS, :], src=lse_M1)
+                o_hbm_SD = o_hbm_BHSD[b, h, :, :]
+                q_SD = q_BHSD[b, h, :, :]
+                m_MT, l_MT = attend_head(o_hbm_SD, q_SD, kT_DK, v_JKD, mask, scale, identity_PP)
+                store_lse(lse_hbm_BHS1[b, h, :, :], m_MT, l_MT, scale)
     return o_hbm_BHSD, lse_hbm_BHS1
 
 
-def attend_rows(q_MD, kT_DK, v_JKD, q_start, mask, scale, identity_PP):
-    """128 query rows over all their visible keys; returns o [128, D] and lse [128, 1], fp32."""
+def attend_head(o_hbm_SD, q_hbm_SD, kT_DK, v_JKD, mask, scale, identity_PP):
+    """All rows of one head: stores o, returns m and l [128, T] with row tile t in column t."""
+    num_tiles = q_hbm_SD.shape[0] // ROWS
+    m_MT = nl.ndarray((ROWS, num_tiles), dtype=nl.float32, buffer=nl.sbuf)
+    l_MT = nl.ndarray((ROWS, num_tiles), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=m_MT, value=EMPTY_ROW_MAX)
+    nisa.memset(dst=l_MT, value=0.0)
+    for t in range(num_tiles):
+        q_start = t * ROWS
+        q_MD = load_rows(q_hbm_SD, q_start, ROWS, q_hbm_SD.dtype)
+        m_M1 = m_MT[:, t : t + 1]
+        l_M1 = l_MT[:, t : t + 1]
+        acc_MD = attend_rows(q_MD, kT_DK, v_JKD, m_M1, l_M1, q_start, mask, scale, identity_PP)
+        o_MD = normalise(acc_MD, l_M1)
+        nisa.dma_copy(dst=o_hbm_SD[q_start : q_start + ROWS, :], src=o_MD)  # DMA
+    return m_MT, l_MT
+
+
+def attend_rows(q_MD, kT_DK, v_JKD, m_M1, l_M1, q_start, mask, scale, identity_PP):
+    """128 query rows over all their visible keys: updates m and l, returns acc [128, D] fp32."""
     head_dim, num_keys = kT_DK.shape
     qT_DM = nl.ndarray((head_dim, ROWS), dtype=q_MD.dtype, buffer=nl.sbuf)
     transpose(qT_DM, q_MD, identity_PP)
-    m_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    l_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
     acc_MD = nl.ndarray((ROWS, head_dim), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=m_M1, value=EMPTY_ROW_MAX)
-    nisa.memset(dst=l_M1, value=0.0)
     nisa.memset(dst=acc_MD, value=0.0)
 
     for key_start in range(0, num_keys, KEY_TILE):
@@ -96,7 +109,7 @@ def attend_rows(q_MD, kT_DK, v_JKD, q_start, mask, scale, identity_PP):
             )
             p_MN, alpha_M1 = update_softmax(s_MN, m_M1, l_M1, scale, q_MD.dtype)
             accumulate_output(acc_MD, p_MN, alpha_M1, v_JKD, key_start // ROWS, identity_PP)
-    return normalise(acc_MD, m_M1, l_M1, scale)
+    return acc_MD
 
 
 def score_tile(qT_DM, kT_DN, q_start, key_start, mask):
@@ -157,17 +170,22 @@ def accumulate_output(acc_MD, p_MN, alpha_M1, v_JKD, first_sub_tile, identity_PP
     )
 
 
-def normalise(acc_MD, m_M1, l_M1, scale):
-    """o = acc / l and lse = scale * m + log l; a row that saw nothing has acc = 0 and l = 0."""
+def normalise(acc_MD, l_M1):
+    """o = acc / l; a row that saw nothing has acc = 0 and l = 0, and l gets its floor in place."""
     nisa.tensor_scalar(dst=l_M1, data=l_M1, op0=nl.maximum, operand0=ROW_SUM_FLOOR)  # VectorE
     inverse_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
     nisa.reciprocal(dst=inverse_M1, data=l_M1)  # VectorE
     o_MD = nl.ndarray(acc_MD.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_scalar(dst=o_MD, data=acc_MD, op0=nl.multiply, operand0=inverse_M1)  # VectorE
-    log_l_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=log_l_M1, op=nl.log, data=l_M1)  # ScalarE
-    lse_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
+    return o_MD
+
+
+def store_lse(lse_hbm_S1, m_MT, l_MT, scale):
+    """lse = scale * m + log l for a whole head: only here does ScalarE change from exp to log."""
+    lse_MT = nl.ndarray(l_MT.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=lse_MT, op=nl.log, data=l_MT)  # ScalarE
     nisa.scalar_tensor_tensor(  # VectorE
-        dst=lse_M1, data=m_M1, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=log_l_M1
+        dst=lse_MT, data=m_MT, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=lse_MT
     )
-    return o_MD, lse_M1
+    for t in range(lse_MT.shape[1]):
+        nisa.dma_copy(dst=lse_hbm_S1[t * ROWS : (t + 1) * ROWS, :], src=lse_MT[:, t : t + 1])  # DMA
