@@ -104,7 +104,7 @@ class LocalTransport(Transport):
         """Begin a new session: nothing in flight, calls numbered from `num_calls` on."""
         self._session = session
         self._failure = None
-        self.num_calls = num_calls
+        self.num_calls = self.num_calls_started = num_calls
         self._num_sent: defaultdict[int, int] = defaultdict(int)
         self._num_received: defaultdict[int, int] = defaultdict(int)
 
