@@ -52,9 +52,10 @@ def ring_attention(
     Returns o [B, Hq, S, D] in q's dtype. Accumulation is fp32, rounded once. A row that sees
     nothing has o = 0 and lse = -inf.
 
-    Raises ValueError, before any message is sent, for arguments that are not supported (window,
-    segment_ids, sinks, softcap and dropout_p are not, in this version); RankMismatchError, a
-    ValueError, on every rank when ranks differ; RingError when a rank is lost or late.
+    Raises ValueError for arguments that are not supported (window, segment_ids, sinks, softcap and
+    dropout_p are not, in this version); RankMismatchError, a ValueError, when ranks differ or
+    another rank refuses its arguments, with its reason. Both before keys or values are sent, and on
+    every rank. RingError when a rank is lost or late.
     Source: Ring Attention (arXiv 2310.01889).
     """
     if cp is not None and not isinstance(cp, CPContext):
@@ -62,19 +63,31 @@ def ring_attention(
             f"cp: expected a CPContext or None, got {type(cp).__name__}; make one with "
             "CPContext.from_group"
         )
-    validate_tensors(q, k, v)
-    refuse_unsupported(window=window, segment_ids=segment_ids, sinks=sinks, softcap=softcap)
-    validate_dropout(dropout_p)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    validate_scale(scale)
-    name = resolve_backend_name(backend, q.device)
+    try:
+        validate_tensors(q, k, v)
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        refuse_unsupported(window=window, segment_ids=segment_ids, sinks=sinks, softcap=softcap)
+        validate_dropout(dropout_p)
+        validate_scale(scale)
+        name = resolve_backend_name(backend, q.device)
+        _validate_plan(q, k, v, cp=cp, causal=causal, backend=name)
+    except ValueError as error:
+        if cp is not None:
+            ops.refuse(cp, str(error), getattr(q, "device", torch.device("cpu")))
+        raise
+    handle = "" if cp is None else cp.handle
+    o, lse, _ = ops.ring_forward(q, k, v, handle, causal, scale, name)
+    return (o, lse) if return_lse else o
+
+
+def _validate_plan(
+    q: Tensor, k: Tensor, v: Tensor, *, cp: CPContext | None, causal: bool, backend: str
+) -> None:
+    """The length cuts into the layout's chunks, and the backend can compute the rectangles."""
     local_len = q.shape[2]
     if cp is not None:
         validate_length(local_len, layout=cp.layout, size=cp.size)
     if not torch.compiler.is_compiling():
         one = make_plan("contiguous", 1, local_len, causal=causal)
         plan, rank = (one, 0) if cp is None else (ops.plan_for(cp, local_len, causal), cp.rank)
-        get_backend(name, q.device).validate(q, k, v, plan=plan, rank=rank)
-    handle = "" if cp is None else cp.handle
-    o, lse, _ = ops.ring_forward(q, k, v, handle, causal, scale, name)
-    return (o, lse) if return_lse else o
+        get_backend(backend, q.device).validate(q, k, v, plan=plan, rank=rank)

@@ -10,6 +10,7 @@ is an output of the forward, so that a backward names the forward it belongs to.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from nxd_cp import ring
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
 from nxd_cp.schedule import Plan, make_plan
-from nxd_cp.transport import Call, LocalSession, LocalTransport
-from nxd_cp.transport.agreement import check_agreement
+from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
+from nxd_cp.transport.agreement import announce_refusal, check_agreement
 
 
 @torch.library.custom_op("nxd_cp::ring_forward", mutates_args=())
@@ -34,7 +35,7 @@ def ring_forward(
     context = _context(cp)
     plan = plan_for(context, q.shape[2], causal)
     with context.transport.call("forward") as call:
-        _agree(call, context, plan, q, k, causal, scale, backend, forward_call=call.number)
+        _agree(call, context, q, k, causal, scale, backend, forward_call=call.number)
         o, lse = ring.forward(
             q,
             k,
@@ -67,7 +68,7 @@ def ring_backward(
     plan = plan_for(context, q.shape[2], causal)
     number = int(forward_call)
     with context.transport.call("backward") as call:
-        _agree(call, context, plan, q, k, causal, scale, backend, forward_call=number)
+        _agree(call, context, q, k, causal, scale, backend, forward_call=number)
         dq, dk, dv = ring.backward(
             do,
             q,
@@ -148,6 +149,16 @@ def plan_for(context: CPContext, local_len: int, causal: bool) -> Plan:
     )
 
 
+def refuse(context: CPContext, reason: str, device: torch.device) -> None:
+    """Tell the other ranks, which are about to agree on a forward, that this one cannot begin.
+
+    When nobody listens there is nobody to tell, and the caller's own error is the one to raise.
+    """
+    if context.size > 1 and context.check_ranks and not torch.compiler.is_compiling():
+        with contextlib.suppress(RingError), context.transport.call("forward") as call:
+            announce_refusal(call, context.ring_order, reason, device)
+
+
 def _rows_first(x: Tensor) -> Tensor:
     """[B, H, S, D] that lies in memory as [B, S, H, D], as models use it and flash returns it."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -162,7 +173,6 @@ def _context(handle: str) -> CPContext:
 def _agree(
     call: Call,
     context: CPContext,
-    plan: Plan,
     q: Tensor,
     k: Tensor,
     causal: bool,
@@ -191,4 +201,4 @@ def _agree(
         "layout": context.layout,
         "ring order": str(context.ring_order),
     }
-    check_agreement(call, plan, description, q.device)
+    check_agreement(call, context.ring_order, description, q.device)

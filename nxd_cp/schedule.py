@@ -205,6 +205,16 @@ def token_runs(layout: str, size: int, rank: int, seq_len: int) -> tuple[range, 
     return (range(rank * half, (rank + 1) * half), range(mirror * half, (mirror + 1) * half))
 
 
+def ring_moves(ring_order: tuple[int, ...], rank: int) -> tuple[Move, ...]:
+    """The moves by which everything that starts on a rank is seen by all: one less than ranks."""
+    size, place = len(ring_order), ring_order.index(rank)
+    to, source = ring_order[(place + 1) % size], ring_order[place - 1]
+    return tuple(
+        Move(to, source, brings=ring_order[(place - distance) % size])
+        for distance in range(1, size)
+    )
+
+
 @lru_cache(maxsize=256)
 def make_plan(
     layout: str,

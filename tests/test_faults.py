@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import Failure, RankGroup
 
+from nxd_cp import ops
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
@@ -80,6 +81,49 @@ def test_ranks_that_disagree_raise_over_threads_too() -> None:
 
     with pytest.raises(ValueError, match="causal = True on rank 0 and 2, False on rank 1"):
         CPContext.local(3).run(work)
+
+
+REFUSALS = [
+    ({"shape": (1, 4, 7, 16)}, "expected a multiple of 2"),
+    ({"dtype": torch.float64}, "q: expected float32, bfloat16 or float16, got torch.float64"),
+    ({"kv_heads": 3}, "expected key/value heads that divide query heads"),
+    ({"scale": float("inf")}, "scale: expected a finite number, got inf"),
+    ({"dropout_p": 0.5}, "dropout_p: expected 0.0, got 0.5"),
+    ({"backend": "\N{SNOWMAN}" * 900}, "backend: expected one of torch"),
+]
+
+
+def test_what_one_rank_refuses_all_refuse_at_once_and_say_who(ranks: RankGroup) -> None:
+    started = monotonic()
+    for change, text in REFUSALS:
+        outcomes = ranks.run(disagree, [{}, change], num_ranks=3)
+        for rank, ((before, error), after) in enumerate(outcomes):
+            assert before == ""
+            assert text in error
+            assert error.startswith("ValueError" if rank == 1 else "RankMismatchError")
+            assert ("rank 1 refuses: " in error) == (rank != 1)
+            assert after == after, "the group is usable again"
+    assert monotonic() - started < BOUND_S, "no rank waits for a timeout"
+
+
+def test_a_refusal_that_nobody_hears_is_still_the_error_that_is_raised() -> None:
+    def work(cp: CPContext) -> None:
+        if cp.rank == 1:
+            attend(cp, dropout_p=0.5)
+
+    with pytest.raises(ValueError, match="dropout_p: expected"):
+        CPContext.local(2, timeout_s=5).run(work)
+
+
+def test_a_refusal_that_is_not_told_is_caught(own_ranks: RankGroup) -> None:
+    outcomes = own_ranks.outcomes(refuse_in_silence)
+    assert [outcome.kind for outcome in outcomes] == ["RingError", "ValueError", "RingError"]
+
+
+def refuse_in_silence(group: dist.ProcessGroup) -> float:
+    ops.refuse = lambda *arguments: None
+    cp = CPContext.from_group(group)
+    return attend(cp, **({"dropout_p": 0.5} if cp.rank == 1 else {}))
 
 
 def other_layout(group: dist.ProcessGroup) -> str:

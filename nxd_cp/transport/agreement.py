@@ -1,7 +1,9 @@
 """Before a call computes anything, the ranks tell each other what they were asked to do.
 
 Does: send a small description of fixed size once round the ring and raise RankMismatchError on
-every rank, with every value and who gave it, when two differ. Does not: compare the data itself.
+every rank, with every value and who gave it, when two differ; or tell the others that this rank was
+asked for something it cannot do, and why, so that they raise at once and not after a timeout.
+Does not: compare the data itself.
 Cost per rank and call: n - 1 messages of `AGREEMENT_BYTES` on channel "agreement".
 """
 
@@ -12,40 +14,65 @@ from collections.abc import Mapping
 
 import torch
 
-from nxd_cp.schedule import HEADER_BYTES, Plan
+from nxd_cp.schedule import HEADER_BYTES, ring_moves
 from nxd_cp.transport.call import Call
 from nxd_cp.transport.errors import RankMismatchError
 
 _DESCRIPTION_BYTES = 1024
+_REASON_CHARACTERS = 400  # JSON may double them
+_REFUSAL = "refuses"
 AGREEMENT_BYTES = _DESCRIPTION_BYTES + HEADER_BYTES
+
+Description = Mapping[str, str | int | float]
 
 
 def check_agreement(
-    call: Call, plan: Plan, description: Mapping[str, str | int | float], device: torch.device
+    call: Call, ring_order: tuple[int, ...], description: Description, device: torch.device
 ) -> None:
     """Raise RankMismatchError on all ranks unless all gave the same description.
 
     description: at most 1 kB as JSON. device: where messages of this group must lie.
     """
+    said = _exchange(call, ring_order, description, device)
+    where = f"(this is rank {call.transport.rank})"
+    refusals = [
+        f"rank {rank} refuses: {one[_REFUSAL]}" for rank, one in enumerate(said) if _REFUSAL in one
+    ]
+    if refusals:
+        raise RankMismatchError(f"ring call {call.number}: {'; '.join(refusals)} {where}")
+    differences = _differences(said)
+    if differences:
+        raise RankMismatchError(
+            f"ring call {call.number}: expected the same arguments on all {len(said)} ranks, got "
+            f"{'; '.join(differences)} {where}"
+        )
+
+
+def announce_refusal(
+    call: Call, ring_order: tuple[int, ...], reason: str, device: torch.device
+) -> None:
+    """Take part in the others' `check_agreement` with a refusal; the caller then raises its own."""
+    text = reason.encode("ascii", "backslashreplace").decode("ascii")[:_REASON_CHARACTERS]
+    _exchange(call, ring_order, {_REFUSAL: text}, device)
+
+
+def _exchange(
+    call: Call, ring_order: tuple[int, ...], description: Description, device: torch.device
+) -> list[Description]:
+    """What every rank said, in rank order."""
     rank = call.transport.rank
     text = json.dumps(dict(description)).encode("ascii").ljust(_DESCRIPTION_BYTES)
     assert len(text) == _DESCRIPTION_BYTES, f"description of {len(text)} bytes is too long"
     parcel = call.parcel("agreement", (_DESCRIPTION_BYTES,), torch.uint8, device)
     parcel.payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    said = {rank: dict(description)}
-    for step in plan.steps[rank][:-1]:
-        payload = call.start(parcel, step.kv).wait()
+    said: dict[int, Description] = {rank: description}
+    for move in ring_moves(ring_order, rank):
+        payload = call.start(parcel, move).wait()
         said[parcel.owner] = json.loads(bytes(payload.tolist()))
-    differences = _differences([said[r] for r in range(plan.size)])
-    if differences:
-        raise RankMismatchError(
-            f"ring call {call.number}: expected the same arguments on all {plan.size} ranks, got "
-            + "; ".join(differences)
-            + f" (this is rank {rank})"
-        )
+    return [said[rank] for rank in sorted(said)]
 
 
-def _differences(said: list[dict[str, str | int | float]]) -> list[str]:
+def _differences(said: list[Description]) -> list[str]:
     """One line per field whose values differ, the most common value first."""
     lines = []
     for name in said[0].keys() | {name for one in said for name in one}:
