@@ -74,6 +74,7 @@ def ndarray(
             num_bytes *= count
         storage = hbm_storage(num_bytes, kind, buffer, name)
         storage.number = run.next_number()
+        storage.silent = not run.values
     if run.log is not None:
         run.describe_buffer(storage)
     frame = sys._getframe(1)
@@ -127,5 +128,6 @@ def shared_identity_matrix(n: int, dtype: Any = dtypes.uint8, dst: Any = None) -
     """An n x n identity in SBUF (a constant that the compiler loads)."""
     tensor = ndarray((n, n), dtype) if dst is None else dst
     out = destination("nki.language.shared_identity_matrix", "dst", tensor)
-    out[...] = np.eye(n, dtype=np.float32)
+    if current("nki.language.shared_identity_matrix").values:
+        out[...] = np.eye(n, dtype=np.float32)
     return tensor

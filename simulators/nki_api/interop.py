@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from . import dtypes
+from .dtypes import fill_unwritten
 from .errors import broken, fail
 from .initmap import FRESH
 from .memory import HBM, MemoryRegion, hbm_storage
@@ -112,6 +113,9 @@ def to_host(value: Any, as_torch: bool) -> Any:
                 value.storage.fill()
             broken(_UNWRITTEN, "nki.jit", "part of an output was never written", output=value)
         array = value.array
+        if value.storage.silent:
+            array = np.empty(value.shape, value.dtype.np_dtype)
+            fill_unwritten(array, value.dtype)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
         return _numpy_to_torch(array) if as_torch else array

@@ -139,6 +139,7 @@ class Storage:
         "pitch",
         "region",
         "row_bytes",
+        "silent",
         "site",
         "space",
     )
@@ -170,11 +171,14 @@ class Storage:
         self.number = -1
         self.core: Core | None = None
         self.epoch = 0
+        self.silent = False  # shape-only mode: contents do not matter
         self.site: Any = None  # (code, line) of the allocation
         self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
 
     def fill(self) -> None:
         """Give never-written memory its mark; called before the first read or partial write."""
+        if self.silent:
+            return
         item = self.dtype.itemsize
         shape = (self.partitions, self.row_bytes // item)
         view = np.ndarray(shape, self.dtype.np_dtype, self.data, self.base, (self.pitch, item))
@@ -191,6 +195,7 @@ class Core:
 
     def __init__(self, chip: chips.Chip) -> None:
         self.chip = chip
+        self.values = True  # False in shape-only mode
         self.epoch = 0
         self.sbuf = np.empty((chips.NUM_PARTITIONS, chip.sbuf_bytes + ROW_PAD), np.uint8)
         self.psum = np.empty((chips.NUM_PARTITIONS, chips.PSUM_BYTES + ROW_PAD), np.uint8)
@@ -242,6 +247,7 @@ class Core:
         storage = Storage(space, region, *place, shape[0], row_bytes, dtype, name)
         storage.number, storage.core, storage.epoch = number, self, self.epoch
         storage.address = at
+        storage.silent = not self.values
         if address is not None:
             storage.first_partition = address[0]
             self._share(storage, space, at, label)

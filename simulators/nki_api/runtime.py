@@ -24,11 +24,14 @@ class SimParams:
     """How to simulate.
 
     strict: rules of the inferred tier raise instead of warning.
-    log: keep an instruction log (see `record`), also readable as `last_log` of the kernel.
+    log: keep an instruction log even outside `record`, which is how to read one.
+    values: False for shape-only mode: every check that needs no values, the whole log, and no
+        arithmetic; outputs then have their shape and dtype, filled with the unwritten mark.
     """
 
     strict: bool = False
     log: bool = False
+    values: bool = True
 
 
 class Run:
@@ -52,7 +55,7 @@ class Run:
         self.chip = chip
         self.core = core
         self.params = params
-        self.values = True
+        self.values = core.values = params.values
         self.log = log
         self.program_id = 0
         self.num_programs = 1

@@ -62,6 +62,15 @@ def dma_copy(
         check_padding(instr, src)
     if dst.storage.init.uniform != OTHER:
         mark(dst, OTHER)
+    if run.values:
+        _move(dst, src)
+    if run.log is not None:
+        trigger = "" if engine is engines.unknown else f":{engine.name}"
+        detail = f"{dge_mode.name}{trigger}"
+        run.log.add("dma_copy", "dma", dst, (src,), dst.size, detail=detail)
+
+
+def _move(dst: NkiTensor, src: NkiTensor) -> None:
     values, out = src.array, dst.array
     if values.shape != out.shape:
         values = values.reshape(out.shape)
@@ -69,10 +78,6 @@ def dma_copy(
         out[...] = values
     else:
         dtypes.store_f32(out, dtypes.to_f32(values, src.dtype), dst.dtype)
-    if run.log is not None:
-        trigger = "" if engine is engines.unknown else f":{engine.name}"
-        detail = f"{dge_mode.name}{trigger}"
-        run.log.add("dma_copy", "dma", dst, (src,), dst.size, detail=detail)
 
 
 def _check_mode(

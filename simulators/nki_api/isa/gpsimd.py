@@ -69,13 +69,14 @@ def iota(
     check_tile(instr, "dst", dst)
     in_sbuf(instr, dst=dst)
     pairs = _pairs(instr, pattern, dst)
-    values = _affine(pairs, dst.shape[0], int(offset), int(channel_multiplier))
     out = destination(instr, "dst", dst, OTHER)
-    values = values.astype(np.int32).reshape(out.shape)
-    if dst.dtype is dtypes.int32:
-        out[...] = values
-    else:
-        dtypes.store_f32(out, values.astype(np.float32), dst.dtype)
+    if run.values:
+        values = _affine(pairs, dst.shape[0], int(offset), int(channel_multiplier))
+        values = values.astype(np.int32).reshape(out.shape)
+        if dst.dtype is dtypes.int32:
+            out[...] = values
+        else:
+            dtypes.store_f32(out, values.astype(np.float32), dst.dtype)
     if run.log is not None:
         run.log.add("iota", "gpsimd", dst, (), dst.size // dst.shape[0])
 
@@ -108,16 +109,13 @@ def affine_select(
     if operator(instr, "cmp_op", cmp_op, "binary").name not in _COMPARISONS:
         fail(_COMPARE, instr, f"cmp_op={cmp_op}", dst=dst)
     pairs = _pairs(instr, pattern, dst)
-    keep = _predicate(pairs, dst.shape[0], int(offset), int(channel_multiplier), cmp_op.name)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, on_true_tile=on_true_tile)
-    keep = like(keep, out.shape)
-    if dst.dtype is dtypes.float32:
-        chosen = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
-        out[...] = np.where(keep, chosen, np.float32(on_false_value))
-    else:
+    if run.values:
+        keep = _predicate(pairs, dst.shape[0], int(offset), int(channel_multiplier), cmp_op.name)
         wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
-        dtypes.store_f32(out, np.where(keep, wide, np.float32(on_false_value)), dst.dtype)
+        chosen = np.where(like(keep, out.shape), wide, np.float32(on_false_value))
+        dtypes.store_f32(out, chosen, dst.dtype)
     if run.log is not None:
         run.log.add(
             "affine_select",

@@ -31,7 +31,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .accumulator import begin, reduce_lanes
 from .enums import reduce_cmd as commands
 from .generation import need
-from .vector_engine import _step
+from .vector_engine import _present, _step
 
 _CUMULATIVE = documented(
     "tensor_scalar_cumulative.operands",
@@ -69,8 +69,9 @@ def tensor_scalar_cumulative(
     lanes = begin(instr, run, src, op1, reduce_cmd, imm1)[: src.shape[0], 0]
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, src=src)
+    values = dtypes.to_f32(_present(run, values), src.dtype)
+    inner = _step(instr, "0", values, op0, imm0, False, src)
     if run.values:
-        inner = _step(instr, "0", dtypes.to_f32(values, src.dtype), op0, imm0, False, src)
         steps = np.ascontiguousarray(inner.reshape(src.shape[0], -1).T)
         assert second.binary is not None, "operator() has checked the role"
         state = lanes.copy()

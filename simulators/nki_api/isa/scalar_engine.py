@@ -113,18 +113,22 @@ def _activation(
     run = current(instr)
     function = operator(instr, "op", op, "activate").activate
     assert function is not None, "operator() has checked the role"
-    x = dtypes.to_f32(source(instr, "data", data), data.dtype)
+    x = source(instr, "data", data)
     factor = _scale(instr, scale, data)
     shift = _bias(instr, run, op, bias, data)
-    values = _affine(x, factor, shift)
-    if op.valid is not None:
-        _check_range(instr, op, values, data)
-    values = function(values, out=None if values is x else values)
+    values = None
+    if run.values:
+        x = dtypes.to_f32(x, data.dtype)
+        values = _affine(x, factor, shift)
+        if op.valid is not None:
+            _check_range(instr, op, values, data)
+        values = function(values, out=None if values is x else values)
     if reduce_cmd is not commands.idle or reduce_op is not None or reduce_res is not None:
         _reduce(instr, run, values, data, reduce_op, reduce_res, reduce_cmd)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data)
-    dtypes.store_f32(out, like(values, out.shape), dst.dtype)
+    if run.values:
+        dtypes.store_f32(out, like(values, out.shape), dst.dtype)
     if reduce_res is not None:
         _read_out(instr, run, reduce_res, data)
     if run.log is not None:
@@ -204,7 +208,7 @@ def _reduce(
         registers = run.accumulators["scalar"] = np.zeros((128, 1), np.float32)
     elif registers is None:
         fail(_EMPTY, instr, f"reduce_cmd={reduce_cmd} before any reset", data=data)
-    if sums:
+    if sums and run.values:
         partitions = data.shape[0]
         flat = values if values.ndim == 2 else values.reshape(partitions, -1)
         registers[:partitions] += np.add.reduce(flat, axis=1, keepdims=True)
@@ -222,4 +226,5 @@ def _read_out(instr: str, run: Run, reduce_res: Any, data: NkiTensor) -> None:
             data=data,
         )
     values = run.accumulators["scalar"][:partitions]
-    dtypes.store_f32(out, like(values, out.shape), reduce_res.dtype)
+    if run.values:
+        dtypes.store_f32(out, like(values, out.shape), reduce_res.dtype)

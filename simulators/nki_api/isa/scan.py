@@ -31,7 +31,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .accumulator import reduce_lanes
 from .enums import reduce_cmd as commands
-from .vector_engine import _step
+from .vector_engine import _present, _step
 
 _SCAN = documented(
     "scan.operands",
@@ -118,9 +118,7 @@ def tensor_scalar_reduce(
     values = source(instr, "data", data)
     if reverse0 or getattr(op0, "bitvec", True):
         fail(_REDUCE, instr, f"op0={op0}, reverse0={reverse0}", data=data)
-    values = dtypes.to_f32(values, data.dtype) if run.values else np.zeros((1,) * data.ndim)
-    if not run.values and type(operand0) is NkiTensor:
-        values = np.zeros((data.shape[0], *(1,) * (data.ndim - 1)), np.float32)
+    values = dtypes.to_f32(_present(run, values), data.dtype)
     values = _step(instr, "0", values, op0, operand0, False, data)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data)

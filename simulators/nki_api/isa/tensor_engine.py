@@ -124,13 +124,14 @@ def nc_matmul(
     if tile_position != () or tile_size != ():
         _check_tiling(run, stationary, tile_position, tile_size)
     add = _accumulates(run, dst, stationary, moving, accumulate)
-    product = np.matmul(dtypes.to_f32(a, stationary.dtype).T, dtypes.to_f32(b, moving.dtype))
     out = destination(instr, "dst", dst, MATMUL)
-    product = like(product, out.shape)
-    if add is not False:
-        old = dtypes.to_f32(out, dst.dtype)
-        product += old if add is True else np.where(add, old, np.float32(0))
-    dtypes.store_f32(out, product, dst.dtype)
+    if run.values:
+        wide = dtypes.to_f32(a, stationary.dtype), dtypes.to_f32(b, moving.dtype)
+        product = like(np.matmul(wide[0].T, wide[1]), out.shape)
+        if add is not False:
+            old = dtypes.to_f32(out, dst.dtype)
+            product += old if add is True else np.where(add, old, np.float32(0))
+        dtypes.store_f32(out, product, dst.dtype)
     if run.log is not None:
         bits = ACCUMULATE if add is not False else 0
         bits |= TRANSPOSE if is_transpose else 0
@@ -312,7 +313,9 @@ def nc_transpose(
             data=data,
         )
     out = destination(instr, "dst", dst, MATMUL if on_tensor else OTHER)
-    if on_tensor and not run.chip.exact_transpose and not _finite(flat, data.dtype):
+    if not run.values:
+        pass
+    elif on_tensor and not run.chip.exact_transpose and not _finite(flat, data.dtype):
         wide = dtypes.to_f32(flat, data.dtype)
         result = np.matmul(wide.T, np.eye(rows, dtype=np.float32))
         dtypes.store_f32(out, like(result, out.shape), dst.dtype)

@@ -9,6 +9,7 @@ Source: the nki.isa page of each instruction; nki.api.shared for operators.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ def tensor_copy(dst: Any, src: Any, engine: Any = engines.unknown, name: str | N
         _check_copy_engine(instr, run, engine, dst, src)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, src=src)
-    if dst.dtype is src.dtype:
+    if not run.values:
+        pass
+    elif dst.dtype is src.dtype:
         out[...] = like(values, out.shape)
     else:
         dtypes.store_f32(out, like(dtypes.to_f32(values, src.dtype), out.shape), dst.dtype)
@@ -112,8 +115,9 @@ def memset(dst: Any, value: Any, engine: Any = engines.unknown, name: str | None
         info = np.iinfo(dst.dtype.np_dtype)
         if value != int(value) or not info.min <= value <= info.max:
             fail(_FILL, instr, f"{value!r} is no {dst.dtype}", dst=dst)
-        out[...] = int(value)
-    else:
+        if run.values:
+            out[...] = int(value)
+    elif run.values:
         dtypes.store_f32(out, np.full((1,) * out.ndim, value, np.float32), dst.dtype)
     if run.log is not None:
         unit = "gpsimd" if engine is engines.gpsimd else "vector"
@@ -140,13 +144,17 @@ def tensor_tensor(
     unit = _tensor_tensor_engine(instr, op, engine, psum, dst, data1, data2)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data1=data1, data2=data2)
-    a, b = like(a, out.shape), like(b, out.shape)
     if op.bitvec:
         _check_bitvec(instr, dst, data1, data2)
-        out[...] = function(a, b)
+    if not run.values:
+        pass
+    elif op.bitvec:
+        out[...] = function(like(a, out.shape), like(b, out.shape))
     elif unit == "gpsimd" and data1.dtype in _INT32 and op is not OPS["power"]:
-        _store_exact(out, function(a.astype(np.int64), b.astype(np.int64)), dst.dtype)
+        pair = [like(x, out.shape).astype(np.int64) for x in (a, b)]
+        _store_exact(out, function(*pair), dst.dtype)
     else:
+        a, b = like(a, out.shape), like(b, out.shape)
         _apply(
             function, dtypes.to_f32(a, data1.dtype), dtypes.to_f32(b, data2.dtype), out, dst.dtype
         )
@@ -215,7 +223,7 @@ def tensor_scalar(
     """dst = (data op0 operand0) op1 operand1, operands broadcast along the free dims."""
     instr = "nki.isa.tensor_scalar"
     run = current(instr)
-    values = source(instr, "data", data)
+    values = _present(run, source(instr, "data", data))
     if op1 is None and operand1 is not None:
         fail(_SCALARS, instr, "operand1 without op1", operand1=operand1)
     if engine is not engines.unknown:
@@ -232,10 +240,13 @@ def tensor_scalar(
         values = dtypes.to_f32(values, data.dtype)
         values = _step(instr, "0", values, op0, operand0, reverse0, data)
         if op1 is not None:
-            values = _step(instr, "1", values, op1, operand1, reverse1, data, into=values)
+            into = values if run.values else None
+            values = _step(instr, "1", values, op1, operand1, reverse1, data, into=into)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data)
-    if bitvec:
+    if not run.values:
+        pass
+    elif bitvec:
         out[...] = like(values, out.shape).astype(out.dtype)
     else:
         dtypes.store_f32(out, like(values, out.shape), dst.dtype)
@@ -244,6 +255,11 @@ def tensor_scalar(
         unit = "vector" if engine is engines.unknown else engine.name
         elements = data.size // data.shape[0]
         run.log.add("tensor_scalar", unit, dst, tiles, elements, detail=op0.name)
+
+
+def _present(run: Run, values: Any) -> Any:
+    """`values`, or in shape-only mode one element that stands for them in the checks."""
+    return values if run.values else values[(slice(0, 1),) * values.ndim]
 
 
 def _check_scalar_engine(
@@ -332,13 +348,15 @@ def scalar_tensor_tensor(
     assert second is not None, "operator() has checked the role"
     if op0.bitvec or op1.bitvec:
         fail(_BITVEC, instr, "bitvec operators are not supported here", data=data)
-    first = _step(instr, "0", dtypes.to_f32(values, data.dtype), op0, operand0, reverse0, data)
+    values = dtypes.to_f32(_present(run, values), data.dtype)
+    first = _step(instr, "0", values, op0, operand0, reverse0, data)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data, operand1=operand1)
-    first = like(first, out.shape)
-    tile = like(dtypes.to_f32(other, operand1.dtype), out.shape)
-    pair = (tile, first) if reverse1 else (first, tile)
-    _apply(second, pair[0], pair[1], out, dst.dtype)
+    if run.values:
+        first = like(first, out.shape)
+        tile = like(dtypes.to_f32(other, operand1.dtype), out.shape)
+        pair = (tile, first) if reverse1 else (first, tile)
+        _apply(second, pair[0], pair[1], out, dst.dtype)
     if run.log is not None:
         tiles = (data, operand1, operand0) if type(operand0) is NkiTensor else (data, operand1)
         elements = data.size // data.shape[0]
@@ -360,25 +378,22 @@ def tensor_reduce(
     values = source(instr, "data", data)
     reduce = operator(instr, "op", op, "reduce").reduce
     axes = _reduce_axes(instr, axis, data)
+    kept = data.shape[: axes[0] if type(axes) is tuple else axes]
     if op.bitvec:
         _check_bitvec(instr, dst, data)
         if negate:
             fail(_BITVEC, instr, "negate needs an arithmetic operator", data=data)
-        result = reduce.reduce(values, axis=axes)
-    else:
-        result = reduce.reduce(dtypes.to_f32(values, data.dtype), axis=axes)
-        if negate:
-            result = -result
+    if dst.shape[0] != data.shape[0] or dst.size != math.prod(kept):
+        detail = f"dst has shape {dst.shape}, the reduction {kept}"
+        fail(_AXIS, instr, detail, dst=dst, data=data)
+    if run.values:
+        wide = values if op.bitvec else dtypes.to_f32(values, data.dtype)
+        result = reduce.reduce(wide, axis=axes)
+        result = -result if negate else result
     out = destination(instr, "dst", dst, OTHER)
-    if dst.shape[0] != data.shape[0] or dst.size != result.size:
-        fail(
-            _AXIS,
-            instr,
-            f"dst has shape {dst.shape}, the reduction {result.shape}",
-            dst=dst,
-            data=data,
-        )
-    if op.bitvec:
+    if not run.values:
+        pass
+    elif op.bitvec:
         out[...] = result.reshape(out.shape)
     else:
         dtypes.store_f32(out, result.reshape(out.shape), dst.dtype)
@@ -400,9 +415,11 @@ def reciprocal(dst: Any, data: Any, name: str | None = None) -> None:
     """dst = 1 / data in fp32."""
     instr = "nki.isa.reciprocal"
     run = current(instr)
-    values = dtypes.to_f32(source(instr, "data", data), data.dtype)
+    values = source(instr, "data", data)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data)
-    dtypes.store_f32(out, np.reciprocal(like(values, out.shape)), dst.dtype)
+    if run.values:
+        values = dtypes.to_f32(like(values, out.shape), data.dtype)
+        dtypes.store_f32(out, np.reciprocal(values), dst.dtype)
     if run.log is not None:
         run.log.add("reciprocal", "vector", dst, (data,), data.size // data.shape[0])
