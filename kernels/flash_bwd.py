@@ -55,66 +55,71 @@ def flash_bwd(do_BHSD, q_BHSD, k_BGKD, v_BGKD, lse_BHS1, delta_BHS1, mask, scale
     Returns:
         dq [B, H, S, D], dk and dv [B, G, K, D], fp32, summed over the query heads of each group.
     """
-    num_batches, num_heads = q_BHSD.shape[0], q_BHSD.shape[1]
-    num_groups = k_BGKD.shape[1]
-    heads_per_group = num_heads // num_groups
+    num_batches, num_groups = k_BGKD.shape[0], k_BGKD.shape[1]
     dq_hbm_BHSD = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     dk_hbm_BGKD = nl.ndarray(k_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     dv_hbm_BGKD = nl.ndarray(v_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     identity_PP = make_identity(q_BHSD.dtype)
+    rows_hbm = (do_BHSD, q_BHSD, lse_BHS1, delta_BHS1)
 
     for b in range(num_batches):
         for g in range(num_groups):
-            heads = (g * heads_per_group, (g + 1) * heads_per_group)
             keys_and_values = (
-                load_transposed(k_BGKD[b, g, :, :], identity_PP),
-                load_transposed(v_BGKD[b, g, :, :], identity_PP),
-                load_by_tile(k_BGKD[b, g, :, :]),
+                load_transposed(k_BGKD, b, g, identity_PP),
+                load_transposed(v_BGKD, b, g, identity_PP),
+                load_by_tile(k_BGKD, b, g),
             )
-            rows_hbm = (
-                do_BHSD[b, heads[0] : heads[1], :, :],
-                q_BHSD[b, heads[0] : heads[1], :, :],
-                lse_BHS1[b, heads[0] : heads[1], :, :],
-                delta_BHS1[b, heads[0] : heads[1], :, :],
-            )
-            dq_MTD = query_gradient_buffer(rows_hbm[1])
+            tiles = group_tiles(q_BHSD, num_groups, g)
+            dq_shape = (ROWS, len(tiles), q_BHSD.shape[3])
+            dq_MTD = nl.ndarray(dq_shape, dtype=nl.float32, buffer=nl.sbuf)
             for key_start in range(0, k_BGKD.shape[2], KEY_TILE):
                 dk_psum_JND, dv_psum_JND = backward_key_tile(
-                    rows_hbm, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP
+                    rows_hbm, b, tiles, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP
                 )
-                store_key_gradient(dk_hbm_BGKD[b, g, :, :], dk_psum_JND, key_start, scale)
-                store_key_gradient(dv_hbm_BGKD[b, g, :, :], dv_psum_JND, key_start, 1.0)
-            store_query_gradient(dq_hbm_BHSD[b, heads[0] : heads[1], :, :], dq_MTD)
+                store_key_gradient(dk_hbm_BGKD, b, g, dk_psum_JND, key_start, scale)
+                store_key_gradient(dv_hbm_BGKD, b, g, dv_psum_JND, key_start, 1.0)
+            for t in range(len(tiles)):
+                h, q_start = tiles[t]
+                dq_rows_hbm = dq_hbm_BHSD[b, h, q_start : q_start + ROWS, :]
+                nisa.dma_copy(dst=dq_rows_hbm, src=dq_MTD[:, t, :])  # DMA
     return dq_hbm_BHSD, dk_hbm_BGKD, dv_hbm_BGKD
 
 
-def backward_key_tile(rows_hbm, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP):
+def group_tiles(q_BHSD, num_groups, g):
+    """(head, first row) of every 128-row tile of the query heads that share key/value head g."""
+    heads_per_group = q_BHSD.shape[1] // num_groups
+    tiles = []
+    for h in range(g * heads_per_group, (g + 1) * heads_per_group):
+        for q_start in range(0, q_BHSD.shape[2], ROWS):
+            tiles.append((h, q_start))
+    return tiles
+
+
+def backward_key_tile(
+    rows_hbm, b, tiles, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP
+):
     """Pass all query tiles of one group by one key tile: returns dk, dv in PSUM, adds into dq."""
-    do_HSD, q_HSD, lse_HS1, delta_HS1 = rows_hbm
+    do_BHSD, q_BHSD, lse_BHS1, delta_BHS1 = rows_hbm
     kT_DK, vT_DK, k_JKD = keys_and_values
-    num_heads, num_rows, head_dim = q_HSD.shape
-    key_tile = min(KEY_TILE, kT_DK.shape[1] - key_start)
-    num_tiles = num_rows // ROWS
+    head_dim, key_tile = kT_DK.shape[0], min(KEY_TILE, kT_DK.shape[1] - key_start)
     dk_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
     dv_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
-    for h in range(num_heads):
-        for i in range(num_tiles):
-            q_start = i * ROWS
-            num_keys = num_visible(mask, q_start, key_start, key_tile)
-            if num_keys > 0:
-                q_MD = load_rows(q_HSD[h, :, :], q_start, ROWS, q_HSD.dtype)
-                do_MD = load_rows(do_HSD[h, :, :], q_start, ROWS, do_HSD.dtype)
-                lse_M1 = load_rows(lse_HS1[h, :, :], q_start, ROWS, nl.float32)
-                delta_M1 = load_rows(delta_HS1[h, :, :], q_start, ROWS, nl.float32)
-                kT_DN = kT_DK[:, key_start : key_start + num_keys]
-                vT_DN = vT_DK[:, key_start : key_start + num_keys]
-                p_MN = recompute_p(q_MD, kT_DN, lse_M1, scale, identity_PP)
-                if has_diagonal(mask, q_start, key_start, num_keys):
-                    mask_diagonal(p_MN[:, num_keys - ROWS : num_keys], mask, 0.0)
-                ds_MN = score_gradient(do_MD, vT_DN, p_MN, delta_M1, identity_PP)
-                add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD)
-                dq_MD = dq_MTD[:, h * num_tiles + i, :]
-                add_query_gradient(dq_MD, ds_MN, k_JKD, key_start, scale, identity_PP)
+    for t in range(len(tiles)):
+        h, q_start = tiles[t]
+        num_keys = num_visible(mask, q_start, key_start, key_tile)
+        if num_keys > 0:
+            q_MD = load_rows(q_BHSD, b, h, q_start)
+            do_MD = load_rows(do_BHSD, b, h, q_start)
+            lse_M1 = load_rows(lse_BHS1, b, h, q_start)
+            delta_M1 = load_rows(delta_BHS1, b, h, q_start)
+            kT_DN = kT_DK[:, key_start : key_start + num_keys]
+            vT_DN = vT_DK[:, key_start : key_start + num_keys]
+            p_MN = recompute_p(q_MD, kT_DN, lse_M1, scale, identity_PP)
+            if has_diagonal(mask, q_start, key_start, num_keys):
+                mask_diagonal(p_MN[:, num_keys - ROWS : num_keys], mask, 0.0)
+            ds_MN = score_gradient(do_MD, vT_DN, p_MN, delta_M1, identity_PP)
+            add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD)
+            add_query_gradient(dq_MTD[:, t, :], ds_MN, k_JKD, key_start, scale, identity_PP)
     return dk_psum_JND, dv_psum_JND
 
 
@@ -181,28 +186,11 @@ def add_query_gradient(dq_MD, ds_MN, k_JKD, key_start, scale, identity_PP):
         )
 
 
-def store_key_gradient(d_hbm_KD, d_psum_JND, key_start, factor):
+def store_key_gradient(d_hbm_BGKD, b, g, d_psum_JND, key_start, factor):
     """Write factor * d of one key tile from PSUM through SBUF to HBM."""
     for j in range(d_psum_JND.shape[1]):
         d_JD = nl.ndarray((ROWS, d_psum_JND.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.tensor_scalar(  # VectorE
-            dst=d_JD, data=d_psum_JND[:, j, :], op0=nl.multiply, operand0=factor
-        )
+        d_psum_JD = d_psum_JND[:, j, :]
+        nisa.tensor_scalar(dst=d_JD, data=d_psum_JD, op0=nl.multiply, operand0=factor)  # VectorE
         start = key_start + j * ROWS
-        nisa.dma_copy(dst=d_hbm_KD[start : start + ROWS, :], src=d_JD)  # DMA
-
-
-def query_gradient_buffer(q_HSD):
-    """The SBUF buffer for dq of one group, fp32 [128, H * S / 128, D]: one index a row tile."""
-    num_heads, num_rows, head_dim = q_HSD.shape
-    num_tiles = num_heads * num_rows // ROWS
-    return nl.ndarray((ROWS, num_tiles, head_dim), dtype=nl.float32, buffer=nl.sbuf)
-
-
-def store_query_gradient(dq_hbm_HSD, dq_MTD):
-    """Write dq of one group from SBUF to HBM."""
-    num_tiles = dq_hbm_HSD.shape[1] // ROWS
-    for h in range(dq_hbm_HSD.shape[0]):
-        for i in range(num_tiles):
-            dq_MD = dq_MTD[:, h * num_tiles + i, :]
-            nisa.dma_copy(dst=dq_hbm_HSD[h, i * ROWS : (i + 1) * ROWS, :], src=dq_MD)  # DMA
+        nisa.dma_copy(dst=d_hbm_BGKD[b, g, start : start + ROWS, :], src=d_JD)  # DMA

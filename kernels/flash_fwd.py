@@ -65,32 +65,24 @@ def flash_fwd(q_BHSD, k_BGKD, v_BGKD, mask, scale):
 
     for b in range(num_batches):
         for g in range(num_groups):
-            kT_DK = load_transposed(k_BGKD[b, g, :, :], identity_PP)
-            v_JKD = load_by_tile(v_BGKD[b, g, :, :])
+            kT_DK = load_transposed(k_BGKD, b, g, identity_PP)
+            v_JKD = load_by_tile(v_BGKD, b, g)
             for h in range(g * heads_per_group, (g + 1) * heads_per_group):
-                o_hbm_SD = o_hbm_BHSD[b, h, :, :]
-                q_SD = q_BHSD[b, h, :, :]
-                m_MT, l_MT = attend_head(o_hbm_SD, q_SD, kT_DK, v_JKD, mask, scale, identity_PP)
-                store_lse(lse_hbm_BHS1[b, h, :, :], m_MT, l_MT, scale)
+                m_MT = nl.ndarray((ROWS, num_rows // ROWS), dtype=nl.float32, buffer=nl.sbuf)
+                l_MT = nl.ndarray((ROWS, num_rows // ROWS), dtype=nl.float32, buffer=nl.sbuf)
+                nisa.memset(dst=m_MT, value=EMPTY_ROW_MAX)
+                nisa.memset(dst=l_MT, value=0.0)
+                for t in range(num_rows // ROWS):
+                    q_MD = load_rows(q_BHSD, b, h, t * ROWS)
+                    m_M1 = m_MT[:, t : t + 1]
+                    l_M1 = l_MT[:, t : t + 1]
+                    acc_MD = attend_rows(
+                        q_MD, kT_DK, v_JKD, m_M1, l_M1, t * ROWS, mask, scale, identity_PP
+                    )
+                    o_MD = normalise(acc_MD, l_M1)
+                    nisa.dma_copy(dst=o_hbm_BHSD[b, h, t * ROWS : (t + 1) * ROWS, :], src=o_MD)
+                store_lse(lse_hbm_BHS1, b, h, m_MT, l_MT, scale)
     return o_hbm_BHSD, lse_hbm_BHS1
-
-
-def attend_head(o_hbm_SD, q_hbm_SD, kT_DK, v_JKD, mask, scale, identity_PP):
-    """All rows of one head: stores o, returns m and l [128, T] with row tile t in column t."""
-    num_tiles = q_hbm_SD.shape[0] // ROWS
-    m_MT = nl.ndarray((ROWS, num_tiles), dtype=nl.float32, buffer=nl.sbuf)
-    l_MT = nl.ndarray((ROWS, num_tiles), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=m_MT, value=EMPTY_ROW_MAX)
-    nisa.memset(dst=l_MT, value=0.0)
-    for t in range(num_tiles):
-        q_start = t * ROWS
-        q_MD = load_rows(q_hbm_SD, q_start, ROWS, q_hbm_SD.dtype)
-        m_M1 = m_MT[:, t : t + 1]
-        l_M1 = l_MT[:, t : t + 1]
-        acc_MD = attend_rows(q_MD, kT_DK, v_JKD, m_M1, l_M1, q_start, mask, scale, identity_PP)
-        o_MD = normalise(acc_MD, l_M1)
-        nisa.dma_copy(dst=o_hbm_SD[q_start : q_start + ROWS, :], src=o_MD)  # DMA
-    return m_MT, l_MT
 
 
 def attend_rows(q_MD, kT_DK, v_JKD, m_M1, l_M1, q_start, mask, scale, identity_PP):
@@ -180,7 +172,7 @@ def normalise(acc_MD, l_M1):
     return o_MD
 
 
-def store_lse(lse_hbm_S1, m_MT, l_MT, scale):
+def store_lse(lse_hbm_BHS1, b, h, m_MT, l_MT, scale):
     """lse = scale * m + log l for a whole head: only here does ScalarE change from exp to log."""
     lse_MT = nl.ndarray(l_MT.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.activation(dst=lse_MT, op=nl.log, data=l_MT)  # ScalarE
@@ -188,4 +180,5 @@ def store_lse(lse_hbm_S1, m_MT, l_MT, scale):
         dst=lse_MT, data=m_MT, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=lse_MT
     )
     for t in range(lse_MT.shape[1]):
-        nisa.dma_copy(dst=lse_hbm_S1[t * ROWS : (t + 1) * ROWS, :], src=lse_MT[:, t : t + 1])  # DMA
+        rows_hbm = lse_hbm_BHS1[b, h, t * ROWS : (t + 1) * ROWS, :]
+        nisa.dma_copy(dst=rows_hbm, src=lse_MT[:, t : t + 1])  # DMA

@@ -1,9 +1,10 @@
 """What the kernels share: tile sizes, the stand-in for minus infinity, and the on-chip transpose.
 
-Letters: P partitions, F free elements per partition.
+Letters: P partitions, F free elements per partition; B batch, H heads, S rows, D head dim; in a
+tile M = 128 query rows, N keys, J = 128 keys.
 
 Everything here is inlined into the kernel that calls it. Only NKI that versions 0.2 to 0.6 share
-is used.
+is used; so no slice is sliced again (0.2 cannot), and HBM tensors are passed whole with indices.
 """
 
 import nki.isa as nisa
@@ -44,30 +45,29 @@ def transpose(dst_FP, data_PF, identity_PP):
     nisa.tensor_copy(dst=dst_FP, src=t_psum_FP)  # VectorE or ScalarE
 
 
-def load_rows(hbm_SD, start, num_rows, dtype):
-    """Load rows start to start + num_rows of an HBM matrix to a fresh SBUF tile."""
-    tile_RD = nl.ndarray((num_rows, hbm_SD.shape[1]), dtype=dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=tile_RD, src=hbm_SD[start : start + num_rows, :])  # DMA
-    return tile_RD
+def load_rows(hbm_BHSD, b, h, start):
+    """Load rows start to start + 128 of one head to a fresh SBUF tile, rows on partitions."""
+    tile_MD = nl.ndarray((ROWS, hbm_BHSD.shape[3]), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile_MD, src=hbm_BHSD[b, h, start : start + ROWS, :])  # DMA
+    return tile_MD
 
 
-def load_transposed(hbm_SD, identity_PP):
-    """Load an HBM matrix [S, D] as [D, S]: every 128-row tile is loaded and transposed on chip."""
-    num_rows, num_cols = hbm_SD.shape
-    out_DS = nl.ndarray((num_cols, num_rows), dtype=hbm_SD.dtype, buffer=nl.sbuf)
-    for j in range(num_rows // ROWS):
-        tile_JD = load_rows(hbm_SD, j * ROWS, ROWS, hbm_SD.dtype)
-        transpose(out_DS[:, j * ROWS : (j + 1) * ROWS], tile_JD, identity_PP)
+def load_transposed(hbm_BHSD, b, h, identity_PP):
+    """Load one head [S, D] as [D, S]: every 128-row tile is loaded and transposed on chip."""
+    num_rows, head_dim = hbm_BHSD.shape[2], hbm_BHSD.shape[3]
+    out_DS = nl.ndarray((head_dim, num_rows), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
+    for start in range(0, num_rows, ROWS):
+        tile_MD = load_rows(hbm_BHSD, b, h, start)
+        transpose(out_DS[:, start : start + ROWS], tile_MD, identity_PP)
     return out_DS
 
 
-def load_by_tile(hbm_SD):
-    """Load an HBM matrix [S, D] as [128, S / 128, D]: row j * 128 + p on partition p, index j."""
-    num_rows, num_cols = hbm_SD.shape
-    num_tiles = num_rows // ROWS
-    out_JND = nl.ndarray((ROWS, num_tiles, num_cols), dtype=hbm_SD.dtype, buffer=nl.sbuf)
+def load_by_tile(hbm_BHSD, b, h):
+    """Load one head [S, D] as [128, S / 128, D]: row j * 128 + p on partition p, index j."""
+    num_tiles, head_dim = hbm_BHSD.shape[2] // ROWS, hbm_BHSD.shape[3]
+    out_JND = nl.ndarray((ROWS, num_tiles, head_dim), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
     for j in range(num_tiles):
-        nisa.dma_copy(dst=out_JND[:, j, :], src=hbm_SD[j * ROWS : (j + 1) * ROWS, :])  # DMA
+        nisa.dma_copy(dst=out_JND[:, j, :], src=hbm_BHSD[b, h, j * ROWS : (j + 1) * ROWS, :])
     return out_JND
 
 

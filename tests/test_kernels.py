@@ -274,7 +274,9 @@ def keep_alpha_at_one(module: object) -> Callable[..., object]:
 def scale_twice(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
     right = module.store_key_gradient
     monkeypatch.setattr(
-        module, "store_key_gradient", lambda hbm, psum, at, f: right(hbm, psum, at, f * f)
+        module,
+        "store_key_gradient",
+        lambda hbm, b, g, psum, at, f: right(hbm, b, g, psum, at, f * f),
     )
 
 
