@@ -25,6 +25,10 @@ class Layout(str, Enum):
 LayoutOption = Annotated[Layout, typer.Option(help="How the sequence is dealt out to the ranks.")]
 
 
+doctor = typer.Typer(no_args_is_help=True, help="Check an environment or a kernel.")
+app.add_typer(doctor, name="doctor")
+
+
 @app.callback()
 def _root() -> None:
     """Kept so that a command's name is always typed."""
@@ -77,13 +81,16 @@ def plan(
         typer.Option(help="Tokens of the whole sequence; default 128 per run of tokens."),
     ] = None,
     causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
+    window: Annotated[
+        int | None, typer.Option(help="Keys that each query sees, its own included; default all.")
+    ] = None,
 ) -> None:
     """Print who computes which block of scores at each step of the ring, and what is sent."""
     from nxd_cp.schedule import make_plan, seq_len_multiple
 
     tokens = 128 * seq_len_multiple(layout.value, ranks) if seq_len is None else seq_len
     try:
-        typer.echo(make_plan(layout.value, ranks, tokens, causal=causal).table())
+        typer.echo(make_plan(layout.value, ranks, tokens, causal=causal, window=window).table())
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -229,6 +236,31 @@ def simulate(
         typer.echo(run_simulate(ring, trace_path=trace))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+@doctor.callback()
+def _doctor() -> None:
+    """Kept so that what is to be checked is always typed."""
+
+
+@doctor.command()
+def kernels(
+    path: Annotated[
+        Path | None, typer.Argument(help="Folder of kernels; default: this package's own.")
+    ] = None,
+) -> None:
+    """Name what at least one of NKI 0.2 to 0.6 rejects in a folder of kernels; exit 1 if any."""
+    import nxd_cp
+    from nxd_cp.portability import check_folder
+
+    folder = path or Path(nxd_cp.__file__).parent / "kernels"
+    if not folder.is_dir():
+        raise typer.BadParameter(f"expected a folder, got {folder}")
+    findings = check_folder(folder)
+    for finding in findings:
+        typer.echo(str(finding))
+    typer.echo(f"{len(findings)} findings in {folder}")
+    raise typer.Exit(1 if findings else 0)
 
 
 def main() -> None:

@@ -1,0 +1,137 @@
+"""Does a kernel's source stay within what NKI 0.2 to 0.6 all accept?
+
+Does: parse files and name every construct, instruction, parameter and language name that at least
+one of those versions rejects. Does not: run anything, follow values, or check shapes and dtypes;
+the simulator does that. A file without findings can still be rejected by a compiler.
+
+Sources: the NKI migration guide ("Language restrictions", "Migrating from NKI 0.1.0"), the NKI
+release notes of 0.3.0, the NKI language guide ("NKI Values", "Class support"), and the API stubs
+(`nki_common.py`).
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nxd_cp.nki_common import ISA, LANGUAGE, NDARRAY
+
+REMOVED_PARAMETERS = ("mask", "platform_target", "mode")
+REJECTED = {
+    ast.Lambda: "lambda",
+    ast.Yield: "yield",
+    ast.YieldFrom: "yield",
+    ast.Await: "await",
+    ast.AsyncFunctionDef: "async functions",
+    ast.Try: "try",
+    ast.Global: "global",
+    ast.Nonlocal: "nonlocal",
+    ast.While: "while (a device loop in 0.2 to 0.5, deprecated in 0.6)",
+    ast.GeneratorExp: "generator expressions",
+    ast.Starred: "argument unpacking",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One construct that some version rejects."""
+
+    path: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.text}"
+
+
+def check_folder(folder: Path) -> list[Finding]:
+    """Findings of every Python file below `folder`, by path and line."""
+    return [
+        f for path in sorted(folder.rglob("*.py")) for f in check_source(path.read_text(), path)
+    ]
+
+
+def check_source(source: str, path: Path | str = "<kernel>") -> list[Finding]:
+    """Findings of one file; raises SyntaxError where it is no Python."""
+    found = {(line, text) for line, text in _visit(ast.parse(source))}
+    return [Finding(str(path), line, text) for line, text in sorted(found)]
+
+
+def _visit(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        for text in _findings(node):
+            yield line, text
+
+
+def _findings(node: ast.AST) -> Iterator[str]:
+    if type(node) in REJECTED:
+        yield f"{REJECTED[type(node)]}: not in NKI's subset of Python"
+    elif isinstance(node, ast.Compare):
+        if any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+            yield "`is` and `is not` are rejected since 0.3; write == or !="
+    elif isinstance(node, ast.FunctionDef):
+        yield from _signature(node)
+    elif isinstance(node, ast.ClassDef):
+        if [ast.unparse(base) for base in node.bases] not in (["NKIObject"], ["nl.NKIObject"]):
+            yield f"class {node.name} must inherit from nl.NKIObject alone"
+    elif isinstance(node, ast.Dict):
+        if any(not (isinstance(k, ast.Constant) and isinstance(k.value, str)) for k in node.keys):
+            yield "dict keys must be strings"
+    elif isinstance(node, ast.ImportFrom | ast.Import):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names or [alias.name for alias in node.names]:
+            if name.split(".")[0] == "neuronxcc":
+                yield "neuronxcc.nki was removed in 0.4; import nki"
+    elif isinstance(node, ast.Call):
+        yield from _call(node)
+    elif isinstance(node, ast.Attribute):
+        yield from _language_name(node)
+
+
+def _signature(node: ast.FunctionDef) -> Iterator[str]:
+    arguments = node.args
+    if arguments.kwonlyargs or arguments.vararg or arguments.kwarg or arguments.posonlyargs:
+        yield f"{node.name}: `*`, `/`, *args and **kwargs in a signature are rejected since 0.3"
+    if any(isinstance(default, ast.List) for default in arguments.defaults):
+        yield f"{node.name}: list arguments are rejected since 0.3; use a tuple"
+
+
+def _language_name(node: ast.Attribute) -> Iterator[str]:
+    if not (isinstance(node.value, ast.Name) and node.value.id == "nl"):
+        return
+    if node.attr not in LANGUAGE:
+        yield f"nl.{node.attr} is not in every version from 0.2 to 0.6"
+    elif node.attr == "hbm":
+        yield "nl.hbm for outputs is rejected since 0.3; write nl.shared_hbm"
+
+
+def _call(node: ast.Call) -> Iterator[str]:
+    """Instructions and nl.ndarray: known, by keyword, with parameters that all versions have."""
+    called = ast.unparse(node.func)
+    module, _, name = called.rpartition(".")
+    keywords = [keyword.arg or "**" for keyword in node.keywords]
+    for removed in REMOVED_PARAMETERS:
+        if removed in keywords and module in ("nl", "nisa", "nki"):
+            yield f"{called}: parameter {removed} was removed"
+    if called == "nl.ndarray":
+        yield from _unknown(called, keywords, NDARRAY)
+        for keyword in node.keywords:
+            if keyword.arg == "buffer" and isinstance(keyword.value, ast.Constant):
+                yield "nl.ndarray: a buffer named by a string is rejected since 0.3; pass nl.sbuf"
+    if module != "nisa" or name in ("get_nc_version",):
+        return
+    if name not in ISA:
+        yield f"nisa.{name} is not in every version from 0.2 to 0.6"
+        return
+    if node.args:
+        yield f"{called}: pass operands by keyword; their order is not the same in all versions"
+    yield from _unknown(called, keywords, ISA[name])
+
+
+def _unknown(called: str, keywords: list[str], known: tuple[str, ...]) -> Iterator[str]:
+    for keyword in keywords:
+        if keyword not in known and keyword not in REMOVED_PARAMETERS:
+            yield f"{called}: parameter {keyword} is not in every version from 0.2 to 0.6"

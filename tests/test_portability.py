@@ -1,0 +1,101 @@
+"""Our kernels use what NKI 0.2 to 0.6 have in common, and the checker sees what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from nxd_cp.cli import app
+from nxd_cp.portability import check_folder, check_source
+from nxd_cp.simulators.nki_api import load
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+
+PLANTED = [
+    ("if x is None: pass", "`is` and `is not`"),
+    ("if x is not y: pass", "`is` and `is not`"),
+    ("def kernel(a, *, b=1): pass", "`*`, `/`"),
+    ("def kernel(*tiles): pass", "`*`, `/`"),
+    ("def kernel(a, sizes=[1, 2]): pass", "list arguments"),
+    ("import neuronxcc.nki as nki", "removed in 0.4"),
+    ("from neuronxcc.nki import isa", "removed in 0.4"),
+    ("t = nl.ndarray((128, 4), dtype=nl.float32, buffer='sbuf')", "named by a string"),
+    ("t = nl.ndarray((128, 4), nl.float32, nl.sbuf, address=(0, 0))", "parameter address"),
+    ("t = nl.ndarray((128, 4), dtype=nl.float32, buffer=nl.hbm)", "nl.shared_hbm"),
+    ("for i in nl.dynamic_range(4): pass", "nl.dynamic_range"),
+    ("i = nl.arange(4)", "nl.arange"),
+    ("nl.fori_loop(0, 4, body)", "nl.fori_loop"),
+    ("nisa.nc_matmul(dst=a, stationary=b, moving=c, accumulate=True)", "parameter accumulate"),
+    ("nisa.tensor_copy(a, b)", "by keyword"),
+    ("nisa.activate2(dst=a, data=b)", "nisa.activate2"),
+    ("nisa.memset(dst=a, value=0.0, mask=m)", "parameter mask was removed"),
+    ("d = {1: 2}", "dict keys"),
+    ("class Config(dict): pass", "nl.NKIObject alone"),
+    ("f = lambda x: x", "lambda"),
+    ("while register: pass", "while"),
+    ("try:\n    pass\nfinally:\n    pass", "try"),
+]
+
+
+def test_our_kernels_have_no_findings() -> None:
+    assert len(list(KERNELS.glob("*.py"))) >= 3
+    assert check_folder(KERNELS) == []
+
+
+@pytest.mark.parametrize(("source", "message"), PLANTED, ids=[s.split("\n")[0] for s, _ in PLANTED])
+def test_a_planted_violation_is_caught_with_its_line(source: str, message: str) -> None:
+    (finding,) = check_source(f"# line 1\n{source}\n", "kernel.py")
+    assert message in finding.text
+    assert str(finding).startswith("kernel.py:2: ")
+
+
+def test_the_command_lists_findings_and_fails(tmp_path: Path) -> None:
+    good = CliRunner().invoke(app, ["doctor", "kernels"])
+    assert good.exit_code == 0, good.output
+    (tmp_path / "mine.py").write_text("if x is None: pass\n")
+    bad = CliRunner().invoke(app, ["doctor", "kernels", str(tmp_path)])
+    assert bad.exit_code == 1
+    assert "mine.py:1:" in bad.output
+
+
+@pytest.fixture
+def _no_slice_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NKI 0.2 cannot slice a slice; the text of a kernel does not show it, its run does."""
+    right = NkiTensor.__getitem__
+
+    def whole_tensors_only(self: NkiTensor, key: object) -> NkiTensor:
+        whole = self.storage.partitions * self.storage.row_bytes
+        assert self.size * self.dtype.itemsize == whole, f"a slice of a slice: {self.shape}"
+        return right(self, key)
+
+    monkeypatch.setattr(NkiTensor, "__getitem__", whole_tensors_only)
+
+
+@pytest.mark.usefixtures("_no_slice_of_a_slice")
+@pytest.mark.parametrize("mask", ["full", "causal", "strict"])
+@pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
+def test_our_kernels_never_slice_a_slice(generation: str, mask: str) -> None:
+    package = load("nxd_cp.kernels", generation=generation)
+    x, row = np.zeros((2, 2, 256, 64), np.float32), np.zeros((2, 2, 256, 1), np.float32)
+    o, _ = package.flash_fwd.flash_fwd(x, x, x, mask, 1.0)
+    dq, _, _ = package.flash_bwd.flash_bwd(x, x, x, x, row, row, mask, 1.0)
+    assert o.shape == dq.shape == x.shape
+
+
+@pytest.mark.usefixtures("_no_slice_of_a_slice")
+def test_a_slice_of_a_slice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = load("nxd_cp.kernels", generation="gen3")
+    right = package.flash_fwd.load_by_tile
+
+    def planted(hbm: NkiTensor, b: int, h: int) -> NkiTensor:
+        hbm[b, h, :, :][0:128, :]
+        return right(hbm, b, h)
+
+    monkeypatch.setattr(package.flash_fwd, "load_by_tile", planted)
+    x = np.zeros((1, 2, 128, 64), np.float32)
+    with pytest.raises(AssertionError, match="a slice of a slice"):
+        package.flash_fwd.flash_fwd(x, x, x, "full", 1.0)
