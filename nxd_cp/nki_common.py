@@ -159,15 +159,69 @@ ISA: dict[str, tuple[str, ...]] = {
     ),
 }
 LANGUAGE = frozenset(
-    """
-    NKIObject abs add affine_range bfloat16 bitwise_and bitwise_or bitwise_xor bool_
-    device_print divide ds equal exp float16 float32 float8_e4m3 float8_e4m3fn float8_e5m2
-    greater greater_equal hbm int16 int32 int8 invert left_shift less less_equal log logical_and
-    logical_not logical_or logical_xor maximum minimum multiply ndarray not_equal num_programs
-    power private_hbm program_id program_ndim psum reciprocal right_shift rsqrt sbuf
-    sequential_range shared_constant shared_hbm shared_identity_matrix static_range subtract
-    tfloat32 tile_size uint16 uint32 uint8 zeros
-    """.split()
+    [
+        "NKIObject",
+        "abs",
+        "add",
+        "affine_range",
+        "bfloat16",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+        "bool_",
+        "device_print",
+        "divide",
+        "ds",
+        "equal",
+        "exp",
+        "float16",
+        "float32",
+        "float8_e4m3",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "greater",
+        "greater_equal",
+        "hbm",
+        "int16",
+        "int32",
+        "int8",
+        "invert",
+        "left_shift",
+        "less",
+        "less_equal",
+        "log",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "logical_xor",
+        "maximum",
+        "minimum",
+        "multiply",
+        "ndarray",
+        "not_equal",
+        "num_programs",
+        "power",
+        "private_hbm",
+        "program_id",
+        "program_ndim",
+        "psum",
+        "reciprocal",
+        "right_shift",
+        "rsqrt",
+        "sbuf",
+        "sequential_range",
+        "shared_constant",
+        "shared_hbm",
+        "shared_identity_matrix",
+        "static_range",
+        "subtract",
+        "tfloat32",
+        "tile_size",
+        "uint16",
+        "uint32",
+        "uint8",
+        "zeros",
+    ]
 )
 
 NDARRAY = ("shape", "dtype", "buffer", "name")
