@@ -14,6 +14,13 @@ app = typer.Typer(
 )
 
 
+def _make_folder(path: Path | None) -> Path | None:
+    """The folder of a file that a command will write is made before the work begins."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 class Layout(str, Enum):
     """How the sequence is dealt out to the ranks."""
 
@@ -134,9 +141,15 @@ def profile(
     kv_heads: KvHeadsOption = 1,
     head_dim: HeadDimOption = 128,
     dtype: DtypeOption = "bfloat16",
-    json: Annotated[Path | None, typer.Option(help="Also write the summary as JSON.")] = None,
-    roofline: Annotated[Path | None, typer.Option(help="Also draw a roofline PNG.")] = None,
-    timeline: Annotated[Path | None, typer.Option(help="Also draw a timeline PNG.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write the summary as JSON.", callback=_make_folder)
+    ] = None,
+    roofline: Annotated[
+        Path | None, typer.Option(help="Also draw a roofline PNG.", callback=_make_folder)
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Also draw a timeline PNG.", callback=_make_folder)
+    ] = None,
 ) -> None:
     """Say where a kernel's time goes on one core: estimated from its instructions, not measured."""
     from nxd_cp.simulators.timing.cli import Block, run_profile
@@ -163,9 +176,9 @@ def profile(
 @app.command()
 def trace(
     kernel: KernelArgument,
-    out: Annotated[Path, typer.Option(help="File to write, JSON for ui.perfetto.dev.")] = Path(
-        "trace.json"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="File to write, JSON for ui.perfetto.dev.", callback=_make_folder)
+    ] = Path("trace.json"),
     chip: ChipOption = Chip.trn2,
     queries: QueriesOption = 1024,
     keys: KeysOption = None,
@@ -212,7 +225,9 @@ def simulate(
         float | None,
         typer.Option(help="Sustained TFLOP/s of a position; default: time our kernels."),
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Also write a Perfetto trace.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write a Perfetto trace.", callback=_make_folder)
+    ] = None,
 ) -> None:
     """Estimate a ring on simulated chips: step time, exposed communication, efficiency."""
     from nxd_cp.simulators.cluster.cli import Ring, run_simulate

@@ -1,9 +1,12 @@
 """Trace, profile and pictures: valid files whose numbers are the timeline's."""
 
 import json
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nxd_cp.cli import app
 from nxd_cp.simulators.timing import estimate
 from nxd_cp.simulators.timing.cli import Block, run_profile, run_trace, time_block
 from nxd_cp.simulators.timing.profile import hbm_bytes, summary, table
@@ -114,3 +117,11 @@ def test_times_never_change_a_result(times):
 def test_wrong_blocks_are_caught(block, message):
     with pytest.raises(ValueError, match=message):
         time_block("flash_fwd", block)
+
+
+def test_a_command_makes_the_folder_of_the_file_it_writes(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "trace.json"
+    command = ["trace", "flash_fwd", "--queries", "128", "--out", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert json.loads(out.read_text())["traceEvents"]
