@@ -19,6 +19,7 @@ from nxd_cp.validation import (
     validate_length,
     validate_scale,
     validate_tensors,
+    validate_window,
 )
 
 
@@ -43,7 +44,9 @@ def ring_attention(
     q: [B, Hq, S, D]; k, v: [B, Hkv, S, D], Hkv divides Hq; float32, bfloat16 or float16; S is the
     local length, tokens in the order of the context's layout (see `nxd_cp.shard`).
     cp: the place in a context-parallel group; None is plain attention on one device.
-    causal: by global position. scale: of the scores, default D ** -0.5.
+    causal: by global position. window: each query sees that many keys, its own included (causal,
+    backend "torch" only); nothing is computed or sent beyond it.
+    scale: of the scores, default D ** -0.5.
     backend: "torch", "nki" (kernels on a Neuron device), "simulate" (the same kernels on a CPU) or
     "auto" ("nki" for tensors on a Neuron device, else "torch").
     return_lse: also return the natural logarithm of each row's sum of exponentials, scale included,
@@ -52,7 +55,7 @@ def ring_attention(
     Returns o [B, Hq, S, D] in q's dtype. Accumulation is fp32, rounded once. A row that sees
     nothing has o = 0 and lse = -inf.
 
-    Raises ValueError for arguments that are not supported (window, segment_ids, sinks, softcap and
+    Raises ValueError for arguments that are not supported (segment_ids, sinks, softcap and
     dropout_p are not, in this version); RankMismatchError, a ValueError, when ranks differ or
     another rank refuses its arguments, with its reason. Both before keys or values are sent, and on
     every rank. RingError when a rank is lost or late.
@@ -66,28 +69,37 @@ def ring_attention(
     try:
         validate_tensors(q, k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        refuse_unsupported(window=window, segment_ids=segment_ids, sinks=sinks, softcap=softcap)
+        validate_window(window, causal=causal)
+        refuse_unsupported(segment_ids=segment_ids, sinks=sinks, softcap=softcap)
         validate_dropout(dropout_p)
         validate_scale(scale)
         name = resolve_backend_name(backend, q.device)
-        _validate_plan(q, k, v, cp=cp, causal=causal, backend=name)
+        _validate_plan(q, k, v, cp=cp, causal=causal, window=window, backend=name)
     except ValueError as error:
         if cp is not None:
             ops.refuse(cp, str(error), getattr(q, "device", torch.device("cpu")))
         raise
     handle = "" if cp is None else cp.handle
-    o, lse, _ = ops.ring_forward(q, k, v, handle, causal, scale, name)
+    o, lse, _ = ops.ring_forward(q, k, v, handle, causal, window, scale, name)
     return (o, lse) if return_lse else o
 
 
 def _validate_plan(
-    q: Tensor, k: Tensor, v: Tensor, *, cp: CPContext | None, causal: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cp: CPContext | None,
+    causal: bool,
+    window: int | None,
+    backend: str,
 ) -> None:
     """The length cuts into the layout's chunks, and the backend can compute the rectangles."""
     local_len = q.shape[2]
     if cp is not None:
         validate_length(local_len, layout=cp.layout, size=cp.size)
     if not torch.compiler.is_compiling():
-        one = make_plan("contiguous", 1, local_len, causal=causal)
-        plan, rank = (one, 0) if cp is None else (ops.plan_for(cp, local_len, causal), cp.rank)
+        plan, rank = make_plan("contiguous", 1, local_len, causal=causal, window=window), 0
+        if cp is not None:
+            plan, rank = ops.plan_for(cp, local_len, causal, window), cp.rank
         get_backend(backend, q.device).validate(q, k, v, plan=plan, rank=rank)

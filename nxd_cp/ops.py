@@ -26,16 +26,23 @@ from nxd_cp.transport.agreement import announce_refusal, check_agreement
 
 @torch.library.custom_op("nxd_cp::ring_forward", mutates_args=())
 def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, cp: str, causal: bool, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cp: str,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B, Hq, S, D] in q's dtype, lse [B, Hq, S] fp32, and the call number (int64, CPU).
 
     cp: handle of a context, "" for one device. backend: a name that is not "auto".
     """
     context = _context(cp)
-    plan = plan_for(context, q.shape[2], causal)
+    plan = plan_for(context, q.shape[2], causal, window)
     with context.transport.call("forward") as call:
-        _agree(call, context, q, k, causal, scale, backend, forward_call=call.number)
+        _agree(call, context, q, k, causal, window, scale, backend, forward_call=call.number)
         o, lse = ring.forward(
             q,
             k,
@@ -60,15 +67,16 @@ def ring_backward(
     forward_call: Tensor,
     cp: str,
     causal: bool,
+    window: int | None,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtypes of q, k and v."""
     context = _context(cp)
-    plan = plan_for(context, q.shape[2], causal)
+    plan = plan_for(context, q.shape[2], causal, window)
     number = int(forward_call)
     with context.transport.call("backward") as call:
-        _agree(call, context, q, k, causal, scale, backend, forward_call=number)
+        _agree(call, context, q, k, causal, window, scale, backend, forward_call=number)
         dq, dk, dv = ring.backward(
             do,
             q,
@@ -89,7 +97,14 @@ def ring_backward(
 
 @ring_forward.register_fake
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, cp: str, causal: bool, scale: float, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cp: str,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     o = _rows_first(q.new_empty(q.shape))
@@ -107,6 +122,7 @@ def _backward_fake(
     forward_call: Tensor,
     cp: str,
     causal: bool,
+    window: int | None,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +140,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     gradients = ring_backward(do, *ctx.saved_tensors, *ctx.options)
-    return (*gradients, None, None, None, None)
+    return (*gradients, *[None] * len(ctx.options))
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
@@ -138,13 +154,14 @@ ring_forward.register_autograd(_differentiate, setup_context=_save)
 ring_backward.register_autograd(_refuse)
 
 
-def plan_for(context: CPContext, local_len: int, causal: bool) -> Plan:
+def plan_for(context: CPContext, local_len: int, causal: bool, window: int | None = None) -> Plan:
     """The plan of a context for `local_len` tokens per rank."""
     return make_plan(
         context.layout,
         context.size,
         local_len * context.size,
         causal=causal,
+        window=window,
         ring_order=context.ring_order,
     )
 
@@ -176,6 +193,7 @@ def _agree(
     q: Tensor,
     k: Tensor,
     causal: bool,
+    window: int | None,
     scale: float,
     backend: str,
     *,
@@ -196,6 +214,7 @@ def _agree(
         "dtype": str(q.dtype),
         "device": q.device.type,
         "causal": causal,
+        "window": str(window),
         "scale": scale,
         "backend": backend,
         "layout": context.layout,

@@ -1,9 +1,9 @@
 """Ring Attention: two loops over a schedule.
 
 Does: execute one rank's steps of a `Plan`. Keys and values travel in one message, which leaves
-before the present rectangle is computed; results are merged in fp32; in the backward the gradients
-of keys and values follow them and come home. Does not: choose what to compute (`schedule.py`), move
-bytes (`transport/`), compute scores (`backends/`), or check arguments (`validation.py`).
+before the present rectangle is computed; results are merged in fp32. Does not: choose what to
+compute (`schedule.py`), bring gradients of keys and values home (`gradients.py`), move bytes
+(`transport/`), compute scores (`backends/`), or check arguments (`validation.py`).
 
 Contracts
     Step 0 is the rank's own diagonal. o and lse are fp32 from the first step to the last.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nxd_cp import gradients
 from nxd_cp.backends.base import Backend
 from nxd_cp.schedule import Plan
 from nxd_cp.transport import Call, Parcel
@@ -72,9 +73,8 @@ def backward(
     """
     o, delta = o.float(), _row_sums(do, o)
     dq = None
-    kv, grads = _pack(call, k, v), call.parcel("grad", (2, *k.shape), torch.float32, k.device)
+    kv, grads = _pack(call, k, v), gradients.collect(call, plan, k)
     here = kv.payload
-    grads_hop = call.start(grads, None)
     for step in plan.steps[rank]:
         hop = call.start(kv, step.kv)
         parts = []
@@ -94,10 +94,9 @@ def backward(
             )
             dq = _add_rows(dq, rows, dq_tile, like=q)
             parts.append((tile.k, dkv_tile))
-        _add_parts(grads_hop.wait(), parts, first=step.index == 0)
-        grads_hop = call.start(grads, step.grad)
+        grads.add(step, parts)
         here = hop.wait()
-    dk, dv = grads_hop.wait()  # ours, come home: the header of the last message says so
+    dk, dv = grads.finish()
     assert dq is not None, "every schedule computes something"
     return dq, dk, dv
 
@@ -138,18 +137,6 @@ def _add_rows(total: Tensor | None, rows: slice, part: Tensor, *, like: Tensor) 
         total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     total[:, :, rows] += part
     return total
-
-
-def _add_parts(grads: Tensor, parts: list[tuple[slice, list[Tensor]]], *, first: bool) -> None:
-    """Add parts (key rows, [dk, dv]) to gradients [2, B, Hkv, S, D]; `first` overwrites."""
-    if first and len(parts) == 1 and parts[0][1][0].shape == grads.shape[1:]:
-        torch.stack(parts[0][1], out=grads)
-        return
-    if first:
-        grads.zero_()
-    for rows, dkv in parts:
-        for total, part in zip(grads, dkv, strict=True):
-            total[:, :, rows] += part
 
 
 def _pack(call: Call, k: Tensor, v: Tensor) -> Parcel:

@@ -1,6 +1,6 @@
 """The ring as data: who holds which tokens, what each step computes, what moves.
 
-Does: turn (layout, causal, ring size, ring order, length) into a `Plan` of integers and slices.
+Does: turn (layout, mask, ring size, ring order, length) into a `Plan` of integers and slices.
 Does not: touch tensors, ranks of a process group, or time. Standard library only, so that the eager
 executor, a fused kernel and the cluster simulator can all read the same plan.
 
@@ -12,7 +12,14 @@ Note [Masks come from runs]
     Every layout gives a rank one or two runs with a common stride. Take a query run and a key run
     with stride t, and let offset = floor((q.start - k.start) / t). Row i sees column j exactly when
     j <= i + offset. So offset 0 is "causal", -1 is "strict", a large one is "full", a small one is
-    nothing at all, and no other code needs to know which layout it was.
+    nothing at all, and no other code needs to know which layout it was. A window of w tokens adds
+    a lower bound, j >= i + ceil((q.start - k.start - w + 1) / t), which makes a band: "bounded".
+
+Note [What a window spares]
+    Rectangles are cut to the rows and columns that the window reaches. A block of keys travels only
+    as far as the last rank that sees some of it, so ranks may receive without sending on, or
+    neither. Gradients of a block then go straight to its owner from each rank that computed some;
+    a full turn to come home would be longer than the way out.
 """
 
 from __future__ import annotations
@@ -23,10 +30,34 @@ from typing import Literal, get_args
 
 Layout = Literal["contiguous", "zigzag", "striped"]
 MaskKind = Literal["full", "causal", "strict"]
+GradientRoute = Literal["travel", "direct"]
 
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 HEADER_BYTES = 64  # every message starts with its sequence numbers
 GRADIENT_ITEMSIZE = 4  # partial gradients of keys and values travel in fp32
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A band of a rectangle: row i sees columns i + low to i + high, as far as they exist."""
+
+    low: int
+    high: int
+
+    def columns(self, row: int, num_columns: int) -> range:
+        """The columns that `row` sees."""
+        return range(max(0, row + self.low), min(num_columns, row + self.high + 1))
+
+    def within(self, first_row: int, first_column: int) -> Bounded:
+        """The same band, counted from another corner."""
+        shift = first_row - first_column
+        return Bounded(self.low + shift, self.high + shift)
+
+    def __str__(self) -> str:
+        return f"bounded {self.low:+d}..{self.high:+d}"
+
+
+Mask = MaskKind | Bounded
 
 
 @dataclass(frozen=True)
@@ -38,7 +69,7 @@ class Tile:
 
     q: slice
     k: slice
-    mask: MaskKind
+    mask: Mask
 
     @property
     def q_len(self) -> int:
@@ -53,6 +84,8 @@ class Tile:
     @property
     def num_pairs(self) -> int:
         """Number of visible (query, key) pairs."""
+        if isinstance(self.mask, Bounded):
+            return sum(len(self.mask.columns(row, self.k_len)) for row in range(self.q_len))
         if self.mask == "full":
             return self.q_len * self.k_len
         return self.q_len * (self.q_len + (1 if self.mask == "causal" else -1)) // 2
@@ -65,11 +98,12 @@ class Tile:
 class Move:
     """One exchange: what is here goes to group rank `to`, what comes in is from `source`.
 
-    brings: the group rank that owns what comes in.
+    Either may be None, and then nothing is sent or nothing comes in. brings: the group rank that
+    owns what comes in.
     """
 
-    to: int
-    source: int
+    to: int | None
+    source: int | None
     brings: int
 
 
@@ -79,8 +113,9 @@ class Step:
 
     owner: group rank whose keys and values are here. tiles: rectangles to compute, maybe none.
     kv: the move of keys and values during this step, None on the last. grad: the move of the
-    visitor's gradients at the end of this step in the backward (the last brings our own home), None
-    when the ring has one rank.
+    visitor's gradients at the end of this step in the backward, None when the ring has one rank.
+    On the route "travel" they go on with the keys (the last move brings our own home); on the route
+    "direct" they go to their owner, and what comes in are gradients of our own keys.
     """
 
     index: int
@@ -115,6 +150,13 @@ class Plan:
     causal: bool
     ring_order: tuple[int, ...]
     steps: tuple[tuple[Step, ...], ...]
+    window: int | None = None
+    gradient_route: GradientRoute = "travel"
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps, equal on all ranks; fewer than ranks when a window spares the rest."""
+        return len(self.steps[0])
 
     @property
     def local_len(self) -> int:
@@ -128,7 +170,7 @@ class Plan:
     def balance(self) -> tuple[float, ...]:
         """Per step: the busiest rank's pairs over the mean; 1.0 is perfect."""
         ratios = []
-        for index in range(self.size):
+        for index in range(self.num_steps):
             pairs = [steps[index].num_pairs for steps in self.steps]
             ratios.append(max(pairs) * self.size / sum(pairs) if sum(pairs) else 1.0)
         return tuple(ratios)
@@ -144,8 +186,8 @@ class Plan:
         elements = 2 * batch * num_kv_heads * self.local_len * head_dim
         kv_bytes = elements * itemsize + HEADER_BYTES
         grad_bytes = elements * GRADIENT_ITEMSIZE + HEADER_BYTES
-        num_kv = sum(step.kv is not None for step in self.steps[rank])
-        num_grad = sum(step.grad is not None for step in self.steps[rank])
+        num_kv = sum(_sends(step.kv) for step in self.steps[rank])
+        num_grad = sum(_sends(step.grad) for step in self.steps[rank])
         return Traffic(
             forward_messages=num_kv,
             forward_bytes=num_kv * kv_bytes,
@@ -156,6 +198,7 @@ class Plan:
     def table(self) -> str:
         """The plan as text: one line per rank and step, then the balance of each step."""
         kind = "causal" if self.causal else "full"
+        kind += f", window {self.window}" if self.window else ""
         lines = [
             f"{self.layout}, {self.size} ranks, {self.seq_len} tokens "
             f"({self.local_len} per rank), {kind}, ring {' -> '.join(map(str, self.ring_order))}",
@@ -163,7 +206,7 @@ class Plan:
         ]
         for rank, steps in enumerate(self.steps):
             for step in steps:
-                to = "-" if step.kv is None else str(step.kv.to)
+                to = "-" if step.kv is None or step.kv.to is None else str(step.kv.to)
                 tiles = ", ".join(map(str, step.tiles)) or "nothing"
                 lines.append(
                     f"{rank:>4}  {step.index:>4}  {step.owner:>5}  {to:>8}"
@@ -222,39 +265,98 @@ def make_plan(
     seq_len: int,
     *,
     causal: bool = True,
+    window: int | None = None,
     ring_order: tuple[int, ...] | None = None,
 ) -> Plan:
     """The schedule of a ring of `size` ranks over `seq_len` tokens (of the whole sequence).
 
+    window: each query sees that many keys, its own included (causal only); None is all.
     ring_order: group ranks in the order in which messages travel (default 0, 1, ..., n - 1); it
     changes who talks to whom, never who holds what. Raises ValueError as `token_runs` does.
     """
     order = tuple(range(size)) if ring_order is None else tuple(ring_order)
     if sorted(order) != list(range(size)):
         raise ValueError(f"ring_order: expected a permutation of 0..{size - 1}, got {order}")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(
+            f"window: expected at least 1 and a causal mask, got {window} and causal={causal}"
+        )
     runs = [token_runs(layout, size, rank, seq_len) for rank in range(size)]
-    place = {rank: index for index, rank in enumerate(order)}
+    if window is not None and window >= seq_len:
+        window = None
+    ring = _Ring(order, [[_tiles(q, k, causal, window) for k in runs] for q in runs])
+    make_step, num_steps = ring.step, size
+    if window is not None:
+        make_step, num_steps = ring.sparing_step, 1 + max(ring.reach)
+    steps = tuple(tuple(make_step(rank, i) for i in range(num_steps)) for rank in range(size))
+    route: GradientRoute = "travel" if window is None else "direct"
+    return Plan(layout, size, seq_len, causal, order, steps, window, route)
 
-    def step(rank: int, index: int) -> Step:
-        def left(distance: int) -> int:
-            return order[(place[rank] - distance) % size]
 
-        owner = left(index)
-        move = Move(to=left(-1), source=left(1), brings=left(index + 1)) if size > 1 else None
+class _Ring:
+    """Rank arithmetic: who is where on the ring, and what moves. tiles[rank][owner] are given."""
+
+    def __init__(self, order: tuple[int, ...], tiles: list[list[tuple[Tile, ...]]]) -> None:
+        self.order, self.tiles, self.size = order, tiles, len(order)
+        self.place = {rank: index for index, rank in enumerate(order)}
+        self.reach = [max(self._seen_at(owner)) for owner in range(self.size)]
+
+    def left(self, rank: int, distance: int) -> int:
+        """The rank that is `distance` places back on the ring."""
+        return self.order[(self.place[rank] - distance) % self.size]
+
+    def _seen_at(self, owner: int) -> list[int]:
+        """Distances at which a rank sees some of the keys of `owner`; 0 is always one."""
+        ranks = [self.left(owner, -distance) for distance in range(self.size)]
+        return [distance for distance, rank in enumerate(ranks) if self.tiles[rank][owner]]
+
+    def step(self, rank: int, index: int) -> Step:
+        """A step of a ring in which everything makes the full turn."""
+        owner, incoming = self.left(rank, index), self.left(rank, index + 1)
+        move = Move(self.left(rank, -1), self.left(rank, 1), brings=incoming)
         return Step(
             index=index,
             owner=owner,
-            tiles=_tiles(runs[rank], runs[owner], causal),
-            kv=move if index < size - 1 else None,
-            grad=move,
+            tiles=self.tiles[rank][owner],
+            kv=move if index < self.size - 1 else None,
+            grad=move if self.size > 1 else None,
         )
 
-    steps = tuple(tuple(step(rank, i) for i in range(size)) for rank in range(size))
-    return Plan(layout, size, seq_len, causal, order, steps)
+    def sparing_step(self, rank: int, index: int) -> Step:
+        """A step in which only what is seen moves; see Note [What a window spares]."""
+        owner, incoming = self.left(rank, index), self.left(rank, index + 1)
+        user = self.left(rank, -index)  # computes with our keys in this step
+        return Step(
+            index=index,
+            owner=owner,
+            tiles=self.tiles[rank][owner],
+            kv=_move(
+                self.left(rank, -1) if self.reach[owner] > index else None,
+                self.left(rank, 1) if self.reach[incoming] > index else None,
+                brings=incoming,
+            ),
+            grad=_move(
+                owner if index and self.tiles[rank][owner] else None,
+                user if index and self.tiles[user][rank] else None,
+                brings=rank,
+            ),
+        )
 
 
-def _tiles(q_runs: tuple[range, ...], k_runs: tuple[range, ...], causal: bool) -> tuple[Tile, ...]:
-    """The fewest rectangles that hold every visible pair of these runs once."""
+def _move(to: int | None, source: int | None, *, brings: int) -> Move | None:
+    return None if to is source is None else Move(to, source, brings)
+
+
+def _sends(move: Move | None) -> bool:
+    return move is not None and move.to is not None
+
+
+def _tiles(
+    q_runs: tuple[range, ...], k_runs: tuple[range, ...], causal: bool, window: int | None
+) -> tuple[Tile, ...]:
+    """Rectangles that hold every visible pair of these runs once; the fewest without a window."""
+    if window is not None:
+        return _window_tiles(q_runs, k_runs, window)
     q_len, k_len = sum(map(len, q_runs)), sum(map(len, k_runs))
     if not causal:
         return (Tile(slice(0, q_len), slice(0, k_len), "full"),)
@@ -275,6 +377,50 @@ def _tiles(q_runs: tuple[range, ...], k_runs: tuple[range, ...], causal: bool) -
         for tile in row:
             _append_joined(tiles, tile)
     return tuple(tiles)
+
+
+def _window_tiles(
+    q_runs: tuple[range, ...], k_runs: tuple[range, ...], window: int
+) -> tuple[Tile, ...]:
+    """One rectangle per pair of runs, cut to what the window reaches."""
+    tiles: list[Tile] = []
+    q_start = 0
+    for q_run in q_runs:
+        k_start = 0
+        for k_run in k_runs:
+            tile = _window_tile(q_run, k_run, q_start, k_start, window)
+            if tile is not None:
+                tiles.append(tile)
+            k_start += len(k_run)
+        q_start += len(q_run)
+    return tuple(tiles)
+
+
+def _window_tile(
+    q_run: range, k_run: range, q_start: int, k_start: int, window: int
+) -> Tile | None:
+    """The rectangle between two runs that start at these local rows; None when it is empty."""
+    assert q_run.step == k_run.step, f"runs of one layout share a stride: {q_run}, {k_run}"
+    distance, stride = q_run.start - k_run.start, q_run.step
+    band = Bounded(low=-((window - 1 - distance) // stride), high=distance // stride)
+    rows = range(max(0, -band.high), min(len(q_run), len(k_run) - band.low))
+    if band.low > band.high or not rows:
+        return None
+    columns = range(max(0, rows.start + band.low), min(len(k_run), rows.stop + band.high))
+    return Tile(
+        slice(q_start + rows.start, q_start + rows.stop),
+        slice(k_start + columns.start, k_start + columns.stop),
+        _simplest(band.within(rows.start, columns.start), len(rows), len(columns)),
+    )
+
+
+def _simplest(band: Bounded, num_rows: int, num_columns: int) -> Mask:
+    """ "full" or "causal" where the band is just that; no tile of a window is "strict"."""
+    if num_rows - 1 + band.low > 0:
+        return band
+    if band.high >= num_columns - 1:
+        return "full"
+    return "causal" if band.high == 0 and num_rows == num_columns else band
 
 
 def _mask(q_run: range, k_run: range) -> MaskKind | None:

@@ -71,13 +71,23 @@ def validate_scale(scale: float) -> None:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
+def validate_window(window: int | None, *, causal: bool) -> None:
+    """A whole number of keys, at least 1 (the query's own), and a causal mask."""
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
+    if not causal:
+        raise ValueError("window: expected causal=True with a window, got causal=False")
+
+
 def refuse_unsupported(**options: object) -> None:
     """Raise for every option that was set and is not built."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(
-                f"{name}: expected None, got {value!r}; this version supports causal and full "
-                "attention only"
+                f"{name}: expected None, got {value!r}; this version supports causal, full "
+                "and sliding-window attention only"
             )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nxd_cp import reference
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
-from nxd_cp.schedule import token_runs
+from nxd_cp.schedule import Bounded, Mask, token_runs
 
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -29,9 +29,11 @@ class Case:
     Hkv: int = 2
     D: int = 16
     dtype: torch.dtype = torch.float32
+    window: int | None = None
 
     def __str__(self) -> str:
         kind = "causal" if self.causal else "full"
+        kind += f"-window{self.window}" if self.window else ""
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"B{self.B}-S{self.S}-H{self.Hq}-G{self.Hkv}-D{self.D}-{dtype}-{self.layout}"
@@ -39,7 +41,9 @@ class Case:
         )
 
     @property
-    def mask(self) -> str:
+    def mask(self) -> Mask:
+        if self.window is not None:
+            return Bounded(1 - self.window, 0)
         return "causal" if self.causal else "full"
 
 
@@ -86,7 +90,7 @@ def one_rank(cp: CPContext, case: Case) -> tuple[Tensor, ...]:
     """This rank's o, dq, dk, dv by `ring_attention`."""
     q, k, v, do = (cut(x, case, cp.rank).clone() for x in inputs(case))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    o = ring_attention(*leaves, cp=cp, causal=case.causal)
+    o = ring_attention(*leaves, cp=cp, causal=case.causal, window=case.window)
     o.backward(do)
     return (o.detach(), *(x.grad for x in leaves))
 
@@ -106,8 +110,11 @@ def one_device(case: Case) -> tuple[Tensor, ...]:
     """o, dq, dk, dv by PyTorch's own flash attention on the whole sequence, in the case's dtype."""
     q, k, v, do = inputs(case)
     leaves = [x.requires_grad_() for x in (q, k, v)]
+    seen = None
+    if case.window is not None:
+        seen = ~reference.hidden(case.mask, case.S, case.S, q.device)
     o = torch.nn.functional.scaled_dot_product_attention(
-        *leaves, is_causal=case.causal, enable_gqa=True
+        *leaves, attn_mask=seen, is_causal=case.causal and seen is None, enable_gqa=True
     )
     o.backward(do)
     return (o.detach(), *(x.grad for x in leaves))

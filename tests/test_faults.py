@@ -59,6 +59,7 @@ DIFFERENCES = [
     ({"shape": (2, 4, 12, 16)}, "batch = 1 on rank 0 and 2, 2 on rank 1"),
     ({"dtype": torch.bfloat16}, "dtype = torch.float32 on rank 0 and 2, torch.bfloat16 on rank 1"),
     ({"kv_heads": 4}, "key/value heads = 2 on rank 0 and 2, 4 on rank 1"),
+    ({"window": 9}, "window = None on rank 0 and 2, 9 on rank 1"),
     ({"causal": False}, "causal = True on rank 0 and 2, False on rank 1"),
     ({"scale": 0.5}, "scale = 0.25 on rank 0 and 2, 0.5 on rank 1"),
 ]

@@ -190,7 +190,7 @@ def test_large_logits_round_the_ring_are_those_of_fp64() -> None:
     def work(cp: CPContext) -> Tensor:
         rows = slice(8 * cp.rank, 8 * cp.rank + 8)
         parts = (x[:, :, rows].contiguous() for x in (q, k, v))
-        return nxd_cp.ops.ring_forward(*parts, cp.handle, True, 1.0, "torch")[0]
+        return nxd_cp.ops.ring_forward(*parts, cp.handle, True, None, 1.0, "torch")[0]
 
     found = torch.cat(CPContext.local(4, layout="contiguous").run(work), dim=2)
     exact, _ = reference.attention(q.double(), k.double(), v.double(), mask="causal", scale=1.0)
@@ -204,8 +204,9 @@ def test_large_logits_round_the_ring_are_those_of_fp64() -> None:
 def wrong_plans(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let the ops execute plans whose steps went through `change`."""
 
-    def planted(context: CPContext, local_len: int, causal: bool) -> Any:
-        plan = make_plan(context.layout, context.size, local_len * context.size, causal=causal)
+    def planted(context: CPContext, local_len: int, causal: bool, window: int | None) -> Any:
+        seq_len = local_len * context.size
+        plan = make_plan(context.layout, context.size, seq_len, causal=causal, window=window)
         steps = tuple(tuple(change(step) for step in mine) for mine in plan.steps)
         return dataclasses.replace(plan, steps=steps)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nxd_cp.schedule import (
     LAYOUTS,
+    Bounded,
     Move,
     Plan,
     Step,
@@ -30,6 +31,8 @@ def tokens(plan: Plan, rank: int) -> list[int]:
 
 
 def visible(tile: Tile, row: int, column: int) -> bool:
+    if isinstance(tile.mask, Bounded):
+        return row + tile.mask.low <= column <= row + tile.mask.high
     return {"full": True, "causal": column <= row, "strict": column < row}[tile.mask]
 
 
@@ -49,8 +52,11 @@ def pairs_computed(plan: Plan) -> Counter[tuple[int, int]]:
 
 
 def check_pairs(plan: Plan) -> None:
+    reach = plan.seq_len if plan.window is None else plan.window
     expected = {
-        (q, k) for q, k in product(range(plan.seq_len), repeat=2) if k <= q or not plan.causal
+        (q, k)
+        for q, k in product(range(plan.seq_len), repeat=2)
+        if q - reach < k <= q or not plan.causal
     }
     assert pairs_computed(plan) == Counter(dict.fromkeys(expected, 1))
 

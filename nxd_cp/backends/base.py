@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from nxd_cp.schedule import MaskKind, Plan
+from nxd_cp.schedule import Mask, Plan
 
 
 class Backend(Protocol):
@@ -20,14 +20,15 @@ class Backend(Protocol):
     name: str
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Attention over one rectangle, normalised within it.
 
         q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D], any supported dtype, strided views allowed;
         query head h reads key head h // (Hq // Hkv), which is never repeated in memory.
         Returns o [B, Hq, Sq, D] fp32 and lse [B, Hq, Sq] fp32, natural log, scale included.
-        A row that sees nothing returns o = 0 and lse = -inf.
+        A row that sees nothing returns o = 0 and lse = -inf. `mask` is one of the three names, or a
+        `Bounded` band where `validate` lets a window pass.
         """
         ...
 
@@ -41,7 +42,7 @@ class Backend(Protocol):
         lse: Tensor,
         delta: Tensor,
         *,
-        mask: MaskKind,
+        mask: Mask,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial gradients of this rectangle alone.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxd_cp.schedule import MaskKind, Plan, Tile
+from nxd_cp.schedule import Mask, Plan, Tile
 
 ROWS = 128  # one tile of the kernels: lengths are multiples of it
 MAX_HEAD_DIM = 128  # the contraction of one matmul: the partition count
@@ -52,6 +52,11 @@ class KernelBackend:
                 f'backend "{self.name}": expected one head dim of at most {MAX_HEAD_DIM} for q, k '
                 f'and v, got {dims[0]} and {dims[1]}; use backend="torch"'
             )
+        if plan.window is not None:
+            raise ValueError(
+                f'backend "{self.name}": expected causal or full attention, got window='
+                f'{plan.window}; use backend="torch"'
+            )
         for tile in plan.tiles(rank):
             self._validate_tile(q, k, tile)
 
@@ -77,7 +82,7 @@ class KernelBackend:
             )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """One block: o [B, H, S, D] and lse [B, H, S], both fp32; empty rows give 0 and -inf."""
         inputs = (x.contiguous() for x in (q, k, v))
@@ -96,7 +101,7 @@ class KernelBackend:
         lse: Tensor,
         delta: Tensor,
         *,
-        mask: MaskKind,
+        mask: Mask,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block: dq [B, H, S, D], dk and dv [B, G, K, D], all fp32; `o` is not read."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nxd_cp.backends import torch_bounded
 from nxd_cp.reference import block_backward, block_forward
-from nxd_cp.schedule import MaskKind, Plan
+from nxd_cp.schedule import Bounded, Mask, Plan
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -26,10 +27,12 @@ class TorchBackend:
     name = "torch"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: MaskKind, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         q, k, v = _widened(q, k, v)
+        if isinstance(mask, Bounded):
+            return torch_bounded.forward(q, k, v, mask=mask, scale=scale, flash=has_flash(q))
         if mask == "strict":
             return _strict_forward(q, k, v, scale)
         if has_flash(q):
@@ -48,11 +51,15 @@ class TorchBackend:
         lse: Tensor,
         delta: Tensor,
         *,
-        mask: MaskKind,
+        mask: Mask,
         scale: float,
     ) -> Gradients:
         """See `Backend.backward`."""
         do, q, k, v, o = _widened(do, q, k, v, o)
+        if isinstance(mask, Bounded):
+            return torch_bounded.backward(
+                do, q, k, v, o, lse, delta, mask=mask, scale=scale, flash=has_flash(q)
+            )
         if mask == "strict":
             return _strict_backward(do, q, k, v, o, lse, delta, scale)
         if has_flash(q):
@@ -118,7 +125,7 @@ def _strict_backward(
 
 
 def _plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: MaskKind, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float
 ) -> tuple[Tensor, Tensor]:
     o = torch.empty_like(q)
     lse = q.new_empty(q.shape[:-1])
@@ -137,7 +144,7 @@ def _plain_backward(
     v: Tensor,
     lse: Tensor,
     delta: Tensor,
-    mask: MaskKind,
+    mask: Mask,
     scale: float,
 ) -> Gradients:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

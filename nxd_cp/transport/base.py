@@ -77,8 +77,11 @@ class Transport(ABC):
         return total
 
     @abstractmethod
-    def post(self, out: Tensor, into: Tensor, move: Move, channel: str) -> Any:
-        """Begin to send `out` and to receive into `into`; return what `complete` needs."""
+    def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> Any:
+        """Begin to send `out` and to receive into `into`; return what `complete` needs.
+
+        out is None when `move.to` is, into is None when `move.source` is; never both.
+        """
 
     @abstractmethod
     def complete(self, ticket: Any) -> None:

@@ -91,16 +91,20 @@ class Call:
         """Send what is in the parcel and receive into its other buffer; None moves nothing."""
         hop, transport = Hop(self, parcel, move), self.transport
         self._place = self._place or transport.next_place()
+        self._num_started += 1  # also when nothing moves here: hop i is the same hop on all ranks
+        hop.sequence = self._num_started
         if move is None:
             return hop
         transport.check_usable()
-        self._num_started += 1
-        hop.sequence = self._num_started
-        out = parcel.outgoing(self._header(hop, parcel, transport.rank, parcel.owner))
+        out = into = None
+        if move.to is not None:
+            out = parcel.outgoing(self._header(hop, parcel, transport.rank, parcel.owner))
+            transport.counters.messages[parcel.channel] += 1
+            transport.counters.size_bytes[parcel.channel] += parcel.size_bytes
+        if move.source is not None:
+            into = parcel.spare()
         self._open.append(hop)
-        hop.ticket = transport.post(out, parcel.spare(), move, parcel.channel)
-        transport.counters.messages[parcel.channel] += 1
-        transport.counters.size_bytes[parcel.channel] += parcel.size_bytes
+        hop.ticket = transport.post(out, into, move, parcel.channel)
         return hop
 
     def finish(self, hop: Hop, parcel: Parcel, move: Move) -> None:
@@ -114,6 +118,8 @@ class Call:
                 f"{self}, message {hop.sequence} ({parcel.channel}): {error}"
             ) from error
         self._open.remove(hop)
+        if move.source is None:
+            return
         expected = self._header(hop, parcel, move.source, move.brings)
         if self.transport.verifies_at_once:
             self._verify(parcel.header_received().tolist(), expected)

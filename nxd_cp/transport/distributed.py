@@ -1,6 +1,6 @@
 """Messages over a torch.distributed process group (gloo, NCCL, any backend with send and receive).
 
-Does: translate group ranks to global ranks, post one batched send/receive pair per hop, and turn a
+Does: translate group ranks to global ranks, post one batched send and receive per hop, and turn a
 lost or late peer into a RingError that names it. Does not: create or destroy groups; timeouts are
 the group's own. Tested with gloo; other backends are untested.
 """
@@ -23,7 +23,7 @@ from nxd_cp.transport.errors import RingError
 class _Ticket:
     works: list[dist.Work]
     move: Move
-    buffers: tuple[Tensor, Tensor]  # owned until both ends are done
+    buffers: tuple[Tensor, ...]  # owned until both ends are done
 
 
 class DistributedTransport(Transport):
@@ -34,21 +34,20 @@ class DistributedTransport(Transport):
         self._group = group
         self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
-    def post(self, out: Tensor, into: Tensor, move: Move, channel: str) -> _Ticket:
-        # gloo ends the process when a message is longer than the buffer that waits for it, so the
-        # tag carries the length: ranks that disagree end in a timeout, and that is an error.
-        tag = 1 + zlib.crc32(f"{channel} {out.numel()}".encode()) % 0x7FFF
-        to, source = self._global_ranks[move.to], self._global_ranks[move.source]
-        self.verifies_at_once = out.device.type == "cpu"
+    def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> _Ticket:
+        ends = ((dist.isend, out, move.to), (dist.irecv, into, move.source))
         pair = [
-            dist.P2POp(dist.isend, out, to, self._group, tag),
-            dist.P2POp(dist.irecv, into, source, self._group, tag),
+            dist.P2POp(act, x, self._global_ranks[peer], self._group, _tag(channel, x))
+            for act, x, peer in ends
+            if x is not None and peer is not None
         ]
+        buffers = tuple(op.tensor for op in pair)
+        self.verifies_at_once = buffers[0].device.type == "cpu"
         try:
             works = dist.batch_isend_irecv(pair)
         except RuntimeError as error:
             self._raise(move, error)
-        return _Ticket(works, move, (out, into))
+        return _Ticket(works, move, buffers)
 
     def complete(self, ticket: _Ticket) -> None:
         for work in ticket.works:
@@ -73,3 +72,10 @@ class DistributedTransport(Transport):
             f"rank {self.rank} lost its neighbours (sends to rank {move.to}, receives from rank "
             f"{move.source}): a rank is gone, late, or in another call: {error}"
         ) from error
+
+
+def _tag(channel: str, x: Tensor) -> int:
+    """gloo ends the process when a message is longer than the buffer that waits for it, so the tag
+    carries the length: ranks that disagree end in a timeout, and that is an error.
+    """
+    return 1 + zlib.crc32(f"{channel} {x.numel()}".encode()) % 0x7FFF

@@ -27,11 +27,10 @@ class _Letter:
 
 @dataclass
 class _Ticket:
-    letter: _Letter  # ours, until the receiver has copied it
-    into: Tensor
-    source: int
-    index: int  # which of the source's letters to us this one is
     move: Move
+    letter: _Letter | None  # ours, until the receiver has copied it
+    into: Tensor | None
+    index: int  # which of the source's letters to us this one is
 
 
 class LocalSession:
@@ -108,21 +107,27 @@ class LocalTransport(Transport):
         self._num_sent: defaultdict[int, int] = defaultdict(int)
         self._num_received: defaultdict[int, int] = defaultdict(int)
 
-    def post(self, out: Tensor, into: Tensor, move: Move, channel: str) -> _Ticket:
-        letter = _Letter(out)
-        self._session.put(self.rank, move.to, self._num_sent[move.to], letter)
-        self._num_sent[move.to] += 1
-        index = self._num_received[move.source]
-        self._num_received[move.source] += 1
-        return _Ticket(letter, into, move.source, index, move)
+    def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> _Ticket:
+        ticket = _Ticket(move, None, into, index=0)
+        if out is not None and move.to is not None:
+            ticket.letter = _Letter(out)
+            self._session.put(self.rank, move.to, self._num_sent[move.to], ticket.letter)
+            self._num_sent[move.to] += 1
+        if move.source is not None:
+            ticket.index = self._num_received[move.source]
+            self._num_received[move.source] += 1
+        return ticket
 
     def complete(self, ticket: _Ticket) -> None:
-        letter = self._session.take(self.rank, ticket.source, ticket.index)
-        if letter.tensor.numel() != ticket.into.numel():
-            raise RingError(
-                f"rank {self.rank} expected {ticket.into.numel()} bytes from rank {ticket.source}, "
-                f"got {letter.tensor.numel()}; the ranks run their rings in a different order"
-            )
-        ticket.into.copy_(letter.tensor)
-        self._session.acknowledge(letter)
-        self._session.wait_taken(self.rank, ticket.move.to, ticket.letter)
+        into, move = ticket.into, ticket.move
+        if into is not None and move.source is not None:
+            letter = self._session.take(self.rank, move.source, ticket.index)
+            if letter.tensor.numel() != into.numel():
+                raise RingError(
+                    f"rank {self.rank} expected {into.numel()} bytes from rank {move.source}, "
+                    f"got {letter.tensor.numel()}; the ranks run their rings in a different order"
+                )
+            into.copy_(letter.tensor)
+            self._session.acknowledge(letter)
+        if ticket.letter is not None and move.to is not None:
+            self._session.wait_taken(self.rank, move.to, ticket.letter)

@@ -114,6 +114,8 @@ def simulate(
         raise ValueError(
             f"plan: expected {cluster.num_positions} ranks as in the cluster, got {plan.size}"
         )
+    if plan.window is not None:
+        raise ValueError(f"plan: expected one without a window, got window={plan.window}")
     if channels not in (1, 2, 4):
         raise ValueError(f"channels: expected 1, 2 or 4, got {channels}")
     compute = _compute_times(plan, kernel, launch_ns)
