@@ -23,6 +23,11 @@ _TILE = documented(
     "nki.isa (memory types of each instruction)",
     "an engine's operand is an on-chip NkiTensor in a memory the engine reaches",
 )
+_STATIC = documented(
+    "operand.run_time_address",
+    "nki.isa.dma_copy (Indirect addressing)",
+    "only a DMA takes an address known at run time",
+)
 _START = documented(
     "operand.partition_start",
     "architecture guide, SBUF/PSUM access",
@@ -94,6 +99,8 @@ def check_tile(instr: str, role: str, tensor: Any) -> None:
     """Place, partition count and start partition of an on-chip operand."""
     if not isinstance(tensor, NkiTensor):
         fail(_TILE, instr, f"{role} is not a tensor", **{role: tensor})
+    if type(tensor) is not NkiTensor:
+        fail(_STATIC, instr, f"{role} has a run-time address", **{role: tensor})
     if tensor.space == HBM:
         fail(_TILE, instr, f"{role} is in HBM; load it with nisa.dma_copy first", **{role: tensor})
     count, start = tensor.shape[0], tensor.partition_start
@@ -121,6 +128,8 @@ def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
 def in_sbuf(instr: str, **operands: Any) -> None:
     """GpSimdE and TensorE inputs: no PSUM."""
     for role, tensor in operands.items():
+        if isinstance(tensor, NkiTensor) and type(tensor) is not NkiTensor:
+            check_tile(instr, role, tensor)
         if type(tensor) is not NkiTensor or tensor.space != SBUF:
             fail(_TILE, instr, f"{role} must be in SBUF", **{role: tensor})
 

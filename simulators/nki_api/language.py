@@ -43,6 +43,7 @@ from .dtypes import (
 from .errors import unsupported
 from .memory import MemoryRegion
 from .ops import OPS
+from .registers import dynamic_range, fori_loop, no_reorder, while_loop
 from .runtime import current
 from .tensor import DynamicSlice, NkiTensor
 from .tile_size import NKIObject, tile_size
@@ -76,7 +77,6 @@ _NOT_YET = frozenset(
         "cos",
         "device_print",
         "dropout",
-        "dynamic_range",
         "expand_dims",
         "arctan",
         "sin",
@@ -92,10 +92,7 @@ _NOT_YET = frozenset(
         "rms_norm",
         "where",
         "random_seed",
-        "no_reorder",
         "gather_flattened",
-        "fori_loop",
-        "while_loop",
         "rand",
         "prelu",
         "float8_e5m2_x4",
@@ -152,6 +149,7 @@ __all__ = [
     "bool_",
     "broadcast_to",
     "ds",
+    "dynamic_range",
     "empty_like",
     "float16",
     "float32",
@@ -159,6 +157,7 @@ __all__ = [
     "float8_e4m3fn",
     "float8_e5m2",
     "float8_e8m0fnu",
+    "fori_loop",
     "full",
     "hbm",
     "int16",
@@ -173,6 +172,7 @@ __all__ = [
     "matmul",
     "ndarray",
     "negative",
+    "no_reorder",
     "num_programs",
     "ones",
     "private_hbm",
@@ -194,6 +194,7 @@ __all__ = [
     "uint16",
     "uint32",
     "uint8",
+    "while_loop",
     "zeros",
     "zeros_like",
     *OPS,

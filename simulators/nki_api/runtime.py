@@ -44,6 +44,7 @@ class Run:
         "log",
         "num_buffers",
         "num_programs",
+        "ordered",
         "params",
         "program_id",
         "values",
@@ -61,6 +62,7 @@ class Run:
         self.num_programs = 1
         self.accumulators: dict[str, Any] = {}
         self.num_buffers = 0
+        self.ordered = False  # inside nl.no_reorder
 
     def next_number(self) -> int:
         """A number for a new buffer, its index in the log's buffer table."""

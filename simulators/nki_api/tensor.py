@@ -291,6 +291,12 @@ class NkiTensor:
 
     def select(self, dim: int, index: Any) -> NkiTensor:
         """One element of a dim, which goes away (an on-chip dim 0 stays, with size 1)."""
+        if not hasattr(index, "__index__") or hasattr(index, "unknown"):
+            from .dynamic import indirect_view  # built on this module
+
+            shape, strides = list(self.shape), list(self.strides)
+            del shape[dim], strides[dim]
+            return indirect_view(self, tuple(shape), tuple(strides), self.offset, index, None, dim)
         keys: list[Any] = [Slice(None)] * len(self.shape)
         keys[dim] = index
         return self[tuple(keys)]
@@ -427,14 +433,17 @@ class NkiTensor:
         dtype: Any = None,
     ) -> NkiTensor:
         """Explicit [[stride, count], ...] over the storage, `offset` elements from this view."""
-        if scalar_offset is not None or vector_offset is not None:
-            unsupported("NkiTensor.ap with scalar_offset or vector_offset")
+        dynamic = scalar_offset is not None or vector_offset is not None
+        if dynamic and dtype is not None:
+            unsupported("NkiTensor.ap with a run-time offset and dtype=")
         new = self.dtype if dtype is None else dtypes.dtype_of(dtype)
         base = self.offset * self.dtype.itemsize // new.itemsize + (offset or 0)
         shape = tuple(int(count) for _, count in pattern)
         strides = tuple(int(stride) for stride, _ in pattern)
         made = NkiTensor(self.storage, shape, strides, base, new)
-        last = base + sum((c - 1) * s for c, s in zip(shape, strides, strict=True) if s > 0)
+        skip = 0 if vector_offset is None else 1  # each row has an address of its own
+        pairs = zip(shape[skip:], strides[skip:], strict=True)
+        last = base + sum((c - 1) * s for c, s in pairs if s > 0)
         total = self.storage.partitions * made.row
         if len(shape) > MAX_DIMS or min(shape) < 1:
             fail(_SHAPE, "NkiTensor.ap", f"pattern {pattern}", tensor=self)
@@ -452,6 +461,12 @@ class NkiTensor:
                 f"pattern {pattern} from {base} ends at {last} of {total}",
                 tensor=self,
             )
+        if dynamic:
+            from .dynamic import indirect_view  # built on this module
+
+            return indirect_view(
+                self, shape, strides, base, scalar_offset, vector_offset, indirect_dim
+            )
         return made
 
     def rearrange(
@@ -461,8 +476,12 @@ class NkiTensor:
         return rearrange(self, src_pattern, dst_pattern, fixed_sizes or {})
 
     def vector_select(self, dim: int, vector_offset: Any) -> NkiTensor:
-        """Per-partition gather."""
-        unsupported("NkiTensor.vector_select")
+        """Row p of the view is self[vector_offset[p]]; for a DMA, on HBM, dim 0."""
+        from .dynamic import indirect_view  # built on this module
+
+        count = getattr(vector_offset, "shape", (0,))[0]
+        shape = (count, *self.shape[1:])
+        return indirect_view(self, shape, self.strides, self.offset, None, vector_offset, dim)
 
     def indirect(self, index: Any, num_elem: int | None = None) -> NkiTensor:
         """Tensor indirection (gen4)."""

@@ -10,6 +10,13 @@ from typing import Any
 
 from nxd_cp.simulators.nki_api.chips import chip_for
 from nxd_cp.simulators.nki_api.errors import NkiValidationError, unsupported
+from nxd_cp.simulators.nki_api.registers import Register as VirtualRegister
+from nxd_cp.simulators.nki_api.registers import (
+    register_alloc,
+    register_load,
+    register_move,
+    register_store,
+)
 from nxd_cp.simulators.nki_api.runtime import current_or_none
 
 from .dma import dma_copy
@@ -57,10 +64,6 @@ _NOT_YET = frozenset(
         "rand2",
         "rand_get_state",
         "rand_set_state",
-        "register_alloc",
-        "register_load",
-        "register_move",
-        "register_store",
         "rng",
         "sendrecv",
         "sequence_bounds",
@@ -93,6 +96,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "NkiValidationError",
+    "VirtualRegister",
     "activation",
     "activation_reduce",
     "affine_select",
@@ -124,6 +128,10 @@ __all__ = [
     "range_select",
     "reciprocal",
     "reduce_cmd",
+    "register_alloc",
+    "register_load",
+    "register_move",
+    "register_store",
     "scalar_tensor_tensor",
     "select_reduce",
     "tensor_copy",

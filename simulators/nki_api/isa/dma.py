@@ -1,7 +1,7 @@
 """DMA: dma_copy between HBM and SBUF.
 
 Equal dtypes move bits; different ones go through fp32. Bytes that were never written may travel
-(padding), with a warning. Run-time addresses are not implemented.
+(padding), with a warning. Run-time addresses: dynamic.py.
 
 Source: nki.isa.dma_copy; NKI migration guide (no PSUM, hardware DGE dtypes).
 """
@@ -12,8 +12,10 @@ from typing import Any
 
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import mark
+from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds, rows
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER
+from nxd_cp.simulators.nki_api.log import DYNAMIC, SKIPPED
 from nxd_cp.simulators.nki_api.memory import PSUM
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
@@ -31,6 +33,12 @@ _MODE = documented(
     _PAGE,
     "hwdge needs gen3 and equal dtypes; engine only with hwdge (sync or scalar); "
     "priority 0 to 3 only on gen4",
+)
+_DYNAMIC = documented(
+    "dma_copy.dynamic",
+    _PAGE,
+    "a run-time address needs a dge_mode other than none, a vector of them other than hwdge, and "
+    "one row of both tensors for each",
 )
 _PADDING = inferred(
     "dma_copy.uninitialised",
@@ -52,12 +60,15 @@ def dma_copy(
     instr = "nki.isa.dma_copy"
     run = current(instr)
     for role, tensor in (("dst", dst), ("src", src)):
-        if type(tensor) is not NkiTensor or tensor.space == PSUM:
+        if not isinstance(tensor, NkiTensor) or tensor.space == PSUM:
             fail(_PLACES, instr, f"{role} is not in HBM or SBUF", **{role: tensor})
     if dst.shape != src.shape and dst.size != src.size:
         fail(_SIZES, instr, f"{src.size} elements into {dst.size}", dst=dst, src=src)
     if dge_mode is not modes.unknown or engine is not engines.unknown or priority is not None:
         _check_mode(instr, run, dst, src, priority, dge_mode, engine)
+    if type(dst) is IndirectTensor or type(src) is IndirectTensor:
+        _copy_dynamic(instr, run, dst, src, oob_mode, dge_mode)
+        return
     if src.storage.init.uniform <= 0:
         check_padding(instr, src)
     if dst.storage.init.uniform != OTHER:
@@ -68,6 +79,33 @@ def dma_copy(
         trigger = "" if engine is engines.unknown else f":{engine.name}"
         detail = f"{dge_mode.name}{trigger}"
         run.log.add("dma_copy", "dma", dst, (src,), dst.size, detail=detail)
+
+
+def _copy_dynamic(
+    instr: str, run: Run, dst: NkiTensor, src: NkiTensor, oob_mode: Any, mode: Any
+) -> None:
+    """The copy with an address known at run time, row by row where a vector gives addresses."""
+    indirect = [t for t in (dst, src) if isinstance(t, IndirectTensor)]
+    count = max((t.shape[0] for t in indirect if t.vector), default=1)
+    rowwise = all(t.shape[0] == count for t in (dst, src))
+    legal = mode is not modes.none and (mode is not modes.hwdge or count == 1)
+    if not legal or (count > 1 and not rowwise):
+        fail(_DYNAMIC, instr, f"dge_mode={mode}", dst=dst, src=src)
+    flags = DYNAMIC
+    pairs = zip(rows(instr, run, dst, count), rows(instr, run, src, count), strict=True)
+    for to, piece in pairs:
+        if to is None or piece is None:
+            if oob_mode is not oob_modes.skip:
+                out_of_bounds(instr, dst, src)
+            flags |= SKIPPED
+            continue
+        check_padding(instr, piece)
+        mark(to, OTHER)
+        if run.values:
+            _move(to, piece)
+    if run.log is not None:
+        tiles = tuple(t.index for t in indirect if type(t.index) is NkiTensor)
+        run.log.add("dma_copy", "dma", dst, (src, *tiles), dst.size, flags, 3, mode.name)
 
 
 def _move(dst: NkiTensor, src: NkiTensor) -> None:

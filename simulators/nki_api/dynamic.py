@@ -1,0 +1,116 @@
+"""Addresses known at run time: views made by .ap(scalar_offset= / vector_offset=) and selects.
+
+Only DMA takes them; every other instruction refuses. The address is base + index * the stride of
+the indirect dim; with a vector, row p of the view uses index[p]. The index is read when the DMA
+runs. In shape-only mode, where indices are unknown, they count as 0.
+
+Source: nki.isa.dma_copy ("Indirect addressing"); NKI access patterns deep dive.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from .checks import source
+from .errors import fail, unsupported
+from .memory import HBM, SBUF
+from .registers import Register
+from .rules import documented
+from .runtime import Run
+from .tensor import NkiTensor
+
+_OFFSET = documented(
+    "dynamic.offset",
+    "nki.isa.dma_copy, NKI access patterns",
+    "scalar_offset is a register or an integer tile with one element in SBUF, vector_offset an "
+    "integer tile with one element per partition in SBUF, never both; a vector indexes dim 0 of an "
+    "HBM tensor, a scalar any dim but an on-chip dim 0",
+)
+_BOUNDS = documented(
+    "dynamic.bounds",
+    "nki.isa.dma_copy (oob_mode)",
+    "a run-time address lies inside the tensor, or oob_mode.skip skips the transfer",
+)
+
+
+class IndirectTensor(NkiTensor):
+    """A view whose first address is known at run time. It can only be given to a DMA."""
+
+    __slots__ = ("index", "index_stride", "vector")
+
+    index: Any
+    index_stride: int
+    vector: bool
+
+    def is_indirect(self) -> bool:
+        """True."""
+        return True
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        unsupported("views of a view with a run-time address", "index before .ap or select")
+
+    __getitem__ = _view = view = ap = reinterpret_cast = _refuse
+
+    @property
+    def array(self) -> Any:
+        """Never available: the address is not known yet."""
+        raise AssertionError("an indirect view was read without being resolved")
+
+    def pieces(self, instr: str, run: Run) -> list[NkiTensor | None]:
+        """The static views to move: one, or one per row of a vector; None is out of bounds."""
+        if type(self.index) is Register:
+            indices = [self.index.value or 0]
+        else:
+            values = source(instr, "offset", self.index).reshape(-1)
+            indices = values.tolist() if run.values else [0] * len(values)
+        shape = (1, *self.shape[1:]) if self.vector else self.shape
+        return [self._piece(index, shape) for index in indices]
+
+    def _piece(self, index: int, shape: tuple[int, ...]) -> NkiTensor | None:
+        at = self.offset + index * self.index_stride
+        last = at + sum((c - 1) * s for c, s in zip(shape, self.strides, strict=True))
+        if index < 0 or not 0 <= at <= last < self.storage.partitions * self.row:
+            return None
+        return NkiTensor(self.storage, shape, self.strides, at, self.dtype)
+
+
+def indirect_view(
+    base: NkiTensor,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int,
+    scalar: Any,
+    vector: Any,
+    dim: int,
+) -> IndirectTensor:
+    """A view of `base`'s storage that starts index * base.strides[dim] elements further on."""
+    index = scalar if vector is None else vector
+    count = 1 if vector is None else shape[0]
+    legal = (scalar is None) is not (vector is None)
+    if type(index) is not Register or vector is not None:
+        tile = type(index) is NkiTensor and index.space == SBUF and index.dtype.kind in "iu"
+        legal = legal and tile and index.size == count
+    if vector is not None:
+        legal = legal and base.space == HBM and dim == 0 and index.shape[0] == count
+    legal = legal and -1 < dim < base.ndim and (base.space == HBM or dim != 0)
+    if not legal:
+        fail(_OFFSET, "NkiTensor", f"indirect_dim={dim}", tensor=base, offset=index)
+    view = IndirectTensor(base.storage, shape, strides, offset, base.dtype)
+    view.index, view.index_stride, view.vector = index, base.strides[dim], vector is not None
+    return view
+
+
+def rows(instr: str, run: Run, tensor: NkiTensor, count: int) -> list[NkiTensor | None]:
+    """`tensor` as `count` static views, resolving a run-time address."""
+    found: list[NkiTensor | None] = (
+        tensor.pieces(instr, run) if isinstance(tensor, IndirectTensor) else [tensor]
+    )
+    if len(found) == count:
+        return found
+    whole = found[0]
+    return [None if whole is None else whole[i : i + 1] for i in range(count)]
+
+
+def out_of_bounds(instr: str, dst: NkiTensor, src: NkiTensor) -> NoReturn:
+    """Raise for an address outside its tensor under oob_mode.error."""
+    fail(_BOUNDS, instr, "a run-time address is out of bounds", dst=dst, src=src)

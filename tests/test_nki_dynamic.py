@@ -1,0 +1,212 @@
+"""Registers, device loops and addresses known at run time."""
+
+import numpy as np
+import pytest
+from nki_sim import load, nisa, nl, normal, rejects, run, sbuf, store
+
+from nxd_cp.simulators.nki_api import Kernel, NkiUnsupportedError, SimParams, parameters, record
+from nxd_cp.simulators.nki_api import log as flags
+
+X = normal(64, 48)
+ROWS = (np.arange(32) * 5 % 64).astype(np.int32).reshape(32, 1)
+SKIP = nisa.oob_mode.skip
+
+
+def _at(tensor, width, **options):
+    """Rows of 48 elements from `tensor`."""
+    return tensor.ap([[48, width], [1, 48]], **options)  # bad, in tests of its arguments
+
+
+def _gather(oob_mode=nisa.oob_mode.error, mode=nisa.dge_mode.unknown):
+    def kernel(x, rows):
+        out, index = sbuf((32, 48)), load(rows)
+        nisa.memset(out, -1)
+        view = _at(x, 32, vector_offset=index, indirect_dim=0)
+        nisa.dma_copy(out, view, oob_mode=oob_mode, dge_mode=mode)  # bad
+        return store(out)
+
+    return kernel
+
+
+def test_gather_by_a_vector_of_rows():
+    np.testing.assert_array_equal(run(_gather(), X, ROWS), X[ROWS[:, 0]])
+
+    def select(x, rows):
+        out = sbuf((32, 48))
+        nisa.dma_copy(out, x.vector_select(0, load(rows)))
+        return store(out)
+
+    np.testing.assert_array_equal(run(select, X, ROWS), X[ROWS[:, 0]])
+
+
+def test_an_index_out_of_bounds_raises_or_is_skipped():
+    rows = ROWS.copy()
+    rows[3], rows[4] = 64, -1
+    rejects("dynamic.bounds", _gather(), X, rows)
+    expected = X[ROWS[:, 0]].copy()
+    expected[3:5] = -1
+    with record() as log:
+        np.testing.assert_array_equal(run(_gather(SKIP), X, rows), expected)
+    copy = next(r for r in log if r.flags)
+    assert copy.flags == flags.DYNAMIC | flags.SKIPPED
+    assert copy.sources[1].shape == (32, 1)
+
+
+def test_scatter_by_a_vector_of_rows():
+    def kernel(x, rows):
+        out = nl.ndarray((64, 48), dtype=x.dtype, buffer=nl.shared_hbm)
+        nisa.dma_copy(out, x)
+        tile, index = load(x[0:32]), load(rows)
+        nisa.dma_copy(_at(out, 32, vector_offset=index), tile)
+        return out
+
+    expected = X.copy()
+    expected[ROWS[:, 0]] = X[:32]
+    np.testing.assert_array_equal(run(kernel, X, ROWS), expected)
+
+
+@pytest.mark.parametrize("as_register", [False, True])
+def test_one_scalar_moves_the_whole_view(as_register):
+    def kernel(x, start):
+        index = load(start)
+        if as_register:
+            register = nisa.register_alloc()
+            nisa.register_load(register, index)
+            index = register
+        rows, column, one = sbuf((8, 48)), sbuf((64, 1)), sbuf((1, 48))
+        nisa.dma_copy(rows, _at(x, 8, offset=96, scalar_offset=index, indirect_dim=0))
+        view = x.ap([[48, 64], [1, 1]], scalar_offset=index, indirect_dim=1)
+        nisa.dma_copy(column, view)
+        nisa.dma_copy(one, x.select(0, index))
+        return store(rows), store(column), store(one)
+
+    rows, column, one = run(kernel, X, np.array([[7]], np.int32))
+    np.testing.assert_array_equal(rows, X[9:17])
+    np.testing.assert_array_equal(column, X[:, 7:8])
+    np.testing.assert_array_equal(one, X[7:8])
+
+
+def test_rules_of_run_time_addresses():
+    def on_an_engine(x, rows):
+        view = load(x).ap([[48, 64], [1, 8]], scalar_offset=load(rows[0:1]), indirect_dim=1)
+        nisa.tensor_copy(sbuf((64, 8)), view)  # bad
+
+    def both(x, rows):
+        index = load(rows)
+        _at(x, 32, scalar_offset=index[0:1], vector_offset=index)  # bad
+
+    def on_chip_rows(x, rows):
+        _at(load(x), 32, vector_offset=load(rows))  # bad
+
+    def floats(x, rows):
+        _at(x, 32, vector_offset=load(x[0:32, 0:1]))  # bad
+
+    rejects("operand.run_time_address", on_an_engine, X, ROWS)
+    rejects("dynamic.offset", both, X, ROWS)
+    rejects("dynamic.offset", on_chip_rows, X, ROWS)
+    rejects("dynamic.offset", floats, X, ROWS)
+    rejects("dma_copy.dynamic", _gather(mode=nisa.dge_mode.none), X, ROWS)
+    rejects("dma_copy.dynamic", _gather(mode=nisa.dge_mode.hwdge), X, ROWS)
+    with pytest.raises(NkiUnsupportedError, match="views of a view"):
+        run(lambda x, rows: _at(x, 32, vector_offset=load(rows))[0:8], X, ROWS)
+
+
+def _copy_rows(x, bounds):
+    """Rows lower, lower + 2, ... below upper, copied through SBUF by a device loop."""
+    out = nl.ndarray((64, 48), dtype=x.dtype, buffer=nl.shared_hbm)
+    tile, registers = sbuf((1, 48)), [nisa.register_alloc(), nisa.register_alloc(0)]
+    zero = sbuf((64, 48))
+    nisa.memset(zero, 0)
+    nisa.dma_copy(out, zero)
+    for i, register in enumerate(registers):
+        nisa.register_load(register, bounds[i : i + 1])
+
+    def body(i):
+        nisa.dma_copy(tile, _at(x, 1, scalar_offset=i))
+        nisa.dma_copy(_at(out, 1, scalar_offset=i), tile)
+
+    nl.fori_loop(registers[0], registers[1], body, step=2)
+    return out
+
+
+def test_fori_loop_runs_on_registers_and_logs_iterations():
+    with record() as log:
+        out = run(_copy_rows, X, np.array([3, 10], np.int32))
+    expected = np.zeros_like(X)
+    expected[3:10:2] = X[3:10:2]
+    np.testing.assert_array_equal(out, expected)
+    iterations = [r for r in log if r.opcode == "loop_iteration"]
+    assert [r.file for r in iterations] == [__file__] * 4
+
+
+def _count_down(x, count):
+    """Adds x `count` times."""
+    total, tile, left, one = sbuf(x.shape), load(x), load(count), sbuf((1, 1), nl.int32)
+    nisa.memset(total, 0)
+    nisa.memset(one, 1)
+    register = nisa.register_alloc(0)
+    nisa.register_move(register, 5)
+    nisa.register_load(register, left)
+
+    def body(r):
+        nisa.tensor_tensor(total, total, tile, nl.add)
+        nisa.tensor_tensor(left, left, one, nl.subtract)
+        nisa.register_load(r, left)
+        return r
+
+    nl.while_loop(register, body)
+    seen = sbuf((1, 1), nl.int32)
+    nisa.register_store(seen, register)
+    return store(total), store(seen)
+
+
+def test_while_loop_and_parser_loops():
+    total, seen = run(_count_down, X, np.array([[3]], np.int32))
+    np.testing.assert_array_equal(total, X + X + X)
+    assert seen == 3, "the body's register is passed by value"
+    assert not run(_count_down, X, np.array([[0]], np.int32))[0].any()
+
+    def parser(x):
+        out, register = sbuf((64, 48)), nisa.register_alloc(2)
+        for i in nl.dynamic_range(register, 6):
+            nisa.dma_copy(out[i : i + 1], x[i : i + 1])
+        while register:
+            nisa.dma_copy(out[0:2], x[0:2])
+            nisa.register_move(register, 0)
+        return store(out[0:6])
+
+    np.testing.assert_array_equal(run(parser, X), X[:6])
+
+
+def test_register_and_loop_rules():
+    def unwritten(x):
+        nl.fori_loop(0, nisa.register_alloc(), lambda i: None)  # bad
+
+    def step(x):
+        nl.fori_loop(0, 4, lambda i: None, step=0)  # bad
+
+    def no_register(x):
+        nl.while_loop(nisa.register_alloc(1), lambda r: None)  # bad
+
+    def floats(x):
+        nisa.register_load(nisa.register_alloc(), load(x[0:1, 0:1]))  # bad
+
+    def ordered(x):
+        with nl.no_reorder():
+            nl.fori_loop(0, 4, lambda i: None)  # bad
+
+    rejects("register.operands", unwritten, X)
+    rejects("loop.bounds", step, X)
+    rejects("loop.bounds", no_register, X)
+    rejects("register.operands", floats, X)
+    rejects("no_reorder.loop", ordered, X)
+    with pytest.raises(TypeError, match="not known"):
+        run(lambda x: range(nisa.register_alloc(3)), X)
+
+
+def test_shape_only_mode_takes_addresses_as_zero_and_refuses_loops_over_memory():
+    with parameters(SimParams(values=False)), record() as log:
+        assert run(_gather(), X, ROWS + 1000).shape == (32, 48)
+        with pytest.raises(NkiUnsupportedError, match="shape-only"):
+            Kernel(_count_down, "gen3")(X, np.array([[3]], np.int32))
+    assert any(r.flags == flags.DYNAMIC for r in log)
