@@ -66,5 +66,10 @@ setup(
     # `import nxd_cp` needs torch alone; the other two serve the command line.
     install_requires=["torch>=2.8", "typer>=0.12", "rich>=13"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["nxd-cp = nxd_cp.cli:main"]},
+    entry_points={
+        "console_scripts": [
+            "nxd-cp = nxd_cp.cli:main",
+            "nki-sim = nxd_cp.simulators.nki_api.cli:main",
+        ]
+    },
 )
