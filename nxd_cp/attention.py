@@ -18,6 +18,7 @@ from nxd_cp.validation import (
     validate_dropout,
     validate_length,
     validate_scale,
+    validate_segment_ids,
     validate_tensors,
     validate_window,
 )
@@ -46,6 +47,8 @@ def ring_attention(
     cp: the place in a context-parallel group; None is plain attention on one device.
     causal: by global position. window: each query sees that many keys, its own included (causal,
     backend "torch" only); nothing is computed or sent beyond it.
+    segment_ids: [B, S], integers; a query sees only keys with its own id (packed documents, of any
+    length and wherever they lie; backend "torch" only). They may differ from call to call.
     scale: of the scores, default D ** -0.5.
     backend: "torch", "nki" (kernels on a Neuron device), "simulate" (the same kernels on a CPU) or
     "auto" ("nki" for tensors on a Neuron device, else "torch").
@@ -55,8 +58,8 @@ def ring_attention(
     Returns o [B, Hq, S, D] in q's dtype. Accumulation is fp32, rounded once. A row that sees
     nothing has o = 0 and lse = -inf.
 
-    Raises ValueError for arguments that are not supported (segment_ids, sinks, softcap and
-    dropout_p are not, in this version); RankMismatchError, a ValueError, when ranks differ or
+    Raises ValueError for arguments that are not supported (sinks, softcap and dropout_p
+    are not, in this version); RankMismatchError, a ValueError, when ranks differ or
     another rank refuses its arguments, with its reason. Both before keys or values are sent, and on
     every rank. RingError when a rank is lost or late.
     Source: Ring Attention (arXiv 2310.01889).
@@ -70,17 +73,18 @@ def ring_attention(
         validate_tensors(q, k, v)
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         validate_window(window, causal=causal)
-        refuse_unsupported(segment_ids=segment_ids, sinks=sinks, softcap=softcap)
+        refuse_unsupported(sinks=sinks, softcap=softcap)
         validate_dropout(dropout_p)
         validate_scale(scale)
         name = resolve_backend_name(backend, q.device)
+        validate_segment_ids(segment_ids, q, backend=name)
         _validate_plan(q, k, v, cp=cp, causal=causal, window=window, backend=name)
     except ValueError as error:
         if cp is not None:
             ops.refuse(cp, str(error), getattr(q, "device", torch.device("cpu")))
         raise
     handle = "" if cp is None else cp.handle
-    o, lse, _ = ops.ring_forward(q, k, v, handle, causal, window, scale, name)
+    o, lse, _ = ops.ring_forward(q, k, v, segment_ids, handle, causal, window, scale, name)
     return (o, lse) if return_lse else o
 
 

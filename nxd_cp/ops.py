@@ -29,6 +29,7 @@ def ring_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segment_ids: Tensor | None,
     cp: str,
     causal: bool,
     window: int | None,
@@ -42,7 +43,18 @@ def ring_forward(
     context = _context(cp)
     plan = plan_for(context, q.shape[2], causal, window)
     with context.transport.call("forward") as call:
-        _agree(call, context, q, k, causal, window, scale, backend, forward_call=call.number)
+        _agree(
+            call,
+            context,
+            q,
+            k,
+            segment_ids,
+            causal,
+            window,
+            scale,
+            backend,
+            forward_call=call.number,
+        )
         o, lse = ring.forward(
             q,
             k,
@@ -52,6 +64,7 @@ def ring_forward(
             backend=get_backend(backend, q.device),
             call=call,
             scale=scale,
+            document_ids=_gather_ids(call, segment_ids, plan, context.rank),
         )
     return _rows_first(o.to(q.dtype)), lse.contiguous(), torch.tensor(call.number)
 
@@ -62,6 +75,7 @@ def ring_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segment_ids: Tensor | None,
     o: Tensor,
     lse: Tensor,
     forward_call: Tensor,
@@ -76,7 +90,9 @@ def ring_backward(
     plan = plan_for(context, q.shape[2], causal, window)
     number = int(forward_call)
     with context.transport.call("backward") as call:
-        _agree(call, context, q, k, causal, window, scale, backend, forward_call=number)
+        _agree(
+            call, context, q, k, segment_ids, causal, window, scale, backend, forward_call=number
+        )
         dq, dk, dv = ring.backward(
             do,
             q,
@@ -89,6 +105,7 @@ def ring_backward(
             backend=get_backend(backend, q.device),
             call=call,
             scale=scale,
+            document_ids=_gather_ids(call, segment_ids, plan, context.rank),
         )
         # dk and dv lie in a message buffer; an op returns memory of its own.
         dq = _rows_first(dq.to(q.dtype))
@@ -100,6 +117,7 @@ def _forward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segment_ids: Tensor | None,
     cp: str,
     causal: bool,
     window: int | None,
@@ -117,6 +135,7 @@ def _backward_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    segment_ids: Tensor | None,
     o: Tensor,
     lse: Tensor,
     forward_call: Tensor,
@@ -130,17 +149,17 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, *ctx.options = inputs
+    q, k, v, segment_ids, *ctx.options = inputs
     o, lse, forward_call = output
     handle = ctx.options[0]
     ctx.context = find_context(handle) if handle else None  # stays alive until the backward
     ctx.mark_non_differentiable(lse, forward_call)
-    ctx.save_for_backward(q, k, v, o, lse, forward_call)
+    ctx.save_for_backward(q, k, v, segment_ids, o, lse, forward_call)
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     gradients = ring_backward(do, *ctx.saved_tensors, *ctx.options)
-    return (*gradients, *[None] * len(ctx.options))
+    return (*gradients, None, *[None] * len(ctx.options))
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
@@ -164,6 +183,12 @@ def plan_for(context: CPContext, local_len: int, causal: bool, window: int | Non
         window=window,
         ring_order=context.ring_order,
     )
+
+
+def _gather_ids(
+    call: Call, segment_ids: Tensor | None, plan: Plan, rank: int
+) -> list[Tensor] | None:
+    return None if segment_ids is None else ring.gather(call, segment_ids.long(), plan, rank)
 
 
 def refuse(context: CPContext, reason: str, device: torch.device) -> None:
@@ -192,6 +217,7 @@ def _agree(
     context: CPContext,
     q: Tensor,
     k: Tensor,
+    segment_ids: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
@@ -215,6 +241,7 @@ def _agree(
         "device": q.device.type,
         "causal": causal,
         "window": str(window),
+        "segment_ids": "None" if segment_ids is None else "given",
         "scale": scale,
         "backend": backend,
         "layout": context.layout,

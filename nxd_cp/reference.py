@@ -1,7 +1,8 @@
 """Attention and its gradients in plain PyTorch: the truth that everything else is compared with.
 
 Does: compute in the dtype of its inputs (fp64 for truth), full, causal, strict and bounded masks,
-grouped KV heads, and the partial gradients of one rectangle of a longer row. Does not: care about
+or a bool tensor [M, J] or [B, 1, M, J], True where a key is hidden; grouped KV heads, and the
+partial gradients of one rectangle of a longer row. Does not: care about
 speed; the scores of the rows it is given are held whole.
 
     s = scale * q k^T     lse = log sum exp s     p = exp(s - lse)     o = p v
@@ -21,14 +22,14 @@ from nxd_cp.schedule import Bounded, Mask
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """o [B, H, M, D] and lse [B, H, M] of q [B, H, M, D] and k, v [B, G, J, D], in q's dtype."""
     return block_forward(q, k, v, mask=mask, scale=scale)
 
 
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `attention`, in the shapes of q, k and v."""
     o, lse = attention(q, k, v, mask=mask, scale=scale)
@@ -37,7 +38,7 @@ def attention_backward(
 
 
 def block_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float, first_row: int = 0
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | Tensor, scale: float, first_row: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Rows first_row.. of `attention`. A row that sees nothing returns o = 0 and lse = -inf."""
     B, _, M, D = q.shape
@@ -56,7 +57,7 @@ def block_backward(
     lse: Tensor,
     delta: Tensor,
     *,
-    mask: Mask,
+    mask: Mask | Tensor,
     scale: float,
     first_row: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,11 +75,13 @@ def block_backward(
     return dq, ds.transpose(-1, -2) @ q_stacked, _stack(p).transpose(-1, -2) @ do_stacked
 
 
-def _scores(q: Tensor, k: Tensor, mask: Mask, scale: float, first_row: int) -> Tensor:
+def _scores(q: Tensor, k: Tensor, mask: Mask | Tensor, scale: float, first_row: int) -> Tensor:
     """[B, G, H/G, M, J]; -inf where nothing is visible. Query heads of a group share one matmul."""
     B, H, M, D = q.shape
     G, J = k.shape[1:3]
     s = (q.reshape(B, G, -1, D) @ k.transpose(-1, -2)).reshape(B, G, H // G, M, J) * scale
+    if isinstance(mask, Tensor):
+        return s.masked_fill(mask if mask.dim() == 2 else mask.unsqueeze(1), -torch.inf)
     if mask == "full":
         return s
     return s.masked_fill(hidden(mask, M, J, q.device, first_row=first_row), -torch.inf)

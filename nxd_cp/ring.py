@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from nxd_cp import gradients
-from nxd_cp.backends.base import Backend
-from nxd_cp.schedule import Plan
+from nxd_cp.backends.base import Backend, BlockMask, Documents
+from nxd_cp.schedule import Plan, Tile, ring_moves
 from nxd_cp.transport import Call, Parcel
 
 
@@ -35,8 +35,12 @@ def forward(
     backend: Backend,
     call: Call,
     scale: float,
+    document_ids: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's o [B, Hq, S, D] and lse [B, Hq, S], both fp32, over the keys of all ranks."""
+    """This rank's o [B, Hq, S, D] and lse [B, Hq, S], both fp32, over the keys of all ranks.
+
+    document_ids: [B, S] of every rank; a query sees keys of its own document only.
+    """
     o = lse = None
     kv = _pack(call, k, v)
     here = kv.payload
@@ -44,7 +48,8 @@ def forward(
         hop = call.start(kv, step.kv)
         for tile in step.tiles:
             k_tile, v_tile = here[:, :, :, tile.k]
-            part = backend.forward(q[:, :, tile.q], k_tile, v_tile, mask=tile.mask, scale=scale)
+            mask = _mask(tile, document_ids, rank, step.owner)
+            part = backend.forward(q[:, :, tile.q], k_tile, v_tile, mask=mask, scale=scale)
             o, lse = _merge_rows(o, lse, tile.q, part, like=q)
         here = hop.wait()
     assert o is not None, "every schedule computes something"
@@ -65,6 +70,7 @@ def backward(
     backend: Backend,
     call: Call,
     scale: float,
+    document_ids: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's dq [B, Hq, S, D], dk and dv [B, Hkv, S, D], fp32.
 
@@ -89,7 +95,7 @@ def backward(
                 o[:, :, rows],
                 lse[:, :, rows],
                 delta[:, :, rows],
-                mask=tile.mask,
+                mask=_mask(tile, document_ids, rank, step.owner),
                 scale=scale,
             )
             dq = _add_rows(dq, rows, dq_tile, like=q)
@@ -99,6 +105,23 @@ def backward(
     dk, dv = grads.finish()
     assert dq is not None, "every schedule computes something"
     return dq, dk, dv
+
+
+def _mask(tile: Tile, document_ids: list[Tensor] | None, rank: int, owner: int) -> BlockMask:
+    """The mask of a tile, with the documents of its queries and keys where there are any."""
+    if document_ids is None:
+        return tile.mask
+    return Documents(tile.mask, document_ids[rank][:, tile.q], document_ids[owner][:, tile.k])
+
+
+def gather(call: Call, local: Tensor, plan: Plan, rank: int) -> list[Tensor]:
+    """Everyone's `local`, in rank order; small, and once per call."""
+    parcel = call.parcel("gather", tuple(local.shape), local.dtype, local.device)
+    parcel.payload.copy_(local)
+    found = {rank: local}
+    for move in ring_moves(plan.ring_order, rank):
+        found[move.brings] = call.start(parcel, move).wait().clone()
+    return [found[owner] for owner in sorted(found)]
 
 
 def merge_(o: Tensor, lse: Tensor, o_tile: Tensor, lse_tile: Tensor) -> None:

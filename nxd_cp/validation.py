@@ -81,13 +81,31 @@ def validate_window(window: int | None, *, causal: bool) -> None:
         raise ValueError("window: expected causal=True with a window, got causal=False")
 
 
+def validate_segment_ids(segment_ids: Tensor | None, q: Tensor, *, backend: str) -> None:
+    """Integers [B, S] where q is; only the torch backend reads them."""
+    if segment_ids is None:
+        return
+    if not isinstance(segment_ids, Tensor) or segment_ids.dtype not in (torch.int32, torch.int64):
+        got = segment_ids.dtype if isinstance(segment_ids, Tensor) else type(segment_ids).__name__
+        raise ValueError(f"segment_ids: expected an int32 or int64 tensor or None, got {got}")
+    if segment_ids.shape != (q.shape[0], q.shape[2]) or segment_ids.device != q.device:
+        raise ValueError(
+            f"segment_ids: expected shape {(q.shape[0], q.shape[2])} on {q.device}, "
+            f"got {tuple(segment_ids.shape)} on {segment_ids.device}"
+        )
+    if backend != "torch":
+        raise ValueError(
+            f'segment_ids: expected None with backend "{backend}"; use backend="torch"'
+        )
+
+
 def refuse_unsupported(**options: object) -> None:
     """Raise for every option that was set and is not built."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(
-                f"{name}: expected None, got {value!r}; this version supports causal, full "
-                "and sliding-window attention only"
+                f"{name}: expected None, got {value!r}; this version supports causal, full, "
+                "sliding-window and packed attention only"
             )
 
 

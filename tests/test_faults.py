@@ -60,6 +60,7 @@ DIFFERENCES = [
     ({"dtype": torch.bfloat16}, "dtype = torch.float32 on rank 0 and 2, torch.bfloat16 on rank 1"),
     ({"kv_heads": 4}, "key/value heads = 2 on rank 0 and 2, 4 on rank 1"),
     ({"window": 9}, "window = None on rank 0 and 2, 9 on rank 1"),
+    ({"segment_ids": torch.zeros(1, 12).int()}, "segment_ids = None on rank 0 and 2, given on"),
     ({"causal": False}, "causal = True on rank 0 and 2, False on rank 1"),
     ({"scale": 0.5}, "scale = 0.25 on rank 0 and 2, 0.5 on rank 1"),
 ]

@@ -21,17 +21,17 @@ def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_forward_op_passes_pytorchs_own_checks(dtype: torch.dtype) -> None:
     torch.library.opcheck(
-        torch.ops.nxd_cp.ring_forward.default, (*leaves(dtype), "", True, None, 0.25, "torch")
+        torch.ops.nxd_cp.ring_forward.default, (*leaves(dtype), None, "", True, None, 0.25, "torch")
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_op_passes_pytorchs_own_checks(dtype: torch.dtype) -> None:
     q, k, v = (x.detach() for x in leaves(dtype))
-    o, lse, number = ops.ring_forward(q, k, v, "", True, None, 0.25, "torch")
+    o, lse, number = ops.ring_forward(q, k, v, None, "", True, None, 0.25, "torch")
     torch.library.opcheck(
         torch.ops.nxd_cp.ring_backward.default,
-        (torch.randn_like(o), q, k, v, o, lse, number, "", True, None, 0.25, "torch"),
+        (torch.randn_like(o), q, k, v, None, o, lse, number, "", True, None, 0.25, "torch"),
     )
 
 

@@ -190,7 +190,7 @@ def test_large_logits_round_the_ring_are_those_of_fp64() -> None:
     def work(cp: CPContext) -> Tensor:
         rows = slice(8 * cp.rank, 8 * cp.rank + 8)
         parts = (x[:, :, rows].contiguous() for x in (q, k, v))
-        return nxd_cp.ops.ring_forward(*parts, cp.handle, True, None, 1.0, "torch")[0]
+        return nxd_cp.ops.ring_forward(*parts, None, cp.handle, True, None, 1.0, "torch")[0]
 
     found = torch.cat(CPContext.local(4, layout="contiguous").run(work), dim=2)
     exact, _ = reference.attention(q.double(), k.double(), v.double(), mask="causal", scale=1.0)

@@ -7,11 +7,27 @@ Source: FlashAttention-2 (arXiv 2307.08691) for the statistics that pass from fo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from nxd_cp.schedule import Mask, Plan
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A rectangle in which a query sees, of what `mask` shows, the keys of its own document.
+
+    q_ids: [B, Sq], k_ids: [B, Skv], integers, equal within a document.
+    """
+
+    mask: Mask
+    q_ids: Tensor
+    k_ids: Tensor
+
+
+BlockMask = Mask | Documents
 
 
 class Backend(Protocol):
@@ -20,7 +36,7 @@ class Backend(Protocol):
     name: str
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """Attention over one rectangle, normalised within it.
 
@@ -28,7 +44,7 @@ class Backend(Protocol):
         query head h reads key head h // (Hq // Hkv), which is never repeated in memory.
         Returns o [B, Hq, Sq, D] fp32 and lse [B, Hq, Sq] fp32, natural log, scale included.
         A row that sees nothing returns o = 0 and lse = -inf. `mask` is one of the three names, or a
-        `Bounded` band where `validate` lets a window pass.
+        `Bounded` band where `validate` lets a window pass, or either within `Documents`.
         """
         ...
 
@@ -42,7 +58,7 @@ class Backend(Protocol):
         lse: Tensor,
         delta: Tensor,
         *,
-        mask: Mask,
+        mask: BlockMask,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial gradients of this rectangle alone.

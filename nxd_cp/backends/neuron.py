@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxd_cp.schedule import Mask, Plan, Tile
+from nxd_cp.backends.base import BlockMask
+from nxd_cp.schedule import Plan, Tile
 
 ROWS = 128  # one tile of the kernels: lengths are multiples of it
 MAX_HEAD_DIM = 128  # the contraction of one matmul: the partition count
@@ -82,7 +83,7 @@ class KernelBackend:
             )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """One block: o [B, H, S, D] and lse [B, H, S], both fp32; empty rows give 0 and -inf."""
         inputs = (x.contiguous() for x in (q, k, v))
@@ -101,7 +102,7 @@ class KernelBackend:
         lse: Tensor,
         delta: Tensor,
         *,
-        mask: Mask,
+        mask: BlockMask,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block: dq [B, H, S, D], dk and dv [B, G, K, D], all fp32; `o` is not read."""

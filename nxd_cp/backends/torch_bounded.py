@@ -1,6 +1,6 @@
-"""A band of a rectangle with PyTorch's operators: the masks that a sliding window makes.
+"""Masks of sliding windows and packed documents with PyTorch's operators.
 
-Does: cut the band into blocks of query rows, and compute each against the few keys that it sees.
+Does: cut a rectangle into blocks of query rows, and compute each with the few keys that it sees.
 Does not: choose the operator (`torch_flash.py`); a block uses flash attention with an additive mask
 where that exists, and else the plain maths. Inputs are fp32. Letters as in `base.py`.
 """
@@ -12,28 +12,31 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nxd_cp.backends.base import Documents
 from nxd_cp.reference import block_backward, block_forward, hidden
-from nxd_cp.schedule import Bounded
+from nxd_cp.schedule import Bounded, Mask
 
 _QUERY_BLOCK = 256  # narrow windows want few rows, wide ones many
 
-Block = tuple[slice, slice, Bounded]
+Block = tuple[slice, slice, Tensor]
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Bounded, scale: float, flash: bool
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Bounded | Documents, scale: float, flash: bool
 ) -> tuple[Tensor, Tensor]:
     """As `Backend.forward`; rows that see nothing are in no block."""
     o, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
-    for rows, keys, band in _blocks(mask, q.shape[2], k.shape[2]):
+    for rows, keys, unseen in _blocks(mask, q, k):
         q_rows, k_keys, v_keys = q[:, :, rows], k[:, :, keys], v[:, :, keys]
         if flash:
             part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q_rows, k_keys, v_keys, attn_mask=_bias(band, q_rows, k_keys), scale=scale
+                q_rows, k_keys, v_keys, attn_mask=_bias(unseen), scale=scale
             )
         else:
-            part = block_forward(q_rows, k_keys, v_keys, mask=band, scale=scale)
-        o[:, :, rows], lse[:, :, rows] = part
+            part = block_forward(q_rows, k_keys, v_keys, mask=unseen, scale=scale)
+        empty = unseen.all(-1)  # flash gives these rows an lse of 0
+        o[:, :, rows] = part[0].masked_fill(empty.unsqueeze(-1), 0.0)
+        lse[:, :, rows] = part[1].masked_fill(empty, -torch.inf)
     return o, lse
 
 
@@ -46,14 +49,14 @@ def backward(
     lse: Tensor,
     delta: Tensor,
     *,
-    mask: Bounded,
+    mask: Bounded | Documents,
     scale: float,
     flash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.backward`."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # exp(s - inf) is 0, also in flash
-    for rows, keys, band in _blocks(mask, q.shape[2], k.shape[2]):
+    for rows, keys, unseen in _blocks(mask, q, k):
         do_rows, q_rows, lse_rows = do[:, :, rows], q[:, :, rows], lse[:, :, rows]
         k_keys, v_keys = k[:, :, keys], v[:, :, keys]
         if flash:
@@ -66,12 +69,19 @@ def backward(
                 lse_rows,
                 0.0,
                 False,
-                attn_mask=_bias(band, q_rows, k_keys),
+                attn_mask=_bias(unseen),
                 scale=scale,
             )
         else:
             part = block_backward(
-                do_rows, q_rows, k_keys, v_keys, lse_rows, delta[:, :, rows], mask=band, scale=scale
+                do_rows,
+                q_rows,
+                k_keys,
+                v_keys,
+                lse_rows,
+                delta[:, :, rows],
+                mask=unseen,
+                scale=scale,
             )
         dq[:, :, rows] = part[0]
         dk[:, :, keys] += part[1]
@@ -79,16 +89,47 @@ def backward(
     return dq, dk, dv
 
 
-def _blocks(mask: Bounded, num_rows: int, num_keys: int) -> Iterator[Block]:
-    """Blocks of rows that see something, the keys that they see, and the band between them."""
-    first, stop = max(0, -mask.high), min(num_rows, num_keys - mask.low)
+def _blocks(mask: Bounded | Documents, q: Tensor, k: Tensor) -> Iterator[Block]:
+    """Blocks of rows that see something, the keys that they see, and what is hidden between them.
+
+    Hidden is bool, [rows, keys], or with documents [B, 1, rows, keys].
+    """
+    num_rows, num_keys, device = q.shape[2], k.shape[2], q.device
+    documents = mask if isinstance(mask, Documents) else None
+    band = _band(mask.mask if isinstance(mask, Documents) else mask, num_rows, num_keys)
+    first, stop = max(0, -band.high), min(num_rows, num_keys - band.low)
     for start in range(first, stop, _QUERY_BLOCK):
         rows = slice(start, min(start + _QUERY_BLOCK, stop))
-        keys = slice(max(0, start + mask.low), min(num_keys, rows.stop + mask.high))
-        yield rows, keys, mask.within(rows.start, keys.start)
+        keys = slice(max(0, start + band.low), min(num_keys, rows.stop + band.high))
+        if documents is None:
+            yield rows, keys, _hidden(band, rows, keys, device)
+        else:
+            yield from _document_block(documents, band, rows, keys)
 
 
-def _bias(band: Bounded, q: Tensor, k: Tensor) -> Tensor:
-    """What is added to the scores: 0 or minus infinity, [rows, keys] fp32."""
-    unseen = hidden(band, q.shape[2], k.shape[2], q.device)
-    return torch.zeros(unseen.shape, device=q.device).masked_fill_(unseen, -torch.inf)
+def _document_block(mask: Documents, band: Bounded, rows: slice, keys: slice) -> Iterator[Block]:
+    """The block cut to the keys of its documents; nothing when it sees none."""
+    q_ids, k_ids = mask.q_ids[:, rows], mask.k_ids[:, keys]
+    unseen = q_ids[:, None, :, None] != k_ids[:, None, None, :]
+    unseen |= _hidden(band, rows, keys, q_ids.device)
+    used = (~unseen).any(dim=2).any(dim=0)[0].nonzero()
+    if len(used):
+        first, last = int(used[0]), int(used[-1])
+        cut = slice(keys.start + first, keys.start + last + 1)
+        yield rows, cut, unseen[..., first : last + 1]
+
+
+def _band(mask: Mask, num_rows: int, num_keys: int) -> Bounded:
+    if isinstance(mask, Bounded):
+        return mask
+    return Bounded(-num_rows, {"full": num_keys, "causal": 0, "strict": -1}[mask])
+
+
+def _hidden(band: Bounded, rows: slice, keys: slice, device: torch.device) -> Tensor:
+    band = band.within(rows.start, keys.start)
+    return hidden(band, rows.stop - rows.start, keys.stop - keys.start, device)
+
+
+def _bias(unseen: Tensor) -> Tensor:
+    """What is added to the scores: 0 or minus infinity, fp32."""
+    return torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, -torch.inf)

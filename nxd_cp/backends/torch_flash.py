@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nxd_cp.backends import torch_bounded
+from nxd_cp.backends.base import BlockMask, Documents
 from nxd_cp.reference import block_backward, block_forward
 from nxd_cp.schedule import Bounded, Mask, Plan
 
@@ -27,11 +28,11 @@ class TorchBackend:
     name = "torch"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Mask, scale: float
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
     ) -> tuple[Tensor, Tensor]:
         """See `Backend.forward`."""
         q, k, v = _widened(q, k, v)
-        if isinstance(mask, Bounded):
+        if isinstance(mask, Bounded | Documents):
             return torch_bounded.forward(q, k, v, mask=mask, scale=scale, flash=has_flash(q))
         if mask == "strict":
             return _strict_forward(q, k, v, scale)
@@ -51,12 +52,12 @@ class TorchBackend:
         lse: Tensor,
         delta: Tensor,
         *,
-        mask: Mask,
+        mask: BlockMask,
         scale: float,
     ) -> Gradients:
         """See `Backend.backward`."""
         do, q, k, v, o = _widened(do, q, k, v, o)
-        if isinstance(mask, Bounded):
+        if isinstance(mask, Bounded | Documents):
             return torch_bounded.backward(
                 do, q, k, v, o, lse, delta, mask=mask, scale=scale, flash=has_flash(q)
             )
