@@ -42,11 +42,12 @@ from .dtypes import (
 )
 from .errors import unsupported
 from .memory import MemoryRegion
+from .nki_object import NKIObject
 from .ops import OPS
 from .registers import dynamic_range, fori_loop, no_reorder, while_loop
 from .runtime import current
 from .tensor import DynamicSlice, NkiTensor
-from .tile_size import NKIObject, tile_size
+from .tile_size import tile_size
 from .tiles import (
     broadcast_to,
     empty_like,

@@ -9,7 +9,7 @@ import functools
 import types
 from typing import Any
 
-from . import isa, jit, language
+from . import dtypes, isa, jit, language
 from .errors import unsupported
 
 SUBMODULES = ("language", "isa", "collectives", "typing")
@@ -47,7 +47,12 @@ def nki_modules() -> dict[str, types.ModuleType]:
     package.__path__ = []
     parts = {"language": language, "isa": isa, "collectives": _collectives(), "typing": _typing()}
     package.__dict__.update(
-        jit=jit.jit, simulate=jit.simulate, Kernel=jit.Kernel, __simulated__=True, **parts
+        jit=jit.jit,
+        simulate=jit.simulate,
+        Kernel=jit.Kernel,
+        dtype=dtypes.DType,
+        __simulated__=True,
+        **parts,
     )
     found = {"nki": package, **{f"nki.{name}": module for name, module in parts.items()}}
     found["nki.isa.constants"] = isa.enums

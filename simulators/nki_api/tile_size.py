@@ -10,11 +10,7 @@ from . import chips
 from .runtime import current_or_none
 
 
-class NKIObject:
-    """Base class for kernel dataclasses and configuration objects."""
-
-
-class _TileSize(NKIObject):
+class _TileSize:
     """Hardware tile sizes of the current generation."""
 
     pmax = chips.NUM_PARTITIONS

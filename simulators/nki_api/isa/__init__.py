@@ -19,6 +19,7 @@ from nxd_cp.simulators.nki_api.registers import (
 )
 from nxd_cp.simulators.nki_api.runtime import current_or_none
 
+from . import enums as constants
 from .dma import dma_copy
 from .dma_reshape import dma_compute, dma_transpose
 from .enums import (
@@ -102,6 +103,7 @@ __all__ = [
     "affine_select",
     "bn_aggr",
     "bn_stats",
+    "constants",
     "dge_mode",
     "dma_compute",
     "dma_copy",

@@ -1,0 +1,68 @@
+"""NKIObject's initialiser, with and without @dataclass, and names that kernels import."""
+
+from dataclasses import dataclass, field
+
+import pytest
+from nki_sim import nisa, nl
+
+from nxd_cp.simulators.nki_api.surface import nki_modules
+
+
+class Plain(nl.NKIObject):
+    x: int
+    y: bool = False
+    z = None
+
+    def toggle(self):
+        self.y = not self.y
+
+
+@dataclass
+class Decorated(nl.NKIObject):
+    index = None
+    tiles: list = field(default_factory=list)
+    width: int = 4
+
+    def __post_init__(self):
+        self.double = 2 * self.width
+
+
+class Own(nl.NKIObject):
+    x: int = 1
+
+    def __init__(self, x):
+        self.x = 10 * x
+
+
+def test_fields_are_annotations_and_plain_attributes():
+    c = Plain(1, z="last")
+    c.toggle()
+    assert (c.x, c.y, c.z) == (1, True, "last")
+    assert Plain().x is None
+
+
+def test_a_dataclass_gets_the_same_initialiser():
+    a, b = Decorated(index=3), Decorated(width=5)
+    a.tiles.append(1)
+    assert (a.index, a.tiles, a.double) == (3, [1], 8)
+    assert (b.index, b.tiles, b.double) == (None, [], 10)
+
+
+def test_an_own_initialiser_is_kept():
+    assert Own(2).x == 20
+
+
+def test_wrong_fields_are_caught():
+    with pytest.raises(TypeError, match="'w'"):
+        Plain(w=1)
+    with pytest.raises(TypeError, match="'x'"):
+        Plain(1, x=2)
+    with pytest.raises(TypeError, match="3 fields"):
+        Plain(1, 2, 3, 4)
+
+
+def test_names_that_kernels_import():
+    modules = nki_modules()
+    assert modules["nki"].dtype is type(nl.float32)
+    assert modules["nki.isa.constants"] is nisa.constants
+    assert nisa.constants.oob_mode is nisa.oob_mode
