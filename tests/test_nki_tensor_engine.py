@@ -245,3 +245,21 @@ def test_transpose_limits():
         nisa.nc_transpose(psum((64, 128)), load(x))  # bad
 
     rejects("nc_transpose.operands", other_dtype, normal(128, 64, dtype=ml_dtypes.bfloat16))
+
+
+def test_two_tensors_at_one_address_each_begin_by_overwriting():
+    def kernel(x):
+        tile = load(x)
+        banks = [
+            nl.ndarray((64, 64), dtype=nl.float32, buffer=nl.psum, address=(0, 0)) for _ in range(2)
+        ]
+        outs = []
+        for bank in banks:
+            nisa.nc_matmul(bank, tile, tile)
+            nisa.nc_matmul(bank, tile, tile)
+            outs.append(store(bank))
+        return tuple(outs)
+
+    x = np.round(normal(128, 64))
+    for out in run(kernel, x):
+        np.testing.assert_array_equal(out, 2 * (x.T @ x))

@@ -82,6 +82,9 @@ def mark(tensor: NkiTensor, code: int) -> None:
     if storage.init.uniform == FRESH and not (tensor.dense and rect == storage.init.whole):
         storage.fill()
     storage.init.mark(rect, tensor.dense, tensor.pattern, code)
+    if storage.own is not None:
+        own_rect, own_pattern = tensor.own_place
+        storage.own.mark(own_rect, tensor.dense, own_pattern, code)
 
 
 def mark_where(tensor: NkiTensor, chosen: Any) -> None:

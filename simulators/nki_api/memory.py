@@ -135,6 +135,7 @@ class Storage:
         "map_origin",
         "name",
         "number",
+        "own",
         "partitions",
         "pitch",
         "region",
@@ -173,6 +174,7 @@ class Storage:
         self.epoch = 0
         self.silent = False  # shape-only mode: contents do not matter
         self.site: Any = None  # (code, line) of the allocation
+        self.own: InitMap | None = None  # a placed tensor: what was written by its own name
         self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
 
     def fill(self) -> None:
@@ -276,6 +278,7 @@ class Core:
             init = InitMap(chips.NUM_PARTITIONS, size, MIN_ALIGN, collapse=False)
             self.placed_init[space] = init
         storage.init, storage.map_origin = init, (first, at)
+        storage.own = InitMap(storage.partitions, storage.row_bytes, MIN_ALIGN)
         neighbours = self.placed.setdefault(space, {})
         if not any(overlap(rect, other) for other in neighbours.values()):
             shape = (storage.partitions, storage.row_bytes)

@@ -204,6 +204,15 @@ class NkiTensor:
         steps = (self.strides[0] // self.row, *(s * item for s in self.strides[1:]))
         return (partition + first, byte + inner * item, self.shape, steps, item)
 
+    @property
+    def own_place(self) -> tuple[Any, Pattern]:
+        """`rect` and `pattern` counted from the storage's start (placed tensors)."""
+        partition, byte = self.storage.map_origin
+        first, last, start, end = self.rect
+        at, inner, counts, steps, item = self.pattern
+        rect = (first - partition, last - partition, start - byte, end - byte)
+        return rect, (at - partition, inner - byte, counts, steps, item)
+
     def _view(self, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> NkiTensor:
         if len(shape) > MAX_DIMS:
             fail(_SHAPE, "NkiTensor", f"{len(shape)} dims", tensor=self, shape=shape)

@@ -256,10 +256,11 @@ def _accumulates(
     if accumulate is not None and not accumulate:
         return False
     init = dst.storage.init
-    if init.uniform != MIXED:
-        codes = {init.uniform}
-    else:
-        codes = init.codes(dst.rect, dst.dense, dst.pattern)
+    rect, pattern = dst.rect, dst.pattern
+    if accumulate is None and dst.storage.own is not None:
+        init = dst.storage.own  # first write by this tensor, whatever else used the address
+        rect, pattern = dst.own_place
+    codes = {init.uniform} if init.uniform != MIXED else init.codes(rect, dst.dense, pattern)
     operands = {"dst": dst, "stationary": stationary, "moving": moving}
     instr = "nki.isa.nc_matmul"
     if accumulate is None:
@@ -277,13 +278,9 @@ def _accumulates(
         )
     if FRESH in codes:
         require(False, _PARTIAL, instr, "part of dst was never written", **operands)
-        return _written_cells(dst)
+        written = init.cell_view(pattern) != FRESH
+        return written if written.ndim == dst.ndim else written.all(axis=-1)
     return True
-
-
-def _written_cells(dst: NkiTensor) -> Any:
-    written = dst.storage.init.cell_view(dst.pattern) != FRESH
-    return written if written.ndim == dst.ndim else written.all(axis=-1)
 
 
 def nc_transpose(
