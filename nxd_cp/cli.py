@@ -60,6 +60,8 @@ def demo(
     One process per rank on this CPU, over gloo. Exits with status 1 if any loss disagrees, if the
     bytes sent are not those of the schedule, or if the loss does not fall.
     """
+    if simulate_steps == 1:
+        raise typer.BadParameter("expected 0 or at least 2 simulated steps: a loss falls in two")
     from nxd_cp.demo.main import run_demo
 
     try:

@@ -75,7 +75,8 @@ class CPContext:
         ring_order: Sequence[int] | None = None,
         check_ranks: bool = True,
     ) -> CPContext:
-        """The context of this process in `group`. Every member calls it, with equal arguments.
+        """The context of this process in `group`. Every member calls it, with equal arguments, and
+        members that make several contexts of one group make them in the same order.
 
         Raises ValueError for a bad layout or order, and when this process is not in the group.
         """

@@ -189,10 +189,20 @@ def test_plan_command_refuses_a_length_that_does_not_divide():
     assert "got 7" in result.output
 
 
-def test_demo_command_refuses_a_length_that_does_not_divide(tmp_path):
-    result = CliRunner().invoke(app, ["demo", "--seq-len", "100", "--out", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seq-len", "100"], "got 100"),
+        (["--seq-len", "12"], "multiple of 8"),
+        (["--simulate-seq-len", "304"], "multiple of 128 rows"),
+        (["--simulate-steps", "1"], "0 or at least 2"),
+    ],
+)
+def test_demo_command_refuses_before_any_training(options, message, tmp_path):
+    result = CliRunner().invoke(app, ["demo", *options, "--out", str(tmp_path / "out")])
     assert result.exit_code == 2
-    assert "got 100" in result.output
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["plan"]])

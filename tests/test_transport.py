@@ -8,6 +8,7 @@ import torch.distributed as dist
 from ranks import RankGroup
 from torch import Tensor
 
+from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import HEADER_BYTES, Move
 from nxd_cp.transport import (
@@ -224,3 +225,22 @@ def test_agreement_names_each_difference_and_who_gave_it() -> None:
         assert "dtype = fp32 on rank 0 and 2, bf16 on rank 1" in text
         assert f"this is rank {rank}" in text
         assert "head dim" not in text
+
+
+def gloo_two_contexts(group: dist.ProcessGroup, check_ranks: bool) -> None:
+    contexts = [CPContext.from_group(group, check_ranks=check_ranks) for _ in range(2)]
+    x = torch.randn(1, 2, 4, 16)
+    for cp in contexts if contexts[0].rank == 0 else reversed(contexts):
+        ring_attention(x, x, x, cp=cp)
+
+
+@pytest.mark.parametrize("check_ranks", [True, False])
+def test_two_contexts_of_one_group_in_a_different_order_raise(check_ranks: bool) -> None:
+    group = RankGroup(2, group_timeout_s=3, run_timeout_s=20)
+    try:
+        for outcome in group.outcomes(gloo_two_contexts, check_ranks):
+            assert outcome.kind == "RingError"
+            assert "of context 1" in outcome.text
+            assert "of context 2" in outcome.text
+    finally:
+        group.close()

@@ -1,11 +1,13 @@
 """What `nxd-cp demo` does, from top to bottom: launch, compare, print, plot."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nxd_cp.backends.neuron import ROWS
 from nxd_cp.demo.launch import Records, launch
 from nxd_cp.demo.report import (
     FIRST_STEP_BOUND,
@@ -36,9 +38,11 @@ def run_demo(
     """Train, print a table per backend, write `out`/loss.png; True when everything agrees.
 
     Raises:
-        ValueError: a length does not fit the layout and the largest ring.
+        ValueError: a length does not fit the layout, the largest ring or the kernels, or a package
+            that the demo needs is missing.
         RuntimeError: a worker failed.
     """
+    _require(["matplotlib"] + ["ml_dtypes"] * bool(simulate_steps))
     console = Console()
     torch_run = RunSettings("torch", "torch", seq_len, steps, layout)
     runs = [torch_run]
@@ -48,6 +52,9 @@ def run_demo(
         runs.append(simulate_run)
         plain = replace(simulate_run, name="plain", backend="torch")
         extra[1] = [plain, replace(plain, name="moved", rounding_seed=1)]
+    for num_ranks in sorted(rank_counts, reverse=True):  # the largest ring asks for most
+        for run in runs:
+            _check_length(run, num_ranks)
     traffic = {run.name: {n: scheduled_per_step(run, n) for n in rank_counts} for run in runs}
     records = {n: _train(runs + extra.get(n, []), n, out, console) for n in rank_counts}
 
@@ -75,6 +82,28 @@ def run_demo(
         console.print(f"[red]disagreement:[/red] {problem}")
     console.print("all losses agree" if not problems else f"{len(problems)} disagreements")
     return not problems
+
+
+def _require(packages: list[str]) -> None:
+    """Raise ValueError for a package of the extras that is not there, before any training."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise ValueError(
+                f"expected {package} to be installed; run pip install 'nxd-cp[sim,plot]'"
+            )
+
+
+def _check_length(run: RunSettings, num_ranks: int) -> None:
+    """Raise ValueError for a length that the layout or the kernels cannot cut."""
+    plan = make_plan(run.layout, num_ranks, run.seq_len)
+    if run.backend != "simulate":
+        return
+    for tile in [tile for rank in range(num_ranks) for tile in plan.tiles(rank)]:
+        if tile.q_len % ROWS or tile.k_len % ROWS:
+            raise ValueError(
+                f"expected simulated blocks of a multiple of {ROWS} rows, got {tile} on "
+                f"{num_ranks} ranks; use a multiple of {2 * num_ranks * ROWS} bytes"
+            )
 
 
 def scheduled_per_step(run: RunSettings, num_ranks: int) -> Sent:

@@ -25,6 +25,7 @@ class Transport(ABC):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.context = 1  # among the contexts of one process group
         self.counters = Counters()
         self.buffers = BufferPool()
         self.num_calls = self.num_calls_started = 0

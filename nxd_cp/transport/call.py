@@ -10,11 +10,11 @@ a byte itself (`distributed.py`, `local.py`).
         payload = hop.wait()             # what came in is in the parcel now
 
 Note [Headers]
-    Each message carries its call number, its place in the call, its channel, its sender, whose data
-    it is, and the place of its call among all calls that started. Two rings that overlap in a
-    different order on two ranks therefore raise and do not mix their data, also where their lengths
-    keep them apart; and gradients that come home are known to be ours. On an accelerator, where a
-    look at the header would stall it, headers are verified as the call ends.
+    Each message carries its context and call number, its place in the call, its channel, its
+    sender, whose data it is, and the place of its call among all calls that started. Two rings that
+    overlap in a different order on two ranks therefore raise and do not mix their data, also where
+    their lengths keep them apart; and gradients that come home are known to be ours. On an
+    accelerator, where a look at the header would stall it, headers are verified as the call ends.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nxd_cp.transport.base import Transport
 
 _MAGIC = 0x4E58444350  # "NXDCP"
+_CONTEXT_SHIFT = 32  # the context's number lies above the call's
 
 
 class Hop:
@@ -131,7 +132,8 @@ class Call:
     def _header(self, hop: Hop, parcel: Parcel, sender: int, owner: int) -> list[int]:
         channel = CHANNELS.index(parcel.channel)
         size = parcel.size_bytes
-        return [_MAGIC, self.number, hop.sequence, channel, sender, owner, size, self._place]
+        number = self.transport.context << _CONTEXT_SHIFT | self.number
+        return [_MAGIC, number, hop.sequence, channel, sender, owner, size, self._place]
 
     def _verify(self, header: list[int], expected: list[int]) -> None:
         if header != expected:
@@ -153,6 +155,7 @@ def _describe(header: list[int]) -> str:
     if magic != _MAGIC:
         return "a message that is not ours"
     return (
-        f"message {sequence} of ring call {number} from rank {sender} "
+        f"message {sequence} of ring call {number % (1 << _CONTEXT_SHIFT)} "
+        f"of context {number >> _CONTEXT_SHIFT} from rank {sender} "
         f"({CHANNELS[channel]} of rank {owner}, {size_bytes} bytes; call {place} to start)"
     )

@@ -7,8 +7,10 @@ the group's own. Tested with gloo; other backends are untested.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,11 @@ from torch import Tensor
 from nxd_cp.schedule import Move
 from nxd_cp.transport.base import Transport
 from nxd_cp.transport.errors import RingError
+
+# How many contexts each group has had. Ranks make them in the same order; the number goes into the
+# header of every message, so that two contexts used in another order on two ranks never mix.
+_CONTEXTS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+_CONTEXTS_LOCK = threading.Lock()
 
 
 @dataclass
@@ -31,6 +38,8 @@ class DistributedTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group))
+        with _CONTEXTS_LOCK:
+            self.context = _CONTEXTS[group] = _CONTEXTS.get(group, 0) + 1
         self._group = group
         self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
