@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from nxd_cp import ops
-from nxd_cp.backends import get_backend, resolve_backend_name
+from nxd_cp.backends import resolve_backend_name
 from nxd_cp.context import CPContext
-from nxd_cp.schedule import make_plan
 from nxd_cp.validation import (
     refuse_unsupported,
+    validate_causal,
     validate_dropout,
     validate_length,
     validate_scale,
@@ -49,7 +49,7 @@ def ring_attention(
     backend "torch" only); nothing is computed or sent beyond it.
     segment_ids: [B, S], integers; a query sees only keys with its own id (packed documents, of any
     length and wherever they lie; backend "torch" only). They may differ from call to call.
-    scale: of the scores, default D ** -0.5.
+    scale: of the scores, positive, default D ** -0.5.
     backend: "torch", "nki" (kernels on a Neuron device), "simulate" (the same kernels on a CPU) or
     "auto" ("nki" for tensors on a Neuron device, else "torch").
     return_lse: also return the natural logarithm of each row's sum of exponentials, scale included,
@@ -71,14 +71,17 @@ def ring_attention(
         )
     try:
         validate_tensors(q, k, v)
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        validate_causal(causal)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         validate_window(window, causal=causal)
         refuse_unsupported(sinks=sinks, softcap=softcap)
         validate_dropout(dropout_p)
         validate_scale(scale)
+        scale = float(scale)
         name = resolve_backend_name(backend, q.device)
         validate_segment_ids(segment_ids, q, backend=name)
-        _validate_plan(q, k, v, cp=cp, causal=causal, window=window, backend=name)
+        if cp is not None:
+            validate_length(q.shape[2], layout=cp.layout, size=cp.size)
     except ValueError as error:
         if cp is not None:
             ops.refuse(cp, str(error), getattr(q, "device", torch.device("cpu")))
@@ -86,24 +89,3 @@ def ring_attention(
     handle = "" if cp is None else cp.handle
     o, lse, _ = ops.ring_forward(q, k, v, segment_ids, handle, causal, window, scale, name)
     return (o, lse) if return_lse else o
-
-
-def _validate_plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cp: CPContext | None,
-    causal: bool,
-    window: int | None,
-    backend: str,
-) -> None:
-    """The length cuts into the layout's chunks, and the backend can compute the rectangles."""
-    local_len = q.shape[2]
-    if cp is not None:
-        validate_length(local_len, layout=cp.layout, size=cp.size)
-    if not torch.compiler.is_compiling():
-        plan, rank = make_plan("contiguous", 1, local_len, causal=causal, window=window), 0
-        if cp is not None:
-            plan, rank = ops.plan_for(cp, local_len, causal, window), cp.rank
-        get_backend(backend, q.device).validate(q, k, v, plan=plan, rank=rank)

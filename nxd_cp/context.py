@@ -22,6 +22,7 @@ from nxd_cp.transport import (
     LocalTransport,
     Transport,
 )
+from nxd_cp.transport.agreement import check_agreement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -134,14 +135,31 @@ class CPContext:
         return LocalGroup(contexts, timeout_s)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's `tensor` in rank order (equal shapes). No gradient flows."""
+        """Every rank's `tensor` in rank order. No gradient flows.
+
+        Raises RankMismatchError on all ranks when shapes or dtypes differ.
+        """
+        self._agree_on(tensor, "all_gather")
         return self.transport.all_gather(tensor.detach())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
-        """A new tensor: the sum over ranks, the same on every rank. No gradient flows."""
+        """A new tensor: the sum over ranks, the same on every rank. No gradient flows.
+
+        Raises RankMismatchError on all ranks when shapes or dtypes differ.
+        """
         if op != "sum":
             raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
+        self._agree_on(tensor, "all_reduce")
         return self.transport.all_reduce_sum(tensor.detach())
+
+    def _agree_on(self, tensor: Tensor, collective: str) -> None:
+        """Collectives trust their arguments: gloo ends the process when lengths differ."""
+        if self.size == 1 or not self.check_ranks:
+            return
+        shape, dtype = str(tuple(tensor.shape)), str(tensor.dtype)
+        description = {"collective": collective, "shape": shape, "dtype": dtype}
+        with self.transport.call(collective) as call:
+            check_agreement(call, self.ring_order, description, tensor.device)
 
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"

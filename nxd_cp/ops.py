@@ -1,8 +1,9 @@
 """The dispatcher ops `nxd_cp::ring_forward` and `nxd_cp::ring_backward`.
 
 Does: give the ring a schema, shapes without data (fake kernels) and a derivative, so that autograd,
-`torch.compile` and checkpoint policies see one op. Does not: validate (see `validation.py`, which
-`attention.py` calls first) or compute (`ring.py`).
+`torch.compile` and checkpoint policies see one op. Does not: validate arguments (`validation.py`,
+which `attention.py` calls first; only what a backend can compute is asked here) or compute
+(`ring.py`).
 
 A context cannot pass the dispatcher, so its handle does; "" stands for one device. The call number
 is an output of the forward, so that a backward names the forward it belongs to.
@@ -42,6 +43,7 @@ def ring_forward(
     """
     context = _context(cp)
     plan = plan_for(context, q.shape[2], causal, window)
+    _validate_blocks(q, k, v, context, plan, backend)
     with context.transport.call("forward") as call:
         _agree(
             call,
@@ -199,6 +201,17 @@ def refuse(context: CPContext, reason: str, device: torch.device) -> None:
     if context.size > 1 and context.check_ranks and not torch.compiler.is_compiling():
         with contextlib.suppress(RingError), context.transport.call("forward") as call:
             announce_refusal(call, context.ring_order, reason, device)
+
+
+def _validate_blocks(
+    q: Tensor, k: Tensor, v: Tensor, context: CPContext, plan: Plan, backend: str
+) -> None:
+    """The backend can compute every rectangle; here, because a compiled graph begins here."""
+    try:
+        get_backend(backend, q.device).validate(q, k, v, plan=plan, rank=context.rank)
+    except ValueError as error:
+        refuse(context, str(error), q.device)
+        raise
 
 
 def _rows_first(x: Tensor) -> Tensor:

@@ -87,11 +87,15 @@ def shard_batch(batch: Mapping[str, torch.Tensor], cp: CPContext) -> dict[str, t
         A new dict with every entry cut to [B, L, ...], and `position_ids` int64 [B, L].
 
     Raises:
-        ValueError: an entry has no [B, S] in front, S does not fit the layout, or there is an
-            `attention_mask` (a padding mask would not reach `ring_attention`).
+        ValueError: an entry is no tensor or has no [B, S] in front, S does not fit the layout,
+            labels are not signed integers, or there is an `attention_mask` (a padding mask would
+            not reach `ring_attention`).
     """
     if not batch:
         raise ValueError("expected a batch with at least one tensor, got an empty one")
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"expected {key} to be a tensor, got {type(value).__name__}")
     if "attention_mask" in batch:
         raise ValueError(
             "expected no attention_mask, got one; pad on the right, give padded tokens the label "
@@ -110,6 +114,11 @@ def shard_batch(batch: Mapping[str, torch.Tensor], cp: CPContext) -> dict[str, t
             )
     whole = dict(batch)
     if "labels" in whole:
+        if whole["labels"].dtype not in (torch.int16, torch.int32, torch.int64):
+            raise ValueError(
+                f"expected labels of int16, int32 or int64, which can hold {IGNORE_INDEX}, "
+                f"got {whole['labels'].dtype}; cast them"
+            )
         whole["labels"] = _next_token(whole["labels"])
     if "position_ids" not in whole:
         positions = torch.arange(seq_len, device=first.device)

@@ -7,14 +7,14 @@ Letters: B batch, Hq query heads, Hkv key/value heads, S local rows, D head size
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from nxd_cp.schedule import seq_len_multiple
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+MIN_SCALE, MAX_SCALE = 1e-20, 1e6
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -65,10 +65,23 @@ def validate_length(local_len: int, *, layout: str, size: int) -> None:
         )
 
 
+def validate_causal(causal: bool) -> None:
+    """True or False: None would silently mean full attention."""
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal: expected True or False, got {causal!r}")
+
+
 def validate_scale(scale: float) -> None:
-    """A finite number; zero and negative ones are allowed."""
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    """A positive number that leaves a masked score far below every visible one.
+
+    PyTorch's flash op and the kernels both mask before they scale: a scale of zero would uncover
+    what is masked, and a negative one turn it into plus infinity.
+    """
+    if not isinstance(scale, int | float) or not MIN_SCALE <= scale <= MAX_SCALE:
+        raise ValueError(
+            f"scale: expected a number from {MIN_SCALE} to {MAX_SCALE}, got {scale!r}; "
+            "for a negative scale negate q"
+        )
 
 
 def validate_window(window: int | None, *, causal: bool) -> None:

@@ -14,6 +14,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -118,8 +119,8 @@ def seconds(pipes: list[Connection]) -> float:
     return max(end for _, end in spans) - min(start for start, _ in spans)
 
 
-def compare(ring: list[Connection], one: list[Connection], seq_len: int, pairs: int) -> None:
-    """Time `pairs` alternating runs and print a line for each and the ratio of medians."""
+def compare(ring: list[Connection], one: list[Connection], seq_len: int, pairs: int) -> float:
+    """Time `pairs` alternating runs, print a line for each, return the ratio of medians."""
     for side in (ring, one):
         ask(side, seq_len)
         seconds(side)  # warm-up
@@ -136,10 +137,11 @@ def compare(ring: list[Connection], one: list[Connection], seq_len: int, pairs: 
         f"pairs; single pairs {ratios[0]:.3f} to {ratios[-1]:.3f})",
         flush=True,
     )
+    return ratio
 
 
-def main() -> None:
-    """Start both sides, compare them at each length."""
+def main() -> int:
+    """Start both sides, compare them at each length; 1 where a ratio is below --at-least."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seq-len", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--pairs", type=int, default=5)
@@ -147,6 +149,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--at-least", type=float, default=0.0, help="ratio below which to fail")
     options = parser.parse_args()
     shape = Shape(options.heads, options.kv_heads, options.head_dim)
     print(
@@ -172,13 +175,13 @@ def main() -> None:
             process.start()
             theirs.close()  # so that a dead child ends the wait for it
         pipes = [ours for ours, _ in ends]
-        for seq_len in options.seq_len:
-            compare(pipes[:-1], pipes[-1:], seq_len, options.pairs)
+        ratios = [compare(pipes[:-1], pipes[-1:], n, options.pairs) for n in options.seq_len]
         for pipe in pipes:
             pipe.send(None)
         for process in processes:
             process.join()
+    return int(min(ratios) < options.at_least)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

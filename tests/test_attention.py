@@ -142,7 +142,12 @@ BAD = [
     ({"q": heads(1, 3, 8, 16)}, "key/value heads that divide query heads, got 2 and 3"),
     ({name: heads(1, 2, 0, 16) for name in "qkv"}, "expected no empty dim"),
     ({name: heads(1, 2, 7, 16) for name in "qkv"}, "expected a multiple of 2 .*got 7"),
-    ({"scale": float("nan")}, "scale: expected a finite number, got nan"),
+    ({"scale": float("nan")}, "scale: expected a number from 1e-20 to .*, got nan"),
+    ({"scale": 0.0}, "scale: expected a number from 1e-20 to .*, got 0.0"),
+    ({"scale": -0.25}, "got -0.25; for a negative scale negate q"),
+    ({"scale": "x"}, "scale: expected a number from 1e-20 to .*, got 'x'"),
+    ({"causal": None}, "causal: expected True or False, got None"),
+    ({"causal": 2}, "causal: expected True or False, got 2"),
     ({"window": 0}, "window: expected a whole number of at least 1, got 0"),
     ({"window": 2.5}, "window: expected a whole number of at least 1, got 2.5"),
     ({"window": True}, "window: expected a whole number of at least 1, got True"),
@@ -180,3 +185,22 @@ def test_unsupported_arguments_raise_before_keys_or_values_are_sent(
         return cp.transport.counters.ring_messages
 
     assert CPContext.local(2).run(work) == [0, 0]
+
+
+def test_a_compiled_call_asks_the_backend_before_keys_or_values_are_sent() -> None:
+    x = heads(1, 2, 96, 16)  # two chunks of 48 rows: not the kernels' 128
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(x: Tensor) -> Tensor:
+        return ring_attention(x, x, x, backend="simulate")
+
+    with pytest.raises(ValueError, match="multiple of 128 rows, got 96"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("backend", ["torch", "simulate"])
+def test_the_smallest_scale_still_masks(backend: str) -> None:
+    q, k, v = (heads(1, 2, 128, 16) for _ in range(3))
+    o = ring_attention(q, k, v, scale=1e-20, backend=backend)
+    mean_so_far = v.double().cumsum(2) / torch.arange(1, 129).view(-1, 1)
+    assert_close("o", o, mean_so_far, FP32_OUTPUT)

@@ -106,3 +106,32 @@ def test_a_handle_finds_its_context_until_that_is_gone() -> None:
     gc.collect()
     with pytest.raises(ValueError, match="live CPContext"):
         find_context(handle)
+
+
+@pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
+@pytest.mark.parametrize("other", [torch.zeros(4), torch.zeros(2, dtype=torch.int32)], ids=str)
+def test_collectives_of_unequal_tensors_raise_on_all_ranks(
+    collective: str, other: torch.Tensor
+) -> None:
+    def work(cp: CPContext) -> str:
+        tensor = torch.zeros(2) if cp.rank == 0 else other
+        with pytest.raises(ValueError, match="expected the same arguments") as caught:
+            getattr(cp, collective)(tensor)
+        return str(caught.value)
+
+    for text in CPContext.local(2).run(work):
+        assert "(2,) on rank 0" in text or "torch.float32 on rank 0" in text
+
+
+def gloo_unequal(group: dist.ProcessGroup) -> str:
+    cp = CPContext.from_group(group)
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        cp.all_gather(torch.zeros(2 + cp.rank))
+    return str(caught.value)
+
+
+def test_gloo_collectives_of_unequal_lengths_raise_and_do_not_end_the_process(
+    ranks: RankGroup,
+) -> None:
+    for text in ranks.run(gloo_unequal, num_ranks=2):
+        assert "shape = (2,) on rank 0, (3,) on rank 1" in text

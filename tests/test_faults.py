@@ -89,7 +89,7 @@ REFUSALS = [
     ({"shape": (1, 4, 7, 16)}, "expected a multiple of 2"),
     ({"dtype": torch.float64}, "q: expected float32, bfloat16 or float16, got torch.float64"),
     ({"kv_heads": 3}, "expected key/value heads that divide query heads"),
-    ({"scale": float("inf")}, "scale: expected a finite number, got inf"),
+    ({"scale": float("inf")}, "scale: expected a number from 1e-20 to 1000000.0, got inf"),
     ({"dropout_p": 0.5}, "dropout_p: expected 0.0, got 0.5"),
     ({"backend": "\N{SNOWMAN}" * 900}, "backend: expected one of torch"),
 ]

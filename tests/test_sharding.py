@@ -103,6 +103,9 @@ def test_unshard_refuses_to_drop_a_gradient():
         ({"attention_mask": torch.ones(2, 8)}, "expected no attention_mask"),
         ({"lengths": torch.ones(2)}, r"expected lengths to start with \[2, 8\]"),
         ({"labels": torch.ones(2, 9)}, r"expected labels to start with \[2, 8\]"),
+        ({"labels": torch.ones(2, 8).byte()}, "int64, which can hold -100, got torch.uint8"),
+        ({"labels": torch.ones(2, 8)}, "int64, which can hold -100, got torch.float32"),
+        ({"note": "text"}, "expected note to be a tensor, got str"),
     ],
 )
 def test_entries_that_cannot_be_cut_raise(extra, message):
