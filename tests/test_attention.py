@@ -12,7 +12,7 @@ from cases import NAMES, Case, cut, inputs, join_all, one_device, one_rank, trut
 from ranks import RankGroup
 from torch import Tensor
 
-from nxd_cp import reference
+from nxd_cp import ops, reference
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import LAYOUTS, make_plan
@@ -187,8 +187,8 @@ def test_unsupported_arguments_raise_before_keys_or_values_are_sent(
     assert CPContext.local(2).run(work) == [0, 0]
 
 
-def test_a_compiled_call_asks_the_backend_before_keys_or_values_are_sent() -> None:
-    x = heads(1, 2, 96, 16)  # two chunks of 48 rows: not the kernels' 128
+def test_a_compiled_call_asks_the_backend_too() -> None:
+    x = heads(1, 2, 96, 16)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(x: Tensor) -> Tensor:
@@ -196,6 +196,17 @@ def test_a_compiled_call_asks_the_backend_before_keys_or_values_are_sent() -> No
 
     with pytest.raises(ValueError, match="multiple of 128 rows, got 96"):
         compiled(x)
+
+
+def test_the_op_asks_the_backend_before_keys_or_values_are_sent() -> None:
+    x = heads(1, 2, 96, 16)  # a compiled graph begins at the op
+
+    def work(cp: CPContext) -> int:
+        with pytest.raises(ValueError, match="multiple of 128 rows, got 96"):
+            ops.ring_forward(x, x, x, None, cp.handle, True, None, 0.25, "simulate")
+        return cp.transport.counters.ring_messages
+
+    assert CPContext.local(2).run(work) == [0, 0]
 
 
 @pytest.mark.parametrize("backend", ["torch", "simulate"])

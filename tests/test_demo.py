@@ -205,6 +205,14 @@ def test_demo_command_refuses_before_any_training(options, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_demo_command_names_a_missing_package_before_any_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("nxd_cp.demo.main.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "expected matplotlib to be installed" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [[], ["demo"], ["plan"]])
 def test_help_describes_every_command(command):
     result = CliRunner().invoke(app, [*command, "--help"])
