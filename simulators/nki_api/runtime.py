@@ -41,12 +41,15 @@ class Run:
         "accumulators",
         "chip",
         "core",
+        "issued",
         "log",
+        "loops",
         "num_buffers",
         "num_programs",
         "ordered",
         "params",
         "program_id",
+        "random",
         "values",
     )
 
@@ -62,6 +65,9 @@ class Run:
         self.num_programs = 1
         self.accumulators: dict[str, Any] = {}
         self.num_buffers = 0
+        self.issued = 0  # instructions so far
+        self.loops: tuple[int, ...] = ()  # device loops that are open, outermost first
+        self.random: dict[str, Any] = {}  # generator state of each engine
         self.ordered = False  # inside nl.no_reorder
 
     def next_number(self) -> int:
