@@ -26,18 +26,19 @@ TEST = [
 ]
 SIMULATOR = ["numpy>=1.26", "ml_dtypes>=0.5"]
 PLOT = ["matplotlib>=3.8"]
+HUGGING_FACE = ["transformers>=5.0"]
 
 EXTRAS = {
     "sim": SIMULATOR,
     "plot": PLOT,
-    "hf": ["transformers>=4.57"],
+    "hf": HUGGING_FACE,
     # The next four need the vendor's index; xla and native exclude each other.
     "nki": ["nki>=0.3"],
     "xla": ["torch-neuronx>=2.9,<2.10", "neuronx-cc>=2.24,<3"],
     "native": ["torch-neuronx>=2.13.3"],
     "nxd": ["neuronx-distributed>=0.17"],
-    "test": [*TEST, *SIMULATOR, *PLOT],
-    "dev": [*TEST, *SIMULATOR, *PLOT, "ruff>=0.12", "mypy>=1.15", "pre-commit>=4"],
+    "test": [*TEST, *SIMULATOR, *PLOT, *HUGGING_FACE],
+    "dev": [*TEST, *SIMULATOR, *PLOT, *HUGGING_FACE, "ruff>=0.12", "mypy>=1.15", "pre-commit>=4"],
 }
 
 

@@ -1,0 +1,1 @@
+"""Adapters for training stacks; each module needs its stack and is imported by name."""

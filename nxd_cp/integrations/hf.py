@@ -1,0 +1,294 @@
+"""Hugging Face Transformers models over the ranks of a context-parallel group.
+
+Importing this module registers the attention implementation "nxd_ring" and its mask check:
+
+    from nxd_cp.integrations import hf
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="nxd_ring")
+    hf.attach(model, cp)
+    loss = model(**hf.shard_batch(batch, cp)).loss  # summed over ranks, this is the loss
+
+What a model asks for in ways that attention functions see (sliding windows, soft-capping, sinks,
+packed documents by `segment_ids`) reaches `ring_attention`; what it asks for by a mask tensor is
+refused, because each rank sees only its own part of the sequence.
+
+Not here: caches for generation (`hf_cache`), the Trainer's own context-parallel switch (it insists
+on "sdpa").
+
+Source: the AttentionInterface page of the Transformers documentation.
+Letters: B batch, L tokens of this rank, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from nxd_cp.attention import ring_attention
+from nxd_cp.context import CPContext
+from nxd_cp.schedule import token_runs
+from nxd_cp.sharding import IGNORE_INDEX
+from nxd_cp.sharding import shard_batch as shard_token_batch
+
+NAME = "nxd_ring"
+
+_ATTACHMENT = "nxd_cp_attachment"
+
+_NO_EFFECT_ON_ATTENTION = frozenset(
+    {
+        "cache_position",
+        "labels",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "shift_labels",
+        "use_cache",
+    }
+)
+
+
+class Attachment:
+    """What an attention module needs to know; copies of a model share it."""
+
+    def __init__(self, cp: CPContext | None, backend: str) -> None:
+        self.cp, self.backend = cp, backend
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
+        return self
+
+
+def attach(model: PreTrainedModel, cp: CPContext | None, *, backend: str = "auto") -> None:
+    """Make the attention of `model` run over the ranks of `cp`; call it again to change that.
+
+    model: loaded with `attn_implementation="nxd_ring"`. cp: None is one device. backend: as in
+    `ring_attention`.
+
+    Raises ValueError when the model uses another attention implementation, or has no attention
+    module that says whether it is causal.
+    """
+    used = getattr(model.config, "_attn_implementation", None)
+    if used != NAME:
+        raise ValueError(
+            f"expected a model with attn_implementation={NAME!r}, got {used!r}; pass it to "
+            f"from_pretrained or call model.set_attn_implementation({NAME!r})"
+        )
+    modules = [module for module in model.modules() if hasattr(module, "is_causal")]
+    if not modules:
+        raise ValueError(
+            f"expected attention modules with an is_causal attribute, got none in "
+            f"{type(model).__name__}; this model's attention does not go through the interface"
+        )
+    for module in modules:
+        setattr(module, _ATTACHMENT, Attachment(cp, backend))
+
+
+def shard_batch(
+    batch: Mapping[str, Tensor],
+    cp: CPContext,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    grad_average_over: int = 1,
+) -> dict[str, Any]:
+    """This rank's part of a batch, as keyword arguments of a causal language model.
+
+    A collective call when there are labels and no count is given.
+
+    batch: global tensors [B, S], equal on all ranks: `input_ids` and, if wanted, `labels` (not
+    shifted), `segment_ids` (packed documents), `position_ids`, and an `attention_mask` of ones.
+    num_items_in_batch: labels that count, over all ranks and accumulated micro-batches; by default
+    those of this batch. grad_average_over: as in `token_mean_loss`.
+
+    Returns `input_ids`, `position_ids` (global) and `attention_mask` (of ones, so that the model
+    takes no jump in positions for a new document), and with labels `labels`, `shift_labels` and
+    `num_items_in_batch`, which make the model's own loss this rank's share of the token mean: the
+    SUM over ranks is the loss, and the sum of the ranks' gradients is its gradient.
+
+    Raises ValueError for padding, and what `nxd_cp.shard_batch` raises.
+    """
+    if grad_average_over < 1:
+        raise ValueError(f"expected grad_average_over of at least 1, got {grad_average_over}")
+    whole = dict(batch)
+    _refuse_padding(whole.pop("attention_mask", None))
+    local: dict[str, Any] = dict(shard_token_batch(whole, cp))
+    first = local["input_ids"] if "input_ids" in local else next(iter(local.values()))
+    local["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+    if "labels" in local:
+        local["shift_labels"] = local["labels"]
+        if num_items_in_batch is None:
+            counted = (local["labels"] != IGNORE_INDEX).sum()
+            num_items_in_batch = cp.all_reduce(counted).clamp(min=1)
+        local["num_items_in_batch"] = num_items_in_batch / grad_average_over
+    return local
+
+
+def ring_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    segment_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function behind "nxd_ring", with the signature that Transformers calls.
+
+    query: [B, H, L, D]; key, value: [B, G, L, D], rotary embeddings applied. s_aux: sink logits
+    [H]. Returns o [B, L, H, D] and no attention weights.
+
+    Raises ValueError when the model was not attached, for a mask tensor, for position ids that are
+    not those of this rank's tokens, and for arguments whose meaning is not known.
+    """
+    attachment = _attachment_of(module)
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask: expected none, got a tensor {list(attention_mask.shape)}; each rank "
+            "sees only its own tokens, so masks are given as windows or segment_ids"
+        )
+    _refuse_unknown(kwargs)
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}; pass "
+            "use_cache=False"
+        )
+    causal = bool(module.is_causal if is_causal is None else is_causal)
+    if segment_ids is None and causal:
+        _check_positions(kwargs.get("position_ids"), query, attachment.cp)
+    o_BHLD = ring_attention(
+        query,
+        key,
+        value,
+        cp=attachment.cp,
+        causal=causal,
+        scale=scaling,
+        window=sliding_window,
+        segment_ids=segment_ids,
+        sinks=s_aux,
+        softcap=softcap,
+        dropout_p=dropout,
+        backend=attachment.backend,
+    )
+    assert isinstance(o_BHLD, Tensor), "return_lse was not asked for"
+    return o_BHLD.transpose(1, 2), None
+
+
+def check_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Any],
+    attention_mask: Tensor | None = None,
+    config: Any = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> None:
+    """The mask half of "nxd_ring": returns None, for what ring_attention makes of positions itself,
+    and refuses everything else that a model could want masked.
+
+    Called by Transformers with the sizes and the mask as a function of indices. Two diagonals of
+    that function tell a causal or windowed mask from packed, chunked and prefix masks.
+
+    Raises ValueError naming what was found.
+    """
+    _refuse_padding(attention_mask)
+    if use_vmap:
+        raise ValueError(
+            "expected a causal, windowed or full mask, got one with the model's own mask function "
+            "on top; ring attention would drop it"
+        )
+    if q_length != kv_length or q_length < 2:
+        return
+    causal = getattr(config, "is_causal", True)
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    before = torch.arange(q_length - 1, device=device)
+    rows = range(1 if attention_mask is None else attention_mask.shape[0])
+    sees_past = all(_all(mask_function(zero + b, zero, before + 1, before)) for b in rows)
+    sees_future = any(_any(mask_function(zero + b, zero, before, before + 1)) for b in rows)
+    if not sees_past:
+        raise ValueError(
+            "expected every token to see the one before it, got a mask that hides it (packed or "
+            "chunked attention); give the batch to hf.shard_batch, and packed documents as "
+            "segment_ids"
+        )
+    if causal and sees_future:
+        raise ValueError(
+            "expected a causal mask, got one in which tokens see later ones (a prefix or block "
+            "mask); ring attention would drop that"
+        )
+
+
+def _attachment_of(module: torch.nn.Module) -> Attachment:
+    attachment = getattr(module, _ATTACHMENT, None)
+    if attachment is None:
+        raise ValueError(
+            "expected a model that knows its context, got one without; call "
+            "nxd_cp.integrations.hf.attach(model, cp) first (cp=None for one device)"
+        )
+    return attachment
+
+
+def _refuse_padding(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "attention_mask: expected ones only, got padding; pad on the right, give padded tokens "
+            f"the label {IGNORE_INDEX} and leave the mask out (causal attention does not look "
+            "there), or pack the sequences with segment_ids"
+        )
+
+
+def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    unknown = {
+        name
+        for name, value in kwargs.items()
+        if value is not None and name not in _NO_EFFECT_ON_ATTENTION
+    }
+    if unknown:
+        raise ValueError(
+            f"expected arguments whose meaning is known, got {', '.join(sorted(unknown))}; packed "
+            "documents are given as segment_ids, what this model wants here is not supported"
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: expected False; attention weights are never formed")
+
+
+def _check_positions(position_ids: Tensor | None, query: Tensor, cp: CPContext | None) -> None:
+    """Rotary embeddings were made from these; local ones would be silently wrong."""
+    if cp is None or cp.size == 1:
+        return
+    runs = token_runs(cp.layout, cp.size, cp.rank, query.shape[2] * cp.size)
+    expected = torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
+    if position_ids is None or not torch.equal(
+        position_ids.cpu(), expected.expand(position_ids.shape)
+    ):
+        got = "none" if position_ids is None else f"{position_ids.flatten()[:3].tolist()}, ..."
+        raise ValueError(
+            f"position_ids: expected the global positions of this rank's tokens, "
+            f"{expected[:3].tolist()}, ..., got {got}; make the batch with hf.shard_batch "
+            "(positions are free with segment_ids)"
+        )
+
+
+def _all(value: Any) -> bool:
+    return bool(torch.as_tensor(value).all())
+
+
+def _any(value: Any) -> bool:
+    return bool(torch.as_tensor(value).any())
+
+
+AttentionInterface.register(NAME, ring_attention_forward)
+AttentionMaskInterface.register(NAME, check_mask)
