@@ -39,16 +39,18 @@ TEXT = load_text()
 FIRST_STEP, LATER_STEPS = 1e-6, 1e-5
 
 
-@functools.cache
-def _eager_model(name):
+def _initial_model(name):
     config_class, extra = MODELS[name]
     torch.manual_seed(0)
     config = config_class(**SIZES, **extra)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
+EAGER = {name: _initial_model(name) for name in MODELS}  # here: threads share the global generator
+
+
 def _ring_model(name, cp):
-    model = copy.deepcopy(_eager_model(name))
+    model = copy.deepcopy(EAGER[name])
     model.set_attn_implementation(hf.NAME)
     hf.attach(model, cp)
     return model
@@ -83,8 +85,8 @@ def _gradients(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_eager_attention_on_one_device(name, num_ranks):
     batch = _batch(1)
-    truth_loss, truth = _on_one_device(copy.deepcopy(_eager_model(name)).double(), batch)
-    _, baseline = _on_one_device(copy.deepcopy(_eager_model(name)), batch)
+    truth_loss, truth = _on_one_device(copy.deepcopy(EAGER[name]).double(), batch)
+    _, baseline = _on_one_device(copy.deepcopy(EAGER[name]), batch)
 
     def work(cp):
         model = _ring_model(name, cp)
@@ -98,7 +100,7 @@ def test_loss_and_gradients_are_those_of_eager_attention_on_one_device(name, num
 
 def test_a_dropped_window_is_caught():
     batch = _batch(1)
-    truth_loss, _ = _on_one_device(copy.deepcopy(_eager_model("mistral, window")).double(), batch)
+    truth_loss, _ = _on_one_device(copy.deepcopy(EAGER["mistral, window"]).double(), batch)
 
     def work(cp):
         model = _ring_model("mistral, window", cp)
@@ -146,7 +148,7 @@ def test_packed_documents_are_separate_documents():
     batch["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
     documents = batch["input_ids"].split(lengths, 1)
     with torch.no_grad():
-        models = copy.deepcopy(_eager_model("llama")).double(), _eager_model("llama")
+        models = copy.deepcopy(EAGER["llama"]).double(), EAGER["llama"]
         truth, baseline = (
             torch.cat([model(ids, use_cache=False).logits for ids in documents], 1)
             for model in models
@@ -166,8 +168,8 @@ def test_packed_documents_are_separate_documents():
 def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch():
     batch = _batch(3, num_rows=4)
     count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    _, truth = _on_one_device(copy.deepcopy(_eager_model("llama")).double(), batch)
-    _, baseline = _on_one_device(copy.deepcopy(_eager_model("llama")), batch)
+    _, truth = _on_one_device(copy.deepcopy(EAGER["llama"]).double(), batch)
+    _, baseline = _on_one_device(copy.deepcopy(EAGER["llama"]), batch)
 
     def work(cp):
         model = _ring_model("llama", cp)
@@ -247,7 +249,7 @@ def test_masks_that_are_not_causal_windowed_or_full_raise():
 
 
 def test_a_model_without_context_or_interface_is_named():
-    model = copy.deepcopy(_eager_model("llama"))
+    model = copy.deepcopy(EAGER["llama"])
     with pytest.raises(ValueError, match="attn_implementation='nxd_ring', got 'eager'"):
         hf.attach(model, None)
     model.set_attn_implementation(hf.NAME)
