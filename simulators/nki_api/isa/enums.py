@@ -5,7 +5,7 @@ Source: nki.isa (engine, reduce_cmd, dge_mode, oob_mode, matmul_perf_mode, nc_ve
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import Enum, IntEnum
 
 
 class engine(Enum):
@@ -53,8 +53,8 @@ class matmul_perf_mode(Enum):
     double_row = "double_row"
 
 
-class nc_version(Enum):
-    """NeuronCore generations."""
+class nc_version(IntEnum):
+    """NeuronCore generations; public kernels compare them (`>= nc_version.gen3`)."""
 
     gen2 = 2
     gen3 = 3
