@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
@@ -107,6 +107,27 @@ class CPContext:
             raise ValueError(f"axis: expected one of the mesh's axes {names}, got {axis!r}")
         return cls.from_group(
             mesh.get_group(axis), layout=layout, ring_order=ring_order, check_ranks=check_ranks
+        )
+
+    @classmethod
+    def from_nxd(
+        cls,
+        *,
+        layout: str = "zigzag",
+        check_ranks: bool = True,
+        parallel_state: Any = None,
+    ) -> CPContext:
+        """The context of this process in NxD's context-parallel group, its ring in NxD's order.
+
+        Call it after `initialize_model_parallel`, on all ranks. parallel_state: NxD's module of
+        that name (the default) or a stand-in. Raises ValueError where NxD is not installed or has
+        not made its groups.
+        """
+        from nxd_cp.integrations.nxd.state import find_place
+
+        place = find_place(parallel_state)
+        return cls.from_group(
+            place.group, layout=layout, ring_order=place.ring_order, check_ranks=check_ranks
         )
 
     @classmethod

@@ -25,6 +25,7 @@ class Transport(ABC):
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
+        self.global_ranks = list(range(size))  # of the group ranks, in the world of all processes
         self.context = 1  # among the contexts of one process group
         self.counters = Counters()
         self.buffers = BufferPool()

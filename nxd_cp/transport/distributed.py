@@ -41,12 +41,12 @@ class DistributedTransport(Transport):
         with _CONTEXTS_LOCK:
             self.context = _CONTEXTS[group] = _CONTEXTS.get(group, 0) + 1
         self._group = group
-        self._global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
+        self.global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
     def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> _Ticket:
         ends = ((dist.isend, out, move.to), (dist.irecv, into, move.source))
         pair = [
-            dist.P2POp(act, x, self._global_ranks[peer], self._group, _tag(channel, x))
+            dist.P2POp(act, x, self.global_ranks[peer], self._group, _tag(channel, x))
             for act, x, peer in ends
             if x is not None and peer is not None
         ]
