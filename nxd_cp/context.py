@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from nxd_cp.schedule import LAYOUTS
+from nxd_cp.strategies.plan import Strategy
 from nxd_cp.transport import (
     DistributedTransport,
     LocalSession,
@@ -50,6 +51,7 @@ class CPContext:
         *,
         layout: str = "zigzag",
         ring_order: Sequence[int] | None = None,
+        strategy: str | Strategy = "ring",
         check_ranks: bool = True,
     ) -> None:
         if layout not in LAYOUTS:
@@ -63,6 +65,7 @@ class CPContext:
         self.transport = transport
         self.rank, self.size = transport.rank, transport.size
         self.layout, self.ring_order, self.check_ranks = layout, order, check_ranks
+        self.strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         with _contexts_lock:
             self.handle = f"cp{next(_handles)}"
             _contexts[self.handle] = self
@@ -74,6 +77,7 @@ class CPContext:
         *,
         layout: str = "zigzag",
         ring_order: Sequence[int] | None = None,
+        strategy: str | Strategy = "ring",
         check_ranks: bool = True,
     ) -> CPContext:
         """The context of this process in `group`. Every member calls it, with equal arguments, and
@@ -89,7 +93,13 @@ class CPContext:
                 "pass dist.group.WORLD or the result of dist.new_group"
             )
         transport = DistributedTransport(group)
-        return cls(transport, layout=layout, ring_order=ring_order, check_ranks=check_ranks)
+        return cls(
+            transport,
+            layout=layout,
+            ring_order=ring_order,
+            strategy=strategy,
+            check_ranks=check_ranks,
+        )
 
     @classmethod
     def from_mesh(
@@ -99,6 +109,7 @@ class CPContext:
         *,
         layout: str = "zigzag",
         ring_order: Sequence[int] | None = None,
+        strategy: str | Strategy = "ring",
         check_ranks: bool = True,
     ) -> CPContext:
         """The context of this process along one axis of a device mesh."""
@@ -106,7 +117,11 @@ class CPContext:
         if axis not in names:
             raise ValueError(f"axis: expected one of the mesh's axes {names}, got {axis!r}")
         return cls.from_group(
-            mesh.get_group(axis), layout=layout, ring_order=ring_order, check_ranks=check_ranks
+            mesh.get_group(axis),
+            layout=layout,
+            ring_order=ring_order,
+            strategy=strategy,
+            check_ranks=check_ranks,
         )
 
     @classmethod
@@ -137,6 +152,7 @@ class CPContext:
         *,
         layout: str = "zigzag",
         ring_order: Sequence[int] | None = None,
+        strategy: str | Strategy = "ring",
         check_ranks: bool = True,
         timeout_s: float = 120.0,
     ) -> LocalGroup:
@@ -149,6 +165,7 @@ class CPContext:
                 LocalTransport(rank, session),
                 layout=layout,
                 ring_order=ring_order,
+                strategy=strategy,
                 check_ranks=check_ranks,
             )
             for rank in range(size)

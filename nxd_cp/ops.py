@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxd_cp import ring
+from nxd_cp import ring, strategies
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
 from nxd_cp.schedule import Plan, make_plan
@@ -43,7 +43,7 @@ def ring_forward(
     """
     context = _context(cp)
     plan = plan_for(context, q.shape[2], causal, window)
-    _validate_blocks(q, k, v, context, plan, backend)
+    work = _carry_out(plan, q, k, v, context, backend)
     with context.transport.call("forward") as call:
         _agree(
             call,
@@ -57,11 +57,11 @@ def ring_forward(
             backend,
             forward_call=call.number,
         )
-        o, lse = ring.forward(
+        o, lse = strategies.forward(
             q,
             k,
             v,
-            plan=plan,
+            work=work,
             rank=context.rank,
             backend=get_backend(backend, q.device),
             call=call,
@@ -95,14 +95,14 @@ def ring_backward(
         _agree(
             call, context, q, k, segment_ids, causal, window, scale, backend, forward_call=number
         )
-        dq, dk, dv = ring.backward(
+        dq, dk, dv = strategies.backward(
             do,
             q,
             k,
             v,
             o,
             lse,
-            plan=plan,
+            work=strategies.plan_for(context.strategy, plan, q, k),
             rank=context.rank,
             backend=get_backend(backend, q.device),
             call=call,
@@ -203,12 +203,17 @@ def refuse(context: CPContext, reason: str, device: torch.device) -> None:
             announce_refusal(call, context.ring_order, reason, device)
 
 
-def _validate_blocks(
-    q: Tensor, k: Tensor, v: Tensor, context: CPContext, plan: Plan, backend: str
-) -> None:
-    """The backend can compute every rectangle; here, because a compiled graph begins here."""
+def _carry_out(
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, context: CPContext, backend: str
+) -> strategies.StrategyPlan:
+    """The plan by the context's strategy, of which the backend can compute every rectangle.
+
+    Here and not earlier, because a compiled graph begins here.
+    """
     try:
-        get_backend(backend, q.device).validate(q, k, v, plan=plan, rank=context.rank)
+        work = strategies.plan_for(context.strategy, plan, q, k)
+        get_backend(backend, q.device).validate(q, k, v, plan=work.plan, rank=context.rank)
+        return work
     except ValueError as error:
         refuse(context, str(error), q.device)
         raise
@@ -258,6 +263,7 @@ def _agree(
         "scale": scale,
         "backend": backend,
         "layout": context.layout,
+        "strategy": str(context.strategy),
         "ring order": str(context.ring_order),
     }
     check_agreement(call, context.ring_order, description, q.device)

@@ -12,6 +12,7 @@ from nxd_cp import reference
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import Bounded, Mask, token_runs
+from nxd_cp.strategies import Strategy
 
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -30,6 +31,7 @@ class Case:
     D: int = 16
     dtype: torch.dtype = torch.float32
     window: int | None = None
+    strategy: str | Strategy = "ring"
 
     def __str__(self) -> str:
         kind = "causal" if self.causal else "full"
@@ -37,7 +39,7 @@ class Case:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"B{self.B}-S{self.S}-H{self.Hq}-G{self.Hkv}-D{self.D}-{dtype}-{self.layout}"
-            f"-cp{self.size}-{kind}"
+            f"-cp{self.size}-{kind}-{self.strategy}"
         )
 
     @property
@@ -97,7 +99,7 @@ def one_rank(cp: CPContext, case: Case) -> tuple[Tensor, ...]:
 
 def all_ranks_locally(case: Case, **options: object) -> tuple[Tensor, ...]:
     """The whole sequence's o, dq, dk, dv from a ring of threads."""
-    group = CPContext.local(case.size, layout=case.layout, **options)
+    group = CPContext.local(case.size, layout=case.layout, strategy=case.strategy, **options)
     return join_all(group.run(lambda cp: one_rank(cp, case)), case)
 
 

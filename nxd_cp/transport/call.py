@@ -77,7 +77,12 @@ class Call:
         if self._open:
             which = ", ".join(str(hop.sequence) for hop in self._open)
             raise self._failed(f"{self}: nobody waited for hop {which}; call hop.wait()")
-        for parcel in self._parcels:
+        self.release(self._parcels)
+
+    def release(self, parcels: list[Parcel]) -> None:
+        """Give the buffers of these parcels back before the call ends; nothing is in flight."""
+        for parcel in list(parcels):
+            self._parcels.remove(parcel)
             parcel.release()
 
     def parcel(

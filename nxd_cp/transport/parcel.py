@@ -24,8 +24,8 @@ from torch import Tensor
 from nxd_cp.debugging import debug_enabled
 from nxd_cp.schedule import HEADER_BYTES
 
-CHANNELS = ("kv", "grad", "agreement", "gather")
-RING_CHANNELS = ("kv", "grad")
+CHANNELS = ("kv", "grad", "agreement", "gather", "heads")
+RING_CHANNELS = ("kv", "grad", "heads")
 POOL_BUFFERS = 4  # keys and values, and their gradients, twice each
 _POOL_LEAST_BYTES = 1 << 16
 
@@ -39,12 +39,12 @@ class Counters:
 
     @property
     def ring_messages(self) -> int:
-        """Messages of keys, values and their gradients: what `Plan.traffic` counts."""
+        """Messages of keys, values, gradients and heads: what `traffic` of a plan counts."""
         return sum(self.messages[channel] for channel in RING_CHANNELS)
 
     @property
     def ring_bytes(self) -> int:
-        """Bytes of keys, values and their gradients: what `Plan.traffic` counts."""
+        """Bytes of keys, values, gradients and heads: what `traffic` of a plan counts."""
         return sum(self.size_bytes[channel] for channel in RING_CHANNELS)
 
     def reset(self) -> None:

@@ -1,0 +1,120 @@
+"""Strategies: how keys, values or heads move so that every rank sees all it must.
+
+Does: run a forward or a backward by the strategy of a context. Does not: check arguments, agree
+with other ranks (`ops.py`), or compute (`ring.py`, which every strategy uses).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nxd_cp import ring
+from nxd_cp.schedule import Plan
+from nxd_cp.strategies.cost import Shape, choose
+from nxd_cp.strategies.gather import rounds_of
+from nxd_cp.strategies.heads import join_rows, to_heads, to_tokens
+from nxd_cp.strategies.plan import STRATEGIES, Strategy, StrategyPlan, plan_strategy
+from nxd_cp.transport import Call
+
+__all__ = [
+    "STRATEGIES",
+    "Strategy",
+    "StrategyPlan",
+    "backward",
+    "forward",
+    "plan_for",
+    "plan_strategy",
+]
+
+
+def plan_for(strategy: Strategy, plan: Plan, q: Tensor, k: Tensor) -> StrategyPlan:
+    """A ring plan carried out by `strategy`, which may be "auto", for tensors of these shapes."""
+    batch, num_heads, _, head_dim = q.shape
+    shape = Shape(batch, num_heads, k.shape[1], head_dim, q.element_size())
+    chosen = choose(plan, strategy, shape)
+    return plan_strategy(plan, chosen, num_heads=num_heads, num_kv_heads=k.shape[1])
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    work: StrategyPlan,
+    rank: int,
+    call: Call,
+    document_ids: list[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """As `ring.forward`, whose other keywords are `options`."""
+    options |= {"plan": work.plan, "rank": rank}
+    if work.groups is not None:
+        group = work.groups[rank]
+        parts = to_heads(call, group, [q, k, v])
+        ids = _join_ids(work, document_ids)
+        o, lse = ring.forward(*parts, call=call, document_ids=ids, **options)
+        # The all-to-all moves what is returned, so o is rounded here, once.
+        lse, o = to_tokens(call, group, [lse, o.to(q.dtype)])
+        return o, lse
+    if work.strategy.name == "ring":
+        return ring.forward(q, k, v, call=call, document_ids=document_ids, **options)
+    found = [
+        ring.forward(
+            q[:, mine], k[:, heads], v[:, heads], call=posted, document_ids=document_ids, **options
+        )
+        for mine, heads, posted in rounds_of(call, work, rank, q, k, v)
+    ]
+    o, lse = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return o, lse
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    *,
+    work: StrategyPlan,
+    rank: int,
+    call: Call,
+    document_ids: list[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ring.backward`, whose other keywords are `options`."""
+    options |= {"plan": work.plan, "rank": rank}
+    if work.groups is not None:
+        group = work.groups[rank]
+        lse, do, q, k, v, o = to_heads(call, group, [lse, do, q, k, v, o])
+        ids = _join_ids(work, document_ids)
+        grads = ring.backward(do, q, k, v, o, lse, call=call, document_ids=ids, **options)
+        dq, dk, dv = to_tokens(call, group, [x.to(q.dtype) for x in grads])
+        return dq, dk, dv
+    if work.strategy.name == "ring":
+        return ring.backward(do, q, k, v, o, lse, call=call, document_ids=document_ids, **options)
+    found = []
+    for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
+        dq, dk, dv = ring.backward(
+            do[:, mine],
+            q[:, mine],
+            k[:, heads],
+            v[:, heads],
+            o[:, mine],
+            lse[:, mine],
+            call=posted,
+            document_ids=document_ids,
+            **options,
+        )
+        found.append((dq, dk, dv))
+    dq, dk, dv = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return dq, dk, dv
+
+
+def _join_ids(work: StrategyPlan, document_ids: list[Tensor] | None) -> list[Tensor] | None:
+    if document_ids is None or work.groups is None:
+        return None
+    return [join_rows(group, document_ids) for group in work.groups]
