@@ -2,6 +2,7 @@
 
 import gc
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -161,6 +162,30 @@ def test_addresses_outside_or_unaligned_are_rejected(buffer, address):
         nl.ndarray((128, 8), dtype=nl.float32, buffer=buffer, address=address)  # bad
 
     rejects("memory.address", kernel)
+
+
+def test_a_16_bit_tensor_may_lie_at_an_even_byte_but_warns():
+    def kernel(x):
+        tile = nl.ndarray((128, 3), dtype=nl.bfloat16, buffer=nl.sbuf, address=(0, 2))
+        beside = nl.ndarray((128, 1), dtype=nl.bfloat16, buffer=nl.sbuf, address=(0, 8))
+        nisa.dma_copy(dst=beside, src=x[:, 3:])
+        nisa.dma_copy(dst=tile[:, 0:1], src=x[:, 0:1])
+        nisa.dma_copy(dst=tile[:, 1:3], src=x[:, 1:3])
+        return store(tile)
+
+    x = normal(128, 4, dtype=ml_dtypes.bfloat16)
+    with pytest.warns(NkiSimulatorWarning, match="memory.alignment"):
+        np.testing.assert_array_equal(run(kernel, x), x[:, :3])
+
+
+def test_half_of_an_even_placed_tensor_is_still_unwritten():
+    def kernel(x):
+        tile = nl.ndarray((128, 4), dtype=nl.bfloat16, buffer=nl.sbuf, address=(0, 2))
+        nisa.dma_copy(dst=tile[:, 0:3:2], src=x[:, 0:2])
+        nisa.tensor_copy(dst=sbuf((128, 2)), src=tile[:, 0:2])  # bad
+
+    with pytest.warns(NkiSimulatorWarning, match="memory.alignment"):
+        rejects("memory.uninitialised", kernel, normal(128, 4, dtype=ml_dtypes.bfloat16))
 
 
 def test_more_than_128_partitions_are_rejected():

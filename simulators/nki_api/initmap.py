@@ -121,7 +121,7 @@ class InitMap:
     def cell_view(self, pattern: Pattern) -> Any:
         """The codes of a region as a view; items of several cells get a last dim of cells."""
         partition, byte, counts, strides, item = pattern
-        self._make_cells(item)
+        self._make_cells(min(item, byte & -byte or item))
         granule, width = self.granule, self.cells.shape[1]
         at = partition * width + byte // granule
         steps = [width * strides[0], *(s // granule for s in strides[1:])]

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from . import chips, dtypes
-from .errors import fail
+from .errors import broken, fail
 from .initmap import FRESH, OTHER, InitMap, Rect, overlap
-from .rules import documented
+from .rules import documented, inferred
 
 HBM, SBUF, PSUM = 0, 1, 2
 ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
@@ -42,7 +42,12 @@ _PARTITIONS = documented(
 _ADDRESS = documented(
     "memory.address",
     "nki.language.ndarray",
-    "address=(partition, byte) lies inside the memory, aligned (4 bytes; a PSUM bank for PSUM)",
+    "address=(partition, byte) lies inside the memory, aligned (element; PSUM bank)",
+)
+_ALIGNMENT = inferred(
+    "memory.alignment",
+    "nki.language.tile_size.sbuf_min_align; nki-library@d2ad3a5 places bf16 at even bytes",
+    "an SBUF address is a multiple of 4 bytes",
 )
 
 
@@ -234,7 +239,7 @@ class Core:
         if shape[0] > chips.NUM_PARTITIONS:
             fail(_PARTITIONS, "nki.language.ndarray", f"{shape[0]} partitions", tensor=asked)
         padded = -(-row_bytes // MIN_ALIGN) * MIN_ALIGN
-        at = self._at(address, shape[0], row_bytes, space) if address else free.take(padded)
+        at = self._at(address, shape, dtype, row_bytes, space) if address else free.take(padded)
         if at is None:
             fail(_CAPACITY, "nki.language.ndarray", self._full(space, padded, free), tensor=asked)
         label = name or f"tensor {number} {shape}"
@@ -286,10 +291,18 @@ class Core:
             storage.fill()
         neighbours[storage.number] = rect
 
-    def _at(self, address: tuple[int, int], partitions: int, row_bytes: int, space: int) -> int:
+    def _at(
+        self,
+        address: tuple[int, int],
+        shape: tuple[int, ...],
+        dtype: dtypes.DType,
+        row_bytes: int,
+        space: int,
+    ) -> int:
         partition, at = address
+        partitions = shape[0]
         size = chips.PSUM_BYTES if space == PSUM else self.chip.sbuf_usable_bytes
-        align = chips.PSUM_BANK_BYTES if space == PSUM else MIN_ALIGN
+        align = chips.PSUM_BANK_BYTES if space == PSUM else dtype.itemsize
         inside = 0 <= partition <= chips.NUM_PARTITIONS - partitions and 0 <= at <= size - row_bytes
         if not inside or at % align:
             fail(
@@ -297,6 +310,10 @@ class Core:
                 "nki.language.ndarray",
                 f"address {address} for {partitions} partitions x {row_bytes} bytes; "
                 f"memory is 128 x {size} bytes, alignment {align}",
+            )
+        if at % MIN_ALIGN:
+            broken(
+                _ALIGNMENT, "nki.language.ndarray", f"address {address}", tensor=(shape, str(dtype))
             )
         return at
 
