@@ -89,7 +89,7 @@ def test_one_scalar_moves_the_whole_view(as_register):
 def test_rules_of_run_time_addresses():
     def on_an_engine(x, rows):
         view = load(x).ap([[48, 64], [1, 8]], scalar_offset=load(rows[0:1]), indirect_dim=1)
-        nisa.tensor_copy(sbuf((64, 8)), view)  # bad
+        nisa.reciprocal(sbuf((64, 8)), view)  # bad
 
     def both(x, rows):
         index = load(rows)
@@ -168,8 +168,13 @@ def test_while_loop_and_parser_loops():
 
     def parser(x):
         out, register = sbuf((64, 48)), nisa.register_alloc(2)
+        store_rows = nl.ndarray((64, 48), nl.float32, nl.shared_hbm)
+        nisa.dma_copy(store_rows, x)
         for i in nl.dynamic_range(register, 6):
-            nisa.dma_copy(out[i : i + 1], x[i : i + 1])
+            row = x.ap([[48, 1], [1, 48]], scalar_offset=i, indirect_dim=0)
+            to = store_rows.ap([[48, 1], [1, 48]], scalar_offset=i, indirect_dim=0)
+            nisa.dma_copy(to, row)
+        nisa.dma_copy(out, store_rows)
         while register:
             nisa.dma_copy(out[0:2], x[0:2])
             nisa.register_move(register, 0)
@@ -195,6 +200,14 @@ def test_register_and_loop_rules():
         with nl.no_reorder():
             nl.fori_loop(0, 4, lambda i: None)  # bad
 
+    def written(x):
+        nl.fori_loop(0, 2, lambda i: nisa.register_move(i, 0))  # bad
+
+    def returned(x):
+        nl.fori_loop(0, 2, lambda i: i)  # bad
+
+    rejects("register.loop_variable", written, X)
+    rejects("loop.bounds", returned, X)
     rejects("register.operands", unwritten, X)
     rejects("loop.bounds", step, X)
     rejects("loop.bounds", no_register, X)

@@ -15,7 +15,7 @@ from . import dtypes
 from .checks import destination
 from .dtypes import DType
 from .errors import fail, unsupported
-from .isa.vector_engine import memset
+from .isa.copy import memset
 from .memory import HBM, MemoryRegion, hbm_storage
 from .rules import documented
 from .runtime import current

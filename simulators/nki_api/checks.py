@@ -25,8 +25,8 @@ _TILE = documented(
 )
 _STATIC = documented(
     "operand.run_time_address",
-    "nki.isa.dma_copy (Indirect addressing)",
-    "only a DMA takes an address known at run time",
+    "nki.isa.dma_copy (Indirect addressing); NKI migration guide (tensor_copy)",
+    "an address known at run time is for DMA, one for all partitions for tensor_copy too",
 )
 _START = documented(
     "operand.partition_start",

@@ -1,8 +1,9 @@
 """Addresses known at run time: views made by .ap(scalar_offset= / vector_offset=) and selects.
 
-Only DMA takes them; every other instruction refuses. The address is base + index * the stride of
-the indirect dim; with a vector, row p of the view uses index[p]. The index is read when the DMA
-runs. In shape-only mode, where indices are unknown, they count as 0.
+DMA takes them, and tensor_copy those with one address; every other instruction refuses. The
+address is base + index * the stride of the indirect dim; with a vector, row p of the view uses
+index[p]. The index is read when the instruction runs. In shape-only mode, where indices are
+unknown, they count as 0.
 
 Source: nki.isa.dma_copy ("Indirect addressing"); NKI access patterns deep dive.
 """
@@ -98,6 +99,16 @@ def indirect_view(
     view = IndirectTensor(base.storage, shape, strides, offset, base.dtype)
     view.index, view.index_stride, view.vector = index, base.strides[dim], vector is not None
     return view
+
+
+def resolved(instr: str, run: Run, tensor: Any) -> Any:
+    """`tensor` with its one run-time address read; static tensors as they are."""
+    if not isinstance(tensor, IndirectTensor) or tensor.vector:
+        return tensor
+    found = tensor.pieces(instr, run)[0]
+    if found is None:
+        fail(_BOUNDS, instr, "a run-time address is out of bounds", tensor=tensor)
+    return found
 
 
 def rows(instr: str, run: Run, tensor: NkiTensor, count: int) -> list[NkiTensor | None]:

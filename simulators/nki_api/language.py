@@ -41,10 +41,10 @@ from .dtypes import (
     uint32,
 )
 from .errors import unsupported
+from .loops import dynamic_range, fori_loop, no_reorder, while_loop
 from .memory import MemoryRegion
 from .nki_object import NKIObject
 from .ops import OPS
-from .registers import dynamic_range, fori_loop, no_reorder, while_loop
 from .runtime import current
 from .tensor import DynamicSlice, NkiTensor
 from .tile_size import tile_size

@@ -19,10 +19,8 @@ from typing import Any
 MAX_OPERANDS = 6  # the destination first
 WIDTH = 6 + MAX_OPERANDS  # opcode, engine, line, elements, flags, detail, operands
 NONE = -1
-# Functions of nki.language that issue instructions: not the kernel's line.
-_HELPERS = frozenset(
-    str(Path(__file__).with_name(name)) for name in ("allocation.py", "ops.py", "tiles.py")
-)
+# Files of the simulator: not the kernel's line.
+_HELPERS = frozenset(str(path) for path in Path(__file__).parent.rglob("*.py"))
 
 # Bits of `flags`. Bits 8..15 hold a row tile size of TensorE, 16..23 a column tile size (0: 128).
 ACCUMULATE = 1  # a matmul adds onto its PSUM destination
@@ -129,10 +127,10 @@ class Log:
         sources: tuple[Any, ...],
         elements: int,
         flags: int = 0,
-        depth: int = 2,
+        depth: int = 1,
         detail: str = "",
     ) -> None:
-        """Append one instruction; `depth` frames up is the kernel's line."""
+        """Append one instruction; the kernel's line is outside the simulator."""
         frame: FrameType | None = sys._getframe(depth)
         while frame is not None and frame.f_code.co_filename in _HELPERS:
             frame = frame.f_back

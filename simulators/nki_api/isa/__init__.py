@@ -20,8 +20,10 @@ from nxd_cp.simulators.nki_api.registers import (
 from nxd_cp.simulators.nki_api.runtime import current_or_none
 
 from . import enums as constants
+from .copy import memset, tensor_copy
 from .dma import dma_copy
 from .dma_reshape import dma_compute, dma_transpose
+from .elementwise import reciprocal, scalar_tensor_tensor, tensor_tensor
 from .enums import (
     dge_mode,
     dma_engine,
@@ -31,23 +33,17 @@ from .enums import (
     oob_mode,
     reduce_cmd,
 )
+from .exponential import exponential
 from .gather import local_gather, nc_n_gather, nc_stream_shuffle, tensor_partition_reduce
 from .gpsimd import affine_select, iota
-from .running import exponential, tensor_scalar_cumulative
+from .issue import NkiInstruction
+from .reduce import bn_aggr, bn_stats, tensor_reduce
 from .scalar_engine import activation, activation_reduce
-from .scan import bn_aggr, bn_stats, tensor_scalar_reduce, tensor_tensor_scan
+from .scan import tensor_scalar_cumulative, tensor_tensor_scan
 from .search import max8, nc_find_index8, nc_match_replace8, nonzero_with_count
 from .select import range_select, select_reduce, tensor_copy_predicated
 from .tensor_engine import nc_matmul, nc_transpose
-from .vector_engine import (
-    memset,
-    reciprocal,
-    scalar_tensor_tensor,
-    tensor_copy,
-    tensor_reduce,
-    tensor_scalar,
-    tensor_tensor,
-)
+from .tensor_scalar import tensor_scalar, tensor_scalar_reduce
 
 tensor_engine = engine.tensor
 vector_engine = engine.vector
@@ -96,6 +92,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "NkiInstruction",
     "NkiValidationError",
     "VirtualRegister",
     "activation",

@@ -24,6 +24,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .enums import dge_mode as modes
 from .enums import engine as engines
 from .enums import oob_mode as oob_modes
+from .issue import NkiInstruction, issue
 
 _PAGE = "nki.isa.dma_copy"
 _PLACES = documented("dma_copy.memory", _PAGE, "src and dst are tensors in HBM or SBUF")
@@ -55,7 +56,7 @@ def dma_copy(
     dge_mode: Any = modes.unknown,
     engine: Any = engines.unknown,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = src by DMA, in row-major element order."""
     instr = "nki.isa.dma_copy"
     run = current(instr)
@@ -67,23 +68,26 @@ def dma_copy(
     if dge_mode is not modes.unknown or engine is not engines.unknown or priority is not None:
         _check_mode(instr, run, dst, src, priority, dge_mode, engine)
     if type(dst) is IndirectTensor or type(src) is IndirectTensor:
-        _copy_dynamic(instr, run, dst, src, oob_mode, dge_mode)
-        return
+        return _copy_dynamic(instr, run, dst, src, oob_mode, dge_mode, name)
     if src.storage.init.uniform <= 0:
         check_padding(instr, src)
     if dst.storage.init.uniform != OTHER:
         mark(dst, OTHER)
     if run.values:
         _move(dst, src)
-    if run.log is not None:
-        trigger = "" if engine is engines.unknown else f":{engine.name}"
-        detail = f"{dge_mode.name}{trigger}"
-        run.log.add("dma_copy", "dma", dst, (src,), dst.size, detail=detail)
+    detail = dge_mode.name if engine is engines.unknown else f"{dge_mode.name}:{engine.name}"
+    return issue(run, "dma_copy", "dma", dst, (src,), dst.size, detail=detail, name=name)
 
 
 def _copy_dynamic(
-    instr: str, run: Run, dst: NkiTensor, src: NkiTensor, oob_mode: Any, mode: Any
-) -> None:
+    instr: str,
+    run: Run,
+    dst: NkiTensor,
+    src: NkiTensor,
+    oob_mode: Any,
+    mode: Any,
+    name: str | None,
+) -> NkiInstruction:
     """The copy with an address known at run time, row by row where a vector gives addresses."""
     indirect = [t for t in (dst, src) if isinstance(t, IndirectTensor)]
     count = max((t.shape[0] for t in indirect if t.vector), default=1)
@@ -103,9 +107,8 @@ def _copy_dynamic(
         mark(to, OTHER)
         if run.values:
             _move(to, piece)
-    if run.log is not None:
-        tiles = tuple(t.index for t in indirect if type(t.index) is NkiTensor)
-        run.log.add("dma_copy", "dma", dst, (src, *tiles), dst.size, flags, 3, mode.name)
+    tiles = (src, *(t.index for t in indirect))
+    return issue(run, "dma_copy", "dma", dst, tiles, dst.size, flags, mode.name, name)
 
 
 def _move(dst: NkiTensor, src: NkiTensor) -> None:

@@ -23,6 +23,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .dma import check_padding
 from .enums import dge_mode as modes
 from .enums import oob_mode as oob_modes
+from .issue import NkiInstruction, issue
 
 _TRANSPOSE = documented(
     "dma_transpose.operands",
@@ -53,7 +54,7 @@ def dma_transpose(
     dge_mode: Any = modes.unknown,
     oob_mode: Any = oob_modes.error,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = src with its first and last dims swapped."""
     instr = "nki.isa.dma_transpose"
     run = current(instr)
@@ -70,9 +71,7 @@ def dma_transpose(
     mark(dst, OTHER)
     if run.values:
         dst.array[...] = src.array.transpose(order).copy()
-    if run.log is not None:
-        detail = dge_mode.name
-        run.log.add("dma_transpose", "dma", dst, (src,), dst.size, TRANSPOSE, detail=detail)
+    return issue(run, "dma_transpose", "dma", dst, (src,), dst.size, TRANSPOSE, dge_mode.name, name)
 
 
 def _check_mode(
@@ -100,7 +99,7 @@ def dma_compute(
     unique_indices: bool = True,
     oob_mode: Any = oob_modes.error,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = sum of the sources, element by element, in fp32."""
     instr = "nki.isa.dma_compute"
     run = current(instr)
@@ -121,6 +120,5 @@ def dma_compute(
         for tensor in sources[1:]:
             total = total + dtypes.to_f32(tensor.array, tensor.dtype).reshape(out.shape)
         dtypes.store_f32(out, total, dst.dtype)
-    if run.log is not None:
-        # A record has room for five sources; the destination's size still counts all bytes moved.
-        run.log.add("dma_compute", "dma", dst, tuple(sources[:5]), dst.size, detail="none")
+    # A record has room for five sources; the destination's size still counts all bytes moved.
+    return issue(run, "dma_compute", "dma", dst, tuple(sources[:5]), dst.size, 0, "none", name)

@@ -26,6 +26,8 @@ from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
+from .issue import NkiInstruction, issue
+
 QUADRANT = 32
 KEEP = 255
 GROUP = 16  # partitions of one GpSimd core
@@ -58,7 +60,9 @@ _PARTITION_REDUCE = documented(
 )
 
 
-def nc_stream_shuffle(dst: Any, src: Any, shuffle_mask: Any, name: str | None = None) -> None:
+def nc_stream_shuffle(
+    dst: Any, src: Any, shuffle_mask: Any, name: str | None = None
+) -> NkiInstruction:
     """Within each 32 partitions, dst[i] = src[shuffle_mask[i]]; 255 leaves dst[i] as it is."""
     instr = "nki.isa.nc_stream_shuffle"
     run = current(instr)
@@ -89,11 +93,10 @@ def nc_stream_shuffle(dst: Any, src: Any, shuffle_mask: Any, name: str | None = 
             mark(dst[i : i + 1], OTHER)
     if moved is not None:
         dst.array[[i for i, _ in pairs]] = moved.reshape(-1, *dst.shape[1:])
-    if run.log is not None:
-        run.log.add("nc_stream_shuffle", "vector", dst, (src,), src.size // src.shape[0])
+    return issue(run, "nc_stream_shuffle", "vector", dst, (src,), src, name=name)
 
 
-def nc_n_gather(dst: Any, data: Any, indices: Any, name: str | None = None) -> None:
+def nc_n_gather(dst: Any, data: Any, indices: Any, name: str | None = None) -> NkiInstruction:
     """dst[p, i] = data[p, indices[p, i]], free dims flattened."""
     instr = "nki.isa.nc_n_gather"
     run = current(instr)
@@ -110,8 +113,7 @@ def nc_n_gather(dst: Any, data: Any, indices: Any, name: str | None = None) -> N
         _inside(instr, flat, data, 1)
         taken = np.take_along_axis(values.reshape(partitions, -1), flat, axis=1)
         out[...] = taken.reshape(out.shape)
-    if run.log is not None:
-        run.log.add("nc_n_gather", "gpsimd", dst, (data, indices), dst.size // partitions)
+    return issue(run, "nc_n_gather", "gpsimd", dst, (data, indices), dst, name=name)
 
 
 def _inside(instr: str, index: Any, data: NkiTensor, width: int) -> None:
@@ -127,7 +129,7 @@ def local_gather(
     num_elem_per_idx: int = 1,
     num_valid_indices: int | None = None,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """Each 16 partitions gather by their own indices, read partition by partition first."""
     instr = "nki.isa.local_gather"
     run = current(instr)
@@ -153,11 +155,12 @@ def local_gather(
             columns = (flat[:, None] + np.arange(width)).reshape(-1)
             result[rows] = wide[rows][:, columns]
         out[...] = result.reshape(out.shape)
-    if run.log is not None:
-        run.log.add("local_gather", "gpsimd", dst, (src_buffer, index), valid * width)
+    return issue(run, "local_gather", "gpsimd", dst, (src_buffer, index), valid * width, name=name)
 
 
-def tensor_partition_reduce(dst: Any, op: Any, data: Any, name: str | None = None) -> None:
+def tensor_partition_reduce(
+    dst: Any, op: Any, data: Any, name: str | None = None
+) -> NkiInstruction:
     """dst [1, ...] = data reduced over partitions, in fp32 (bitvec: on bits)."""
     instr = "nki.isa.tensor_partition_reduce"
     run = current(instr)
@@ -177,6 +180,6 @@ def tensor_partition_reduce(dst: Any, op: Any, data: Any, name: str | None = Non
         else:
             result = op.reduce.reduce(dtypes.to_f32(values, data.dtype), axis=0)
             dtypes.store_f32(out, result.reshape(out.shape), dst.dtype)
-    if run.log is not None:
-        elements = data.size // data.shape[0]
-        run.log.add("tensor_partition_reduce", "gpsimd", dst, (data,), elements, detail=op.name)
+    return issue(
+        run, "tensor_partition_reduce", "gpsimd", dst, (data,), data, detail=op.name, name=name
+    )

@@ -29,6 +29,8 @@ from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
+from .issue import NkiInstruction, issue
+
 _PATTERN = documented(
     "affine.pattern",
     "nki.isa.iota, nki.isa.affine_select",
@@ -62,7 +64,7 @@ def _pairs(instr: str, pattern: Any, tile: NkiTensor) -> tuple[tuple[int, int], 
 
 def iota(
     dst: Any, pattern: Any, offset: int = 0, channel_multiplier: int = 0, name: str | None = None
-) -> None:
+) -> NkiInstruction:
     """dst = affine values, computed in int32."""
     instr = "nki.isa.iota"
     run = current(instr)
@@ -77,8 +79,7 @@ def iota(
             out[...] = values
         else:
             dtypes.store_f32(out, values.astype(np.float32), dst.dtype)
-    if run.log is not None:
-        run.log.add("iota", "gpsimd", dst, (), dst.size // dst.shape[0])
+    return issue(run, "iota", "gpsimd", dst, (), dst, name=name)
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,7 +100,7 @@ def affine_select(
     cmp_op: Any = OPS["equal"],
     offset: int = 0,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = on_true_tile where cmp_op(affine value, 0), else on_false_value."""
     instr = "nki.isa.affine_select"
     run = current(instr)
@@ -116,12 +117,6 @@ def affine_select(
         wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
         chosen = np.where(like(keep, out.shape), wide, np.float32(on_false_value))
         dtypes.store_f32(out, chosen, dst.dtype)
-    if run.log is not None:
-        run.log.add(
-            "affine_select",
-            "gpsimd",
-            dst,
-            (on_true_tile,),
-            dst.size // dst.shape[0],
-            detail=cmp_op.name,
-        )
+    return issue(
+        run, "affine_select", "gpsimd", dst, (on_true_tile,), dst, detail=cmp_op.name, name=name
+    )

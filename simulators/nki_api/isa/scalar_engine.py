@@ -31,6 +31,7 @@ from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .enums import reduce_cmd as commands
+from .issue import NkiInstruction, issue
 
 _PAGE = "nki.isa.activation"
 _BIAS = documented(
@@ -70,9 +71,10 @@ def activation(
     reduce_res: Any = None,
     reduce_cmd: Any = commands.idle,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = op(data * scale + bias); optionally sums the result over the free dims."""
-    _activation("nki.isa.activation", dst, op, data, bias, scale, reduce_op, reduce_res, reduce_cmd)
+    reduction = (reduce_op, reduce_res, reduce_cmd)
+    return _activation("nki.isa.activation", dst, op, data, bias, scale, reduction, name)
 
 
 def activation_reduce(
@@ -84,19 +86,10 @@ def activation_reduce(
     bias: Any = None,
     scale: Any = 1.0,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """activation with reduce_cmd=reset_reduce."""
-    _activation(
-        "nki.isa.activation_reduce",
-        dst,
-        op,
-        data,
-        bias,
-        scale,
-        reduce_op,
-        reduce_res,
-        commands.reset_reduce,
-    )
+    reduction = (reduce_op, reduce_res, commands.reset_reduce)
+    return _activation("nki.isa.activation_reduce", dst, op, data, bias, scale, reduction, name)
 
 
 def _activation(
@@ -106,11 +99,11 @@ def _activation(
     data: Any,
     bias: Any,
     scale: Any,
-    reduce_op: Any,
-    reduce_res: Any,
-    reduce_cmd: Any,
-) -> None:
+    reduction: tuple[Any, Any, Any],
+    name: str | None,
+) -> NkiInstruction:
     run = current(instr)
+    reduce_op, reduce_res, reduce_cmd = reduction
     function = operator(instr, "op", op, "activate").activate
     assert function is not None, "operator() has checked the role"
     x = source(instr, "data", data)
@@ -131,11 +124,9 @@ def _activation(
         dtypes.store_f32(out, like(values, out.shape), dst.dtype)
     if reduce_res is not None:
         _read_out(instr, run, reduce_res, data)
-    if run.log is not None:
-        tiles = tuple(t for t in (data, bias, scale, reduce_res) if type(t) is NkiTensor)
-        bits = READ_ACCUMULATOR if reduce_res is not None else 0
-        elements = data.size // data.shape[0]
-        run.log.add("activation", "scalar", dst, tiles, elements, bits, 3, op.name)
+    bits = READ_ACCUMULATOR if reduce_res is not None else 0
+    tiles = (data, bias, scale, reduce_res)
+    return issue(run, "activation", "scalar", dst, tiles, data, bits, op.name, name)
 
 
 def _check_range(instr: str, op: Op, values: Any, data: NkiTensor) -> None:

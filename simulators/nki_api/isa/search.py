@@ -22,6 +22,7 @@ from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .generation import need
+from .issue import NkiInstruction, issue
 
 _EIGHT = documented(
     "search.shape",
@@ -49,7 +50,7 @@ def _check(instr: str, data: NkiTensor, **small: NkiTensor) -> int:
     return elements
 
 
-def max8(dst: Any, src: Any, name: str | None = None) -> None:
+def max8(dst: Any, src: Any, name: str | None = None) -> NkiInstruction:
     """dst [P, 8] = the 8 largest values of each partition, largest first."""
     instr = "nki.isa.max8"
     run = current(instr)
@@ -60,8 +61,7 @@ def max8(dst: Any, src: Any, name: str | None = None) -> None:
         wide = dtypes.to_f32(values, src.dtype).reshape(src.shape[0], -1)
         top = np.sort(np.partition(wide, elements - 8, axis=1)[:, -8:], axis=1)[:, ::-1]
         dtypes.store_f32(out, top.reshape(out.shape), dst.dtype)
-    if run.log is not None:
-        run.log.add("max8", "vector", dst, (src,), elements)
+    return issue(run, "max8", "vector", dst, (src,), elements, name=name)
 
 
 def _match(data: Any, vals: Any, order: range) -> Any:
@@ -78,7 +78,7 @@ def _match(data: Any, vals: Any, order: range) -> Any:
     return found
 
 
-def nc_find_index8(dst: Any, data: Any, vals: Any, name: str | None = None) -> None:
+def nc_find_index8(dst: Any, data: Any, vals: Any, name: str | None = None) -> NkiInstruction:
     """dst [P, 8] = position of each of 8 values in its partition; all ones if absent."""
     instr = "nki.isa.nc_find_index8"
     run = current(instr)
@@ -89,13 +89,12 @@ def nc_find_index8(dst: Any, data: Any, vals: Any, name: str | None = None) -> N
         wide = dtypes.to_f32(values, data.dtype).reshape(data.shape[0], -1)
         eight = dtypes.to_f32(wanted, vals.dtype).reshape(data.shape[0], 8)
         out[...] = _match(wide, eight, range(8)).reshape(out.shape).astype(out.dtype)
-    if run.log is not None:
-        run.log.add("nc_find_index8", "vector", dst, (data, vals), elements)
+    return issue(run, "nc_find_index8", "vector", dst, (data, vals), elements, name=name)
 
 
 def nc_match_replace8(
     dst: Any, data: Any, vals: Any, imm: float, dst_idx: Any = None, name: str | None = None
-) -> None:
+) -> NkiInstruction:
     """dst = data with the first occurrence of each of 8 values replaced by imm."""
     instr = "nki.isa.nc_match_replace8"
     run = current(instr)
@@ -115,14 +114,13 @@ def nc_match_replace8(
         dtypes.store_f32(out, wide.reshape(out.shape), dst.dtype)
         if index is not None:
             index[...] = found.reshape(index.shape).astype(index.dtype)
-    if run.log is not None:
-        tiles = (data, vals) if dst_idx is None else (data, vals, dst_idx)
-        run.log.add("nc_match_replace8", "vector", dst, tiles, elements)
+    tiles = (data, vals, dst_idx)
+    return issue(run, "nc_match_replace8", "vector", dst, tiles, elements, name=name)
 
 
 def nonzero_with_count(
     dst: Any, src: Any, index_offset: int = 0, padding_val: int = -1, name: str | None = None
-) -> None:
+) -> NkiInstruction:
     """Positions of nonzero elements, padding and their count, in partitions 0, 16, 32, ..."""
     instr = "nki.isa.nonzero_with_count"
     run = current(instr)
@@ -141,5 +139,4 @@ def nonzero_with_count(
             result = np.full(elements + 1, padding_val, np.int32)
             result[: at.size], result[-1] = at, at.size
             out.array[...] = result.reshape(out.shape)
-    if run.log is not None:
-        run.log.add("nonzero_with_count", "gpsimd", dst, (src,), elements)
+    return issue(run, "nonzero_with_count", "gpsimd", dst, (src,), elements, name=name)

@@ -35,6 +35,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .accumulator import reduce_lanes
 from .enums import reduce_cmd as commands
 from .generation import need
+from .issue import NkiInstruction, issue
 
 FP32_MIN = float(np.finfo(np.float32).min)
 
@@ -65,7 +66,7 @@ _MAXIMA = ("max", "maximum")
 
 def tensor_copy_predicated(
     dst: Any, src: Any, predicate: Any, reverse_pred: bool = False, name: str | None = None
-) -> None:
+) -> NkiInstruction:
     """dst = src where predicate; the rest of dst stays (and stays unwritten if it was)."""
     instr = "nki.isa.tensor_copy_predicated"
     run = current(instr)
@@ -91,10 +92,7 @@ def tensor_copy_predicated(
         np.copyto(dst.array, values, where=chosen)
     else:
         destination(instr, "dst", dst, OTHER)
-    if run.log is not None:
-        tiles = (src, predicate) if tile else (predicate,)
-        elements = dst.size // dst.shape[0]
-        run.log.add("tensor_copy_predicated", "vector", dst, tiles, elements)
+    return issue(run, "tensor_copy_predicated", "vector", dst, (src, predicate), dst, name=name)
 
 
 def select_reduce(
@@ -107,7 +105,7 @@ def select_reduce(
     reduce_op: Any = OPS["maximum"],
     reverse_pred: bool = False,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = on_true where predicate, else on_false (a number or [P, 1]); may reduce by max."""
     instr = "nki.isa.select_reduce"
     run = current(instr)
@@ -124,9 +122,9 @@ def select_reduce(
         wide = dtypes.to_f32(values, on_true.dtype)
         result = np.where(like(chosen, wide.shape), wide, _fp32(other))
     _finish(instr, run, dst, on_true, result, reduce_op, reduce_cmd, reduce_res)
-    if run.log is not None:
-        tiles = (predicate, on_true, on_false, reduce_res)
-        _log(run, "select_reduce", dst, tiles, reduce_res, "maximum")
+    flags = READ_ACCUMULATOR if reduce_res is not None else 0
+    tiles = (predicate, on_true, on_false, reduce_res)
+    return issue(run, "select_reduce", "vector", dst, tiles, dst, flags, "maximum", name)
 
 
 def range_select(
@@ -142,7 +140,7 @@ def range_select(
     range_start: int = 0,
     on_false_value: float = FP32_MIN,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst = on_true_tile where both comparisons of (range_start + index) hold, else FP32_MIN."""
     instr = "nki.isa.range_select"
     run = current(instr)
@@ -173,9 +171,9 @@ def range_select(
         keep = np.logical_and(first(index, bounds[0]), second(index, bounds[1]))
         result = np.where(keep, dtypes.to_f32(values, on_true_tile.dtype), np.float32(FP32_MIN))
     _finish(instr, run, dst, on_true_tile, result, reduce_op, reduce_cmd, reduce_res)
-    if run.log is not None:
-        tiles = (on_true_tile, bound0, bound1, reduce_res)
-        _log(run, "range_select", dst, tiles, reduce_res, ops[0].name)
+    flags = READ_ACCUMULATOR if reduce_res is not None else 0
+    tiles = (on_true_tile, bound0, bound1, reduce_res)
+    return issue(run, "range_select", "vector", dst, tiles, dst, flags, ops[0].name, name)
 
 
 def _fp32(value: Any) -> Any:
@@ -191,10 +189,3 @@ def _finish(
     if run.values:
         dtypes.store_f32(out, like(result, out.shape), dst.dtype)
     reduce_lanes(instr, run, data, result, op, _MAXIMA, command, reduce_res)
-
-
-def _log(run: Run, opcode: str, dst: Any, tiles: Any, reduce_res: Any, detail: str) -> None:
-    assert run.log is not None, "callers check"
-    operands = tuple(t for t in tiles if type(t) is NkiTensor)
-    flags = READ_ACCUMULATOR if reduce_res is not None else 0
-    run.log.add(opcode, "vector", dst, operands, dst.size // dst.shape[0], flags, 3, detail)

@@ -26,6 +26,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .enums import engine as engines
 from .enums import matmul_perf_mode
+from .issue import NkiInstruction, issue
 
 _PAGE = "nki.isa.nc_matmul"
 _PLACES = documented("nc_matmul.memory", _PAGE, "inputs come from SBUF, dst is in PSUM")
@@ -104,7 +105,7 @@ def nc_matmul(
     tile_size: Any = (),
     perf_mode: Any = matmul_perf_mode.none,
     name: str | None = None,
-) -> None:
+) -> NkiInstruction:
     """dst[M, N] (+)= stationary[K, M].T @ moving[K, N] on TensorE."""
     instr = "nki.isa.nc_matmul"
     run = current(instr)
@@ -132,14 +133,14 @@ def nc_matmul(
             old = dtypes.to_f32(out, dst.dtype)
             product += old if add is True else np.where(add, old, np.float32(0))
         dtypes.store_f32(out, product, dst.dtype)
-    if run.log is not None:
-        bits = ACCUMULATE if add is not False else 0
-        bits |= TRANSPOSE if is_transpose else 0
-        bits |= DOUBLE_ROW if double else 0
-        bits |= ONEZERO if is_stationary_onezero or is_moving_onezero else 0
-        if tile_size != ():
-            bits |= tile_size[0] % 128 << 8 | tile_size[1] % 128 << 16
-        run.log.add("nc_matmul", "tensor", dst, (stationary, moving), b.shape[1], bits)
+    bits = ACCUMULATE if add is not False else 0
+    bits |= TRANSPOSE if is_transpose else 0
+    bits |= DOUBLE_ROW if double else 0
+    bits |= ONEZERO if is_stationary_onezero or is_moving_onezero else 0
+    if tile_size != ():
+        bits |= tile_size[0] % 128 << 8 | tile_size[1] % 128 << 16
+    tiles = (stationary, moving)
+    return issue(run, "nc_matmul", "tensor", dst, tiles, int(b.shape[1]), bits, name=name)
 
 
 def _check_types(
@@ -285,7 +286,7 @@ def _accumulates(
 
 def nc_transpose(
     dst: Any, data: Any, engine: Any = engines.unknown, name: str | None = None
-) -> None:
+) -> NkiInstruction:
     """dst[F, P] = data[P, F].T on TensorE (SBUF to PSUM) or VectorE (up to 32 x 32)."""
     instr = "nki.isa.nc_transpose"
     run = current(instr)
@@ -318,14 +319,8 @@ def nc_transpose(
         dtypes.store_f32(out, like(result, out.shape), dst.dtype)
     else:
         out[...] = like(flat.T, out.shape)
-    if run.log is not None:
-        run.log.add(
-            "nc_transpose",
-            "tensor" if on_tensor else "vector",
-            dst,
-            (data,),
-            rows if on_tensor else columns,
-        )
+    unit, elements = ("tensor", rows) if on_tensor else ("vector", columns)
+    return issue(run, "nc_transpose", unit, dst, (data,), int(elements), name=name)
 
 
 def _finite(array: Any, dtype: dtypes.DType) -> bool:
