@@ -22,6 +22,7 @@ from nxd_cp.simulators.nki_api import (
     simulate,
 )
 from nxd_cp.simulators.nki_api import log as flags
+from nxd_cp.simulators.nki_api.jit import jit
 
 X = normal(128, 8)
 
@@ -234,3 +235,17 @@ def test_the_simulator_imports_neither_torch_nor_nki():
         [sys.executable, "-c", code, folder], capture_output=True, text=True, check=False
     )
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_options_of_jit_that_older_versions_took():
+    @jit(debug_kernel=True, experimental_flags="anything")
+    def with_options(x):
+        return store(load(x))
+
+    with pytest.warns(DeprecationWarning, match="mode"):
+        traced = jit(mode="trace")(lambda x: store(load(x)))
+    x = normal(4, 8)
+    for kernel in (with_options, traced):
+        np.testing.assert_array_equal(kernel(x), x)
+    with pytest.raises(TypeError, match="NEURON_PLATFORM_TARGET_OVERRIDE"):
+        jit(platform_target="trn1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -66,9 +67,19 @@ def _parameter_names(function: Callable[..., Any], count: int) -> list[str]:
 
 
 def jit(fn: Any = None, **kwargs: Any) -> Any:
-    """Make a Kernel of a function; works with and without parentheses."""
-    if kwargs:
-        raise TypeError(f"nki.jit takes no options since NKI 0.3, got {', '.join(kwargs)}")
+    """Make a Kernel of a function; works with and without parentheses.
+
+    Options of older versions are ignored: `mode` with a DeprecationWarning, compiler options in
+    silence. Raises TypeError for platform_target, which NKI 0.3 removed (NKI migration guide).
+    """
+    if "platform_target" in kwargs:
+        raise TypeError(
+            f"nki.jit takes no platform_target since NKI 0.3; set {chips.TARGET_VARIABLE} or "
+            "pass generation= to load()"
+        )
+    if "mode" in kwargs:
+        text = "nki.jit(mode=...) is ignored since NKI 0.3; remove it"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
     if fn is None:
         return jit
     return Kernel(fn, BOUND_GENERATION.get())
