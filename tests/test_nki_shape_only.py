@@ -94,6 +94,7 @@ def test_no_instruction_needs_values(monkeypatch):
     assert list(shapes) == list(full)
     instructions = {n for n in every_isa.__all__ if n not in vars(enums)}
     helpers = {
+        "NkiInstruction",
         "NkiValidationError",
         "VirtualRegister",
         "constants",
