@@ -84,7 +84,7 @@ def test_reading_memory_written_only_in_part_is_caught():
         tile, out = sbuf((128, 8)), sbuf((128, 8))
         nisa.dma_copy(dst=tile[:, 0:7], src=x[:, 0:7])
         nisa.tensor_copy(dst=out[:, 0:7], src=tile[:, 0:7])
-        nisa.tensor_copy(dst=out, src=tile)  # bad
+        nisa.activation(dst=out, op=nl.exp, data=tile)  # bad
 
     rejects("memory.uninitialised", kernel, normal(128, 8))
 
@@ -182,10 +182,41 @@ def test_half_of_an_even_placed_tensor_is_still_unwritten():
     def kernel(x):
         tile = nl.ndarray((128, 4), dtype=nl.bfloat16, buffer=nl.sbuf, address=(0, 2))
         nisa.dma_copy(dst=tile[:, 0:3:2], src=x[:, 0:2])
-        nisa.tensor_copy(dst=sbuf((128, 2)), src=tile[:, 0:2])  # bad
+        nisa.activation(dst=sbuf((128, 2)), op=nl.exp, data=tile[:, 0:2])  # bad
 
     with pytest.warns(NkiSimulatorWarning, match="memory.alignment"):
         rejects("memory.uninitialised", kernel, normal(128, 4, dtype=ml_dtypes.bfloat16))
+
+
+def padded(x, columns):
+    tile = sbuf((128, 8))
+    nisa.dma_copy(dst=tile[:, 0:columns], src=x[:, 0:columns])
+    return tile
+
+
+def test_a_tile_copied_with_its_padding_warns_and_the_padding_stays_unwritten():
+    def good(x):
+        copy = sbuf((128, 8), nl.bfloat16)
+        nisa.tensor_copy(dst=copy, src=padded(x, 5))
+        return store(copy[:, 0:5])
+
+    def bad(x):
+        copy = sbuf((128, 8))
+        nisa.tensor_copy(dst=copy, src=padded(x, 5))
+        nisa.activation(dst=sbuf((128, 6)), op=nl.exp, data=copy[:, 0:6])  # bad
+
+    x = normal(128, 8)
+    with pytest.warns(NkiSimulatorWarning, match="tensor_copy.uninitialised"):
+        np.testing.assert_array_equal(run(good, x), x[:, :5].astype(ml_dtypes.bfloat16))
+    with pytest.warns(NkiSimulatorWarning, match="tensor_copy.uninitialised"):
+        rejects("memory.uninitialised", bad, x)
+
+
+def test_a_copy_of_memory_that_nobody_wrote_is_rejected():
+    def kernel():
+        nisa.tensor_copy(dst=sbuf((128, 8)), src=sbuf((128, 8)))  # bad
+
+    rejects("memory.uninitialised", kernel)
 
 
 def test_more_than_128_partitions_are_rejected():

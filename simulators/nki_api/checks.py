@@ -15,7 +15,7 @@ from .errors import broken, fail
 from .initmap import FRESH, OTHER
 from .memory import HBM, PSUM, SBUF
 from .ops import Op
-from .rules import documented
+from .rules import Rule, documented
 from .tensor import NkiTensor
 
 _TILE = documented(
@@ -63,6 +63,23 @@ def source(instr: str, role: str, tensor: Any) -> Any:
     if tensor.storage.init.uniform <= 0:
         check_written(instr, role, tensor)
     return tensor.array
+
+
+def copied(instr: str, role: str, tensor: Any, rule: Rule) -> tuple[Any, Any]:
+    """`source` for a plain copy: (view, None), or (view, the elements that were ever written).
+
+    Memory of which a part was written breaks `rule` only: tiles are copied with their padding.
+    """
+    if not (type(tensor) is NkiTensor and tensor.checked):
+        check_tile(instr, role, tensor)
+    init = tensor.storage.init
+    if init.uniform < 0:
+        codes = init.codes(tensor.rect, tensor.dense, tensor.pattern)
+        if FRESH in codes and len(codes) > 1:
+            broken(rule, instr, f"{role} was written only in part", **{role: tensor})
+            written = init.cell_view(tensor.pattern) != FRESH
+            return tensor.array, written.all(axis=-1) if written.ndim > tensor.ndim else written
+    return source(instr, role, tensor), None
 
 
 def destination(instr: str, role: str, tensor: Any, code: int = OTHER) -> Any:

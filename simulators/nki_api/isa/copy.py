@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import destination, in_psum, like, same_tiles, source
+from nxd_cp.simulators.nki_api.checks import (
+    copied,
+    destination,
+    in_psum,
+    like,
+    mark,
+    mark_where,
+    same_tiles,
+)
 from nxd_cp.simulators.nki_api.dynamic import resolved
 from nxd_cp.simulators.nki_api.errors import broken, fail
-from nxd_cp.simulators.nki_api.initmap import OTHER, ZEROED
+from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER, ZEROED
 from nxd_cp.simulators.nki_api.log import DYNAMIC
 from nxd_cp.simulators.nki_api.memory import PSUM
 from nxd_cp.simulators.nki_api.rules import documented, inferred
@@ -40,6 +48,11 @@ _GEN2 = inferred(
     "compiler errors NCC_IBIR829 and NCC_IBIR040, as reported by users of trn1",
     "on gen2 only a DMA takes an address known at run time",
 )
+_PADDING = inferred(
+    "tensor_copy.uninitialised",
+    "nki.language guide, Creating Tensors; nki-library@d2ad3a5 copies tiles with their padding",
+    "a copy moves memory that was written; what was not stays unwritten where it arrives",
+)
 
 
 def tensor_copy(
@@ -54,11 +67,14 @@ def tensor_copy(
             broken(_GEN2, instr, "an operand's address is known at run time", dst=dst, src=src)
         dst, src = resolved(instr, run, dst), resolved(instr, run, src)
         flags = DYNAMIC
-    values = source(instr, "src", src)
+    values, written = copied(instr, "src", src, _PADDING)
     if engine is not engines.unknown:
         _check_engine(instr, run, engine, dst, src)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, src=src)
+    if written is not None:
+        mark(dst, FRESH)
+        mark_where(dst, like(written, dst.shape))
     if not run.values:
         pass
     elif dst.dtype is src.dtype:
