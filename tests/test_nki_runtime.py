@@ -115,8 +115,8 @@ def test_two_cores_are_not_simulated_yet_and_say_so():
 def test_missing_functions_raise_by_name():
     with pytest.raises(NkiUnsupportedError, match=r"nki\.isa\.topk"):
         run(lambda x: nisa.topk(x, x), X)
-    with pytest.raises(NkiUnsupportedError, match=r"nki\.language\.softmax"):
-        run(lambda x: nl.softmax(x), X)
+    with pytest.raises(NkiUnsupportedError, match=r"nki\.language\.float8_e4m3fn_x4"):
+        run(lambda x: nl.ndarray((4, 4), nl.float8_e4m3fn_x4), X)
     with pytest.raises(AttributeError, match="no_such_thing"):
         nisa.no_such_thing  # noqa: B018
 

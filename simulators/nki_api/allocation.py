@@ -1,4 +1,4 @@
-"""Making tensors: ndarray, and the helpers that allocate and fill.
+"""Making tensors: ndarray, the helpers that allocate and fill, and constants.
 
 Not here: views (tensor.py), placement (memory.py).
 Source: nki.language.ndarray, zeros, ones, full, shared_identity_matrix; NkiTensor, memory regions.
@@ -7,6 +7,7 @@ Source: nki.language.ndarray, zeros, ones, full, shared_identity_matrix; NkiTens
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from . import dtypes
 from .checks import destination
 from .dtypes import DType
 from .errors import fail, unsupported
+from .initmap import OTHER
 from .isa.copy import memset
+from .isa.dma import dma_copy
 from .memory import HBM, MemoryRegion, hbm_storage
 from .rules import documented
 from .runtime import current
@@ -29,6 +32,8 @@ _BUFFER = documented(
     "NKI migration guide",
     "buffer is one of nl.sbuf, nl.psum, nl.hbm, nl.private_hbm, nl.shared_hbm",
 )
+
+FILL_ELEMENTS = 16384  # the row that an HBM tensor is filled from
 
 sbuf = MemoryRegion.sbuf
 psum = MemoryRegion.psum
@@ -64,6 +69,8 @@ def ndarray(
     """A new, unwritten tensor. On chip it lives until the last name for it goes."""
     run = current("nki.language.ndarray")
     kind = dtype if type(dtype) is DType else dtypes.dtype_of(dtype)
+    if kind.kind == "p":
+        unsupported(f"tensors of the packed type nki.language.{kind}")
     sizes = _shape(shape, buffer)
     if buffer is sbuf or buffer is psum:
         number = run.next_number()
@@ -95,33 +102,62 @@ def _shape(shape: Any, buffer: Any) -> tuple[int, ...]:
     return sizes
 
 
-def zeros(shape: Any, dtype: Any, buffer: Any = sbuf, name: str = "") -> NkiTensor:
-    """ndarray and memset(0), on chip."""
-    tensor = ndarray(shape, dtype, buffer, name)
-    if tensor.space == HBM:
-        unsupported("nl.zeros in HBM")
-    memset(tensor, 0)
-    return tensor
-
-
-def ones(shape: Any, dtype: Any, buffer: Any = sbuf, name: str = "") -> NkiTensor:
-    """ndarray and memset(1), on chip."""
-    tensor = ndarray(shape, dtype, buffer, name)
-    if tensor.space == HBM:
-        unsupported("nl.ones in HBM")
-    memset(tensor, 1)
-    return tensor
-
-
 def full(
     shape: Any, fill_value: float, dtype: Any, buffer: Any = sbuf, name: str = ""
 ) -> NkiTensor:
-    """ndarray and memset(fill_value), on chip."""
+    """ndarray filled with a constant: memset on chip, DMA from a filled row in HBM."""
     tensor = ndarray(shape, dtype, buffer, name)
-    if tensor.space == HBM:
-        unsupported("nl.full in HBM")
-    memset(tensor, fill_value)
+    if tensor.space != HBM:
+        memset(tensor, fill_value)
+        return tensor
+    flat = tensor.reshape((tensor.size,))
+    row = ndarray((1, min(tensor.size, FILL_ELEMENTS)), tensor.dtype)
+    memset(row, fill_value)
+    for start in range(0, tensor.size, FILL_ELEMENTS):
+        piece = flat[start : min(start + FILL_ELEMENTS, tensor.size)]
+        dma_copy(piece, row[:, : piece.size])
     return tensor
+
+
+def zeros(shape: Any, dtype: Any, buffer: Any = sbuf, name: str = "") -> NkiTensor:
+    """full(0)."""
+    return full(shape, 0, dtype, buffer, name)
+
+
+def ones(shape: Any, dtype: Any, buffer: Any = sbuf, name: str = "") -> NkiTensor:
+    """full(1)."""
+    return full(shape, 1, dtype, buffer, name)
+
+
+def empty_like(x: Any, dtype: Any = None, buffer: Any = None, name: str = "") -> NkiTensor:
+    """A new, unwritten tensor of x's shape, and of its dtype and buffer unless told."""
+    return ndarray(x.shape, dtype or x.dtype, buffer or x.buffer, name)
+
+
+def zeros_like(x: Any, dtype: Any = None, buffer: Any = None, name: str = "") -> NkiTensor:
+    """A new tensor of zeros of x's shape, and of its dtype and buffer unless told."""
+    return full(x.shape, 0, dtype or x.dtype, buffer or x.buffer, name)
+
+
+def shared_constant(constant: Any, dtype: Any = None) -> NkiTensor:
+    """A shared HBM tensor that holds a NumPy array, or the array in a .npy file.
+
+    dtype: cast on the host first (a parameter of NKI 0.2).
+    """
+    run = current("nki.language.shared_constant")
+    if isinstance(constant, (str, Path)):
+        constant = np.load(constant)
+    if not isinstance(constant, np.ndarray):
+        unsupported(f"nki.language.shared_constant of {type(constant).__name__}")
+    kind = dtypes.dtype_of(constant.dtype if dtype is None else dtype)
+    flat = np.array(constant, dtype=kind.np_dtype, order="C", copy=True).reshape(-1).view(np.uint8)
+    storage = hbm_storage(flat.size, kind, MemoryRegion.shared_hbm, "constant", flat)
+    storage.number = run.next_number()
+    storage.init.uniform = OTHER
+    if run.log is not None:
+        run.describe_buffer(storage)
+    shape = tuple(constant.shape) or (1,)
+    return NkiTensor(storage, shape, row_major(shape), 0, kind)
 
 
 def shared_identity_matrix(n: int, dtype: Any = dtypes.uint8, dst: Any = None) -> NkiTensor:

@@ -67,7 +67,13 @@ ALL = (
     float8_e8m0fnu,
 )
 FLOAT8 = frozenset((float8_e4m3, float8_e4m3fn, float8_e5m2))
-_BY_NAME = {str(d): d for d in ALL}
+# Four elements to a word, for the MX instructions: names to compare with, no tensors.
+PACKED = tuple(
+    DType(name, np.uint32, "p")
+    for name in ("float8_e5m2_x4", "float8_e4m3fn_x4", "float4_e2m1fn_x4")
+)
+float8_e5m2_x4, float8_e4m3fn_x4, float4_e2m1fn_x4 = PACKED
+_BY_NAME = {str(d): d for d in (*ALL, *PACKED)}
 _BY_NUMPY = {d.np_dtype: d for d in ALL if d not in ("tfloat32", "bool")}
 _BY_NUMPY[np.dtype(np.bool_)] = bool_
 

@@ -1,17 +1,15 @@
 """nki.language: dtypes, memory regions, allocation, ranges, program ids and operator names.
 
-Operators are values to pass as `op=`. Ranges are plain Python ranges, as documented. Names of
-the vendor's API that are not implemented raise when called. Code that needs a builtin that an
-operator shadows (abs, max, min) lives in other files.
+Operators are values to pass as `op=`. Ranges are plain Python ranges, as documented. Code that
+needs a builtin that an operator shadows (abs, max, min) lives in other files.
 
 Source: nki.language.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from .allocation import (
+    empty_like,
     full,
     is_hbm,
     is_on_chip,
@@ -19,16 +17,21 @@ from .allocation import (
     is_sbuf,
     ndarray,
     ones,
+    shared_constant,
     shared_identity_matrix,
     zeros,
+    zeros_like,
 )
 from .dtypes import (
     DType,
     bfloat16,
     bool_,
+    float4_e2m1fn_x4,
     float8_e4m3,
     float8_e4m3fn,
+    float8_e4m3fn_x4,
     float8_e5m2,
+    float8_e5m2_x4,
     float8_e8m0fnu,
     float16,
     float32,
@@ -40,7 +43,20 @@ from .dtypes import (
     uint16,
     uint32,
 )
-from .errors import unsupported
+from .functions.elementwise import ceil, cos, floor, logical_not, negative, tan, trunc, where
+from .functions.movement import (
+    broadcast_to,
+    device_print,
+    expand_dims,
+    gather_flattened,
+    load,
+    load_transpose2d,
+    matmul,
+    store,
+    transpose,
+)
+from .functions.randomness import dropout, rand, random_seed
+from .functions.reductions import all, mean, prod, rms_norm, softmax, sum, var
 from .loops import dynamic_range, fori_loop, no_reorder, while_loop
 from .memory import MemoryRegion
 from .nki_object import NKIObject
@@ -48,20 +64,6 @@ from .ops import OPS
 from .runtime import current
 from .tensor import DynamicSlice, NkiTensor
 from .tile_size import tile_size
-from .tiles import (
-    broadcast_to,
-    empty_like,
-    load,
-    load_transpose2d,
-    matmul,
-    negative,
-    prod,
-    shared_constant,
-    store,
-    sum,
-    transpose,
-    zeros_like,
-)
 
 sbuf = MemoryRegion.sbuf
 psum = MemoryRegion.psum
@@ -69,38 +71,6 @@ private_hbm = MemoryRegion.private_hbm
 hbm = private_hbm
 shared_hbm = MemoryRegion.shared_hbm
 ds = DynamicSlice
-
-_NOT_YET = frozenset(
-    [
-        "all",
-        "average",
-        "ceil",
-        "cos",
-        "device_print",
-        "dropout",
-        "expand_dims",
-        "arctan",
-        "sin",
-        "tan",
-        "floor",
-        "trunc",
-        "fmod",
-        "mod",
-        "logical_not",
-        "mean",
-        "var",
-        "softmax",
-        "rms_norm",
-        "where",
-        "random_seed",
-        "gather_flattened",
-        "rand",
-        "prelu",
-        "float8_e5m2_x4",
-        "float8_e4m3fn_x4",
-        "float4_e2m1fn_x4",
-    ]
-)
 
 
 def affine_range(start: int, stop: int | None = None, step: int = 1) -> range:
@@ -127,16 +97,6 @@ def program_ndim() -> int:
     return 0 if current("nki.language.program_ndim").num_programs == 1 else 1
 
 
-def __getattr__(name: str) -> Any:
-    if name in _NOT_YET:
-
-        def missing(*args: Any, **kwargs: Any) -> None:
-            unsupported(f"nki.language.{name}")
-
-        return missing
-    raise AttributeError(f"module 'nki.language' has no attribute {name!r}")
-
-
 globals().update(OPS)
 
 __all__ = [
@@ -146,20 +106,31 @@ __all__ = [
     "NKIObject",
     "NkiTensor",
     "affine_range",
+    "all",
     "bfloat16",
     "bool_",
     "broadcast_to",
+    "ceil",
+    "cos",
+    "device_print",
+    "dropout",
     "ds",
     "dynamic_range",
     "empty_like",
+    "expand_dims",
     "float16",
     "float32",
+    "float4_e2m1fn_x4",
     "float8_e4m3",
     "float8_e4m3fn",
+    "float8_e4m3fn_x4",
     "float8_e5m2",
+    "float8_e5m2_x4",
     "float8_e8m0fnu",
+    "floor",
     "fori_loop",
     "full",
+    "gather_flattened",
     "hbm",
     "int16",
     "int32",
@@ -170,7 +141,9 @@ __all__ = [
     "is_sbuf",
     "load",
     "load_transpose2d",
+    "logical_not",
     "matmul",
+    "mean",
     "ndarray",
     "negative",
     "no_reorder",
@@ -181,20 +154,28 @@ __all__ = [
     "program_id",
     "program_ndim",
     "psum",
+    "rand",
+    "random_seed",
+    "rms_norm",
     "sbuf",
     "sequential_range",
     "shared_constant",
     "shared_hbm",
     "shared_identity_matrix",
+    "softmax",
     "static_range",
     "store",
     "sum",
+    "tan",
     "tfloat32",
     "tile_size",
     "transpose",
+    "trunc",
     "uint16",
     "uint32",
     "uint8",
+    "var",
+    "where",
     "while_loop",
     "zeros",
     "zeros_like",

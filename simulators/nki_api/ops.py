@@ -3,7 +3,7 @@
 Each `Op` says which roles it can play: binary ALU operator, unary ALU operator, reduction,
 activation function. Arithmetic is fp32 and comparisons give 1.0 or 0.0; bitvec operators work on
 integer bit patterns. Activation functions are exact here, polynomials on the device.
-Calling one on tiles (`nl.add(x, y)`) issues instructions: tiles.py.
+Calling one on tiles (`nl.add(x, y)`) issues instructions: functions/elementwise.py.
 
 Source: nki.api.shared, "Supported Math Operators" and "Supported Activation Functions".
 """
@@ -47,8 +47,8 @@ class Op:
         return f"nl.{self.name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """This operator on tiles, as a function of nki.language (see tiles.py)."""
-        from .tiles import apply  # tiles are made of instructions, which are made of operators
+        """This operator on tiles, as a function of nki.language (see functions/)."""
+        from .functions.elementwise import apply  # functions issue instructions, made of operators
 
         return apply(self, *args, **kwargs)
 
@@ -141,6 +141,8 @@ OPS: dict[str, Op] = {
         Op("max", binary=np.maximum, reduce=np.maximum),
         Op("min", binary=np.minimum, reduce=np.minimum),
         Op("divide", binary=np.divide),
+        Op("fmod", binary=np.fmod),
+        Op("mod", binary=np.mod),
         Op("power", binary=np.power),
         Op("abs_max", binary=_of_abs(np.maximum)),
         Op("abs_min", binary=_of_abs(np.minimum)),
@@ -185,5 +187,9 @@ OPS: dict[str, Op] = {
         Op("gelu_apprx_sigmoid", activate=_formula(lambda x: x * _sigmoid(F32(1.702) * x))),
         Op("gelu_apprx_sigmoid_dx", activate=_formula(_sigmoid_gelu_dx)),
         Op("sign", activate=np.sign),
+        Op("sin", activate=np.sin, valid=(-math.pi, math.pi)),
+        Op("arctan", activate=np.arctan, valid=(-math.pi / 2, math.pi / 2)),
+        Op("prelu", activate=_relu),
+        Op("average"),  # nisa.tensor_partition_reduce alone
     )
 }

@@ -290,7 +290,10 @@ class NkiTensor:
         )
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        unsupported("assignment to tensor elements", "use nisa.tensor_copy or nisa.dma_copy")
+        """A copy into the view, or a fill with a number; which engine is not documented."""
+        from .functions.movement import assign  # functions are built on this module
+
+        assign(self if key is Ellipsis else self[key], value)
 
     def slice(self, dim: int, start: int, end: int, step: int = 1) -> NkiTensor:
         """The view [start:end:step] of one dim."""
@@ -417,6 +420,8 @@ class NkiTensor:
     def view(self, dtype: Any) -> NkiTensor:
         """The same bytes read as another dtype; the last dim is scaled."""
         new = dtypes.dtype_of(dtype)
+        if new.kind == "p":
+            unsupported(f"views as the packed type nki.language.{new}")
         old = self.dtype
         shape, strides, offset = list(self.shape), list(self.strides), self.offset
         if new.itemsize != old.itemsize:
