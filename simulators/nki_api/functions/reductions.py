@@ -111,8 +111,8 @@ def rms_norm(
     squares = ndarray(x.shape, inner)
     isa.activation(squares, OPS["square"], x)
     scale = sum(squares, axis, keepdims=True)
-    steps = {"op0": OPS["multiply"], "operand0": 1.0 / n, "op1": OPS["add"], "operand1": epsilon}
-    isa.tensor_scalar(scale, scale, **steps)
+    add, multiply = OPS["add"], OPS["multiply"]
+    isa.tensor_scalar(scale, scale, multiply, 1.0 / n, op1=add, operand1=epsilon)
     isa.activation(scale, OPS["rsqrt"], scale)
     normed = _with(x, scale, "multiply", inner)
     return _with(normed, w, "multiply", dtype or x.dtype)
