@@ -1,4 +1,4 @@
-"""Every page works: its Python and bash blocks run, its links lead somewhere, its pictures exist."""
+"""Every page works: its blocks run, its links lead to files, its pictures are the drawn ones."""
 
 import re
 import subprocess
