@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from nxd_cp.doctor.cli import app as doctor
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -32,7 +34,6 @@ class Layout(str, Enum):
 LayoutOption = Annotated[Layout, typer.Option(help="How the sequence is dealt out to the ranks.")]
 
 
-doctor = typer.Typer(no_args_is_help=True, help="Check an environment or a kernel.")
 app.add_typer(doctor, name="doctor")
 
 
@@ -253,31 +254,6 @@ def simulate(
         typer.echo(run_simulate(ring, trace_path=trace))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-
-
-@doctor.callback()
-def _doctor() -> None:
-    """Kept so that what is to be checked is always typed."""
-
-
-@doctor.command()
-def kernels(
-    path: Annotated[
-        Path | None, typer.Argument(help="Folder of kernels; default: this package's own.")
-    ] = None,
-) -> None:
-    """Name what at least one of NKI 0.2 to 0.6 rejects in a folder of kernels; exit 1 if any."""
-    import nxd_cp
-    from nxd_cp.portability import check_folder
-
-    folder = path or Path(nxd_cp.__file__).parent / "kernels"
-    if not folder.is_dir():
-        raise typer.BadParameter(f"expected a folder, got {folder}")
-    findings = check_folder(folder)
-    for finding in findings:
-        typer.echo(str(finding))
-    typer.echo(f"{len(findings)} findings in {folder}")
-    raise typer.Exit(1 if findings else 0)
 
 
 def main() -> None:

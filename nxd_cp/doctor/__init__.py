@@ -1,0 +1,1 @@
+"""What `nxd-cp doctor` finds out: packages, devices, the backend that will be used, legal rings."""
