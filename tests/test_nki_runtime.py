@@ -106,12 +106,6 @@ def test_a_kernel_called_in_a_kernel_is_a_function():
     assert (run(outer, X) == 2 * X).all()
 
 
-def test_two_cores_are_not_simulated_yet_and_say_so():
-    with pytest.raises(NkiUnsupportedError, match="two cores"):
-        Kernel(double)[2](X)
-    assert (Kernel(double)[1](X) == 2 * X).all()
-
-
 def test_missing_functions_raise_by_name():
     with pytest.raises(NkiUnsupportedError, match=r"nki\.isa\.topk"):
         run(lambda x: nisa.topk(x, x), X)

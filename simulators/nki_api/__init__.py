@@ -8,17 +8,24 @@
 Functional only: no timing. Imports neither torch nor nki.
 """
 
-from .errors import NkiSimulatorWarning, NkiUnsupportedError, NkiValidationError
-from .jit import Kernel, simulate
+from .errors import (
+    NkiDeadlockError,
+    NkiSimulatorWarning,
+    NkiUnsupportedError,
+    NkiValidationError,
+)
+from .jit import Kernel, simulate, simulate_ranks
 from .loading import install, load, real_nki_present
-from .log import Log, Record, View
+from .log import Exchange, Log, Record, View
 from .rules import RULES, Rule
 from .runtime import SimParams, parameters, record
 
 __all__ = [
     "RULES",
+    "Exchange",
     "Kernel",
     "Log",
+    "NkiDeadlockError",
     "NkiSimulatorWarning",
     "NkiUnsupportedError",
     "NkiValidationError",
@@ -32,4 +39,5 @@ __all__ = [
     "real_nki_present",
     "record",
     "simulate",
+    "simulate_ranks",
 ]

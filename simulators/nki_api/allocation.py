@@ -6,6 +6,7 @@ Source: nki.language.ndarray, zeros, ones, full, shared_identity_matrix; NkiTens
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,11 @@ from . import dtypes
 from .checks import destination
 from .dtypes import DType
 from .errors import fail, unsupported
-from .initmap import OTHER
 from .isa.copy import memset
 from .isa.dma import dma_copy
-from .memory import HBM, MemoryRegion, hbm_storage
+from .memory import HBM, MemoryRegion, Storage
 from .rules import documented
-from .runtime import current
+from .runtime import Run, current
 from .tensor import NkiTensor, row_major
 
 _SHAPE = documented(
@@ -75,18 +75,24 @@ def ndarray(
     if buffer is sbuf or buffer is psum:
         number = run.next_number()
         storage = run.core.allocate(sizes, kind, buffer, name, number, address)
+        if run.log is not None:
+            run.describe_buffer(storage)
     else:
-        num_bytes = kind.itemsize
-        for count in sizes:
-            num_bytes *= count
-        storage = hbm_storage(num_bytes, kind, buffer, name)
-        storage.number = run.next_number()
-        storage.silent = not run.values
-    if run.log is not None:
-        run.describe_buffer(storage)
+        storage = _hbm(run, sizes, kind, buffer, name)
     frame = sys._getframe(1)
     storage.site = (frame.f_code, frame.f_lineno)
     return NkiTensor(storage, sizes, row_major(sizes), 0, kind)
+
+
+def _hbm(run: Run, sizes: tuple[int, ...], kind: DType, region: MemoryRegion, name: str) -> Storage:
+    """A buffer in HBM; in shared HBM, every core of the rank gets the same one."""
+
+    def make() -> Storage:
+        return run.new_hbm(kind.itemsize * math.prod(sizes), kind, region, name)
+
+    if region is not MemoryRegion.shared_hbm or run.num_programs == 1:
+        return make()
+    return run.rank.shared(run.place.core, (name, sizes, kind), make)
 
 
 def _shape(shape: Any, buffer: Any) -> tuple[int, ...]:
@@ -151,11 +157,7 @@ def shared_constant(constant: Any, dtype: Any = None) -> NkiTensor:
         unsupported(f"nki.language.shared_constant of {type(constant).__name__}")
     kind = dtypes.dtype_of(constant.dtype if dtype is None else dtype)
     flat = np.array(constant, dtype=kind.np_dtype, order="C", copy=True).reshape(-1).view(np.uint8)
-    storage = hbm_storage(flat.size, kind, MemoryRegion.shared_hbm, "constant", flat)
-    storage.number = run.next_number()
-    storage.init.uniform = OTHER
-    if run.log is not None:
-        run.describe_buffer(storage)
+    storage = run.new_hbm(flat.size, kind, MemoryRegion.shared_hbm, "constant", flat)
     shape = tuple(constant.shape) or (1,)
     return NkiTensor(storage, shape, row_major(shape), 0, kind)
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from .rules import DOCUMENTED, Rule
 
 STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
+PLACE: ContextVar[str] = ContextVar("nki_simulator_place", default="")  # when there are several
 _PACKAGE = __name__.rpartition(".")[0]
 
 
@@ -26,6 +27,10 @@ class NkiValidationError(ValueError):
 
 class NkiUnsupportedError(NkiValidationError, NotImplementedError):
     """The simulator does not implement this; it never guesses."""
+
+
+class NkiDeadlockError(NkiValidationError):
+    """Ranks or cores wait for each other, or for one that has ended."""
 
 
 class NkiSimulatorWarning(UserWarning):
@@ -40,13 +45,20 @@ def user_frame() -> FrameType | None:
     return frame
 
 
-def user_line() -> str:
-    """`file:line: source text` of the user's frame."""
+def user_place() -> tuple[str, int]:
+    """File and line of the user's frame."""
     frame = user_frame()
-    if frame is None:
-        return "<no user frame>"
-    name, line = frame.f_code.co_filename, frame.f_lineno
-    return f"{name}:{line}: {linecache.getline(name, line).strip()}"
+    return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_text(name: str, line: int) -> str:
+    """`file:line: source text`."""
+    return f"{name}:{line}: {linecache.getline(name, line).strip()}" if name else "<no user frame>"
+
+
+def user_line() -> str:
+    """`file:line: source text` of the user's frame; before it rank and core, if several."""
+    return PLACE.get() + line_text(*user_place())
 
 
 def _operand(name: str, value: Any) -> str:

@@ -8,7 +8,7 @@ kind of the inputs. 16-bit brain floats of torch travel as int16 bits.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -18,7 +18,7 @@ from . import dtypes
 from .dtypes import fill_unwritten
 from .errors import broken, fail
 from .initmap import FRESH
-from .memory import HBM, MemoryRegion, hbm_storage
+from .memory import HBM, MemoryRegion
 from .rules import documented, inferred
 from .runtime import Run
 from .tensor import NkiTensor, row_major
@@ -32,6 +32,11 @@ _UNWRITTEN = inferred(
     "kernel.unwritten_output",
     "nki.language guide, Creating Tensors",
     "a kernel writes every element of what it returns",
+)
+_IO_OUTPUT = documented(
+    "kernel.collective_output",
+    "aws-neuron/nki-library@d2ad3a5, test_collectives.py",
+    "a collective neither reads nor writes the kernel's outputs; copy them",
 )
 _TORCH_BITS = {
     "bfloat16": ("int16", ml_dtypes.bfloat16),
@@ -65,36 +70,66 @@ def _numpy_to_torch(array: Any) -> Any:
     return torch.from_numpy(array)
 
 
+def as_numpy(value: Any) -> Any:
+    """A NumPy array over an array or torch tensor."""
+    return _torch_to_numpy(value) if is_torch(value) else value
+
+
+def arrays_in(value: Any) -> Iterator[Any]:
+    """The arrays and torch tensors of an argument, also inside tuples, lists and dicts."""
+    if isinstance(value, np.ndarray) or is_torch(value):
+        yield value
+    elif type(value) in (tuple, list):
+        for part in value:
+            yield from arrays_in(part)
+    elif type(value) is dict:
+        yield from arrays_in(list(value.values()))
+
+
 def tensor_from_array(
-    run: Run, array: Any, name: str, after: list[Callable[[], None]]
+    run: Run, value: Any, name: str, after: list[Callable[[], None]]
 ) -> NkiTensor:
-    """An HBM tensor over `array`; when that needs a copy, `after` gets the copy back."""
+    """An HBM tensor over the caller's array, the same one for every core of a rank.
+
+    `after` gets what to do when the kernel has ended: the copy back, where a copy was needed.
+    """
+    found = run.rank.inputs.get(id(value))
+    if found is None:
+        found = run.rank.inputs[id(value)] = _new_input(run, value, name, after)
+    return NkiTensor(found.storage, found.shape, found.strides, 0, found.dtype)
+
+
+def _new_input(run: Run, value: Any, name: str, after: list[Callable[[], None]]) -> NkiTensor:
+    array = as_numpy(value)
     dtype = dtypes.dtype_of(array.dtype)
-    usable = array.flags.c_contiguous and array.flags.writeable
-    dense = array if usable else np.array(array, order="C", copy=True)
-    if not usable and array.flags.writeable:
+    shared = run.rank.copies.get(id(value))
+    usable = shared is None and array.flags.c_contiguous and array.flags.writeable
+    dense = array if usable else np.array(array, order="C", copy=True) if shared is None else shared
+    if not usable and (array.flags.writeable or shared is not None):
         before = dense.copy()
 
         def copy_back() -> None:
-            if dense.tobytes() != before.tobytes():
-                array[...] = dense
+            if dense.tobytes() == before.tobytes():
+                return
+            if shared is not None:
+                raise ValueError(
+                    f"the kernel writes its input {name!r}, which shares memory with an input of "
+                    f"another rank (seen on {run.place}); pass every rank an array of its own"
+                )
+            array[...] = dense
 
         after.append(copy_back)
     flat = dense.reshape(-1).view(np.uint8)
-    storage = hbm_storage(flat.size, dtype, MemoryRegion.shared_hbm, name, flat)
-    storage.number = run.next_number()
-    if run.log is not None:
-        run.describe_buffer(storage)
+    storage = run.new_hbm(flat.size, dtype, MemoryRegion.shared_hbm, name, flat)
+    storage.io = True
     shape = tuple(array.shape) or (1,)
     return NkiTensor(storage, shape, row_major(shape), 0, dtype)
 
 
 def to_device(run: Run, value: Any, name: str, after: list[Callable[[], None]]) -> Any:
     """Replace arrays in an argument (also inside tuples, lists and dicts) by HBM tensors."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) or is_torch(value):
         return tensor_from_array(run, value, name, after)
-    if is_torch(value):
-        return tensor_from_array(run, _torch_to_numpy(value), name, after)
     if type(value) in (tuple, list):
         return type(value)(to_device(run, v, f"{name}[{i}]", after) for i, v in enumerate(value))
     if type(value) is dict:
@@ -107,6 +142,8 @@ def to_host(value: Any, as_torch: bool) -> Any:
     if type(value) is NkiTensor:
         if value.space != HBM or value.buffer is not MemoryRegion.shared_hbm:
             fail(_OUTPUT, "nki.jit", "the kernel returns another kind of tensor", output=value)
+        if value.storage.collective:
+            fail(_IO_OUTPUT, "nki.jit", "a collective's tensor is returned", output=value)
         init = value.storage.init
         if init.uniform <= 0 and FRESH in init.codes(value.rect, value.dense, value.pattern):
             if init.uniform == FRESH:

@@ -1,7 +1,7 @@
-"""nki.jit, nki.simulate and the Kernel that they make.
+"""nki.jit, nki.simulate and the Kernel that they make; simulate_ranks for many ranks.
 
-Calling a kernel runs its Python at once, instruction by instruction, on a fresh core. A kernel
-called inside another kernel is an ordinary function call. Only one core per call so far.
+Calling a kernel runs its Python at once, instruction by instruction, on fresh cores. A kernel
+called inside another kernel is an ordinary function call.
 
 Source: nki.jit, nki.simulate.
 """
@@ -9,16 +9,14 @@ Source: nki.jit, nki.simulate.
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 from . import chips
-from .errors import unsupported
-from .interop import is_torch, to_device, to_host
-from .runtime import current_or_none, running
+from .ranks.launch import Arguments, launch
+from .runtime import current_or_none
 
 BOUND_GENERATION: ContextVar[str | None] = ContextVar("nki_simulator_generation", default=None)
 
@@ -27,11 +25,11 @@ class Kernel:
     """A simulated kernel. `kernel[lnc]` sets the number of cores; `generation` may be fixed."""
 
     def __init__(
-        self, function: Callable[..., Any], generation: str | None = None, lnc: int = 1
+        self, function: Callable[..., Any], generation: str | None = None, lnc: int | None = None
     ) -> None:
         self.function = function
         self.generation = generation
-        self.lnc = lnc
+        self.lnc = lnc  # None: no grid, which is one core
         functools.update_wrapper(self, function)
 
     def __getitem__(self, lnc: Any) -> Kernel:
@@ -43,27 +41,11 @@ class Kernel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if current_or_none() is not None:
             return self.function(*args, **kwargs)
-        if self.lnc != 1:
-            unsupported("kernels on two cores (kernel[2])")
-        with running(chips.generation_name(self.generation)) as run:
-            after: list[Callable[[], None]] = []
-            names = _parameter_names(self.function, len(args))
-            device_args = [to_device(run, a, n, after) for a, n in zip(args, names, strict=True)]
-            device_kwargs = {k: to_device(run, v, k, after) for k, v in kwargs.items()}
-            result = self.function(*device_args, **device_kwargs)
-            as_torch = any(is_torch(a) for a in (*args, *kwargs.values()))
-            outputs = to_host(result, as_torch)
-            for copy_back in after:
-                copy_back()
-            return outputs
+        generation = chips.generation_name(self.generation)
+        return launch(self.function, generation, [Arguments(args, kwargs)], self.lnc)[0]
 
     def __repr__(self) -> str:
         return f"<simulated kernel {getattr(self.function, '__qualname__', self.function)!s}>"
-
-
-def _parameter_names(function: Callable[..., Any], count: int) -> list[str]:
-    names = list(inspect.signature(function).parameters)[:count]
-    return names + [f"arg{i}" for i in range(len(names), count)]
 
 
 def jit(fn: Any = None, **kwargs: Any) -> Any:
@@ -88,3 +70,42 @@ def jit(fn: Any = None, **kwargs: Any) -> Any:
 def simulate(kernel: Any) -> Kernel:
     """The kernel itself (it is simulated already), or a Kernel around a plain function."""
     return kernel if isinstance(kernel, Kernel) else Kernel(kernel, BOUND_GENERATION.get())
+
+
+def simulate_ranks(
+    kernel: Any,
+    arguments: Sequence[Sequence[Any] | Mapping[str, Any]],
+    *,
+    lnc: int | None = None,
+    generation: str | None = None,
+) -> list[Any]:
+    """Run a kernel on len(arguments) ranks at once; the outputs of each rank, in rank order.
+
+    kernel: an @nki.jit kernel or a plain function.
+    arguments: per rank, a tuple of positional arguments or a dict of named ones; arrays may differ
+        between ranks, each rank has its own HBM.
+    lnc: cores per rank, 1 or 2; by default what kernel[lnc] says, else 1.
+    generation: as in `load`; by default the kernel's, else the environment's.
+    Raises what any rank raises (its traceback, with a note of rank and core), NkiDeadlockError
+    when ranks wait for each other, ValueError for arguments that are neither tuples nor dicts.
+    """
+    made = simulate(kernel) if lnc is None else simulate(kernel)[lnc]
+    calls = [_arguments(rank, given) for rank, given in enumerate(arguments)]
+    if not calls:
+        raise ValueError("expected the arguments of at least one rank, got none")
+    if current_or_none() is not None:
+        raise RuntimeError("simulate_ranks cannot be called inside a kernel")
+    return launch(
+        made.function, chips.generation_name(generation or made.generation), calls, made.lnc
+    )
+
+
+def _arguments(rank: int, given: Any) -> Arguments:
+    if isinstance(given, Mapping):
+        return Arguments((), dict(given))
+    if isinstance(given, (tuple, list)):
+        return Arguments(tuple(given), {})
+    raise ValueError(
+        f"expected a tuple or dict of arguments for rank {rank}, got {type(given).__name__}; "
+        "pass (array,) for a single one"
+    )

@@ -94,7 +94,7 @@ def num_programs(axes: int = 0) -> int:
 
 def program_ndim() -> int:
     """Axes of the launch grid: 0 without a grid."""
-    return 0 if current("nki.language.program_ndim").num_programs == 1 else 1
+    return int(current("nki.language.program_ndim").world.has_grid)
 
 
 globals().update(OPS)

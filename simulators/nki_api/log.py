@@ -45,7 +45,10 @@ class View:
 
 @dataclass(frozen=True)
 class BufferInfo:
-    """One allocation: `space` is hbm, sbuf or psum; `address` in bytes within a partition."""
+    """One allocation: `space` is hbm, sbuf or psum; `address` in bytes within a partition.
+
+    `core` is -1 for HBM that the cores of a rank share.
+    """
 
     space: str
     name: str
@@ -54,6 +57,36 @@ class BufferInfo:
     row_bytes: int
     first_partition: int
     address: int
+    rank: int = 0
+    core: int = 0
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A record in which cores meet: a collective, a sendrecv or a barrier.
+
+    seq: the record's number in this log.
+    meeting: the same number in the log of every member.
+    kind: the function's name ("all_gather", "sendrecv", "core_barrier", ...).
+    members: (rank, core) of all who meet, in group order.
+    sends_to, receives_from: (rank, core) of the others whose data come here or who get ours.
+    sources, destinations: this member's tensors, channel by channel.
+    bytes_sent, bytes_received: payload that leaves and enters this core, whatever the algorithm.
+    group: ranks in group (or ring) order; channels: channel ids, empty where there are none.
+    """
+
+    seq: int
+    meeting: int
+    kind: str
+    members: tuple[tuple[int, int], ...]
+    sends_to: tuple[tuple[int, int], ...]
+    receives_from: tuple[tuple[int, int], ...]
+    sources: tuple[View, ...]
+    destinations: tuple[View, ...]
+    bytes_sent: int
+    bytes_received: int
+    group: tuple[int, ...]
+    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -76,11 +109,17 @@ class Record:
 
 
 class Log:
-    """Instructions of one run in program order. `len`, indexing and iteration give Records."""
+    """Instructions of one core in program order. `len`, indexing and iteration give Records.
 
-    def __init__(self) -> None:
+    What `record` gives is the log of rank 0, core 0; `cores[rank, core]` are all of them. They
+    share one table of buffers.
+    """
+
+    def __init__(self, first: Log | None = None) -> None:
         self.rows = array("q")
-        self.buffers: list[BufferInfo] = []
+        self.buffers: list[BufferInfo] = [] if first is None else first.buffers
+        self.cores: dict[tuple[int, int], Log] = {(0, 0): self} if first is None else first.cores
+        self.exchanges: list[Exchange] = []
         self.names: list[str] = []
         self._name_ids: dict[str, int] = {}
         self.views: list[View] = []
@@ -114,6 +153,13 @@ class Log:
 
     def __iter__(self) -> Iterator[Record]:
         return (self[i] for i in range(len(self)))
+
+    def of_core(self, rank: int, core: int) -> Log:
+        """The log of one core of the same run, made when first asked for."""
+        found = self.cores.get((rank, core))
+        if found is None:
+            found = self.cores[rank, core] = Log(self)
+        return found
 
     def counts(self) -> Counter[str]:
         """How often each opcode occurs."""
@@ -153,6 +199,10 @@ class Log:
             found = self._name_ids[name] = len(self.names)
             self.names.append(name)
         return found
+
+    def view(self, tensor: Any) -> View:
+        """The table's entry for a tensor."""
+        return self.views[self._view(tensor)]
 
     def _view(self, tensor: Any) -> int:
         key = (tensor.storage.number, tensor.offset, tensor.shape, tensor.strides, tensor.dtype)

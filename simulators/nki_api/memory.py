@@ -131,12 +131,14 @@ class Storage:
         "__weakref__",
         "address",
         "base",
+        "collective",
         "core",
         "data",
         "dtype",
         "epoch",
         "first_partition",
         "init",
+        "io",
         "map_origin",
         "name",
         "number",
@@ -179,6 +181,8 @@ class Storage:
         self.epoch = 0
         self.silent = False  # shape-only mode: contents do not matter
         self.site: Any = None  # (code, line) of the allocation
+        self.io = False  # an input of the kernel
+        self.collective = False  # an operand of a collective
         self.own: InitMap | None = None  # a placed tensor: what was written by its own name
         self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
 

@@ -1,6 +1,6 @@
-"""The state of one kernel run, in a context variable: chip, core, parameters, log.
+"""The state of one core's run of a kernel, in a context variable: chip, core, parameters, log.
 
-N threads can simulate at once, each with its own run. Does not run anything: see jit.py.
+N threads can simulate at once, each with its own run. Does not run anything: see ranks/launch.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from . import chips, errors, memory
-from .log import BufferInfo, Log
+from . import dtypes, errors, memory
+from .log import NONE, BufferInfo, Log
+from .ranks.scheduler import Place
+from .ranks.world import Rank, World
 
 _SPACES = ("hbm", "sbuf", "psum")
 
@@ -35,7 +37,7 @@ class SimParams:
 
 
 class Run:
-    """One kernel call. `accumulators` are the engines' reduce registers, [128, 1] fp32 each."""
+    """One core's run. `accumulators` are the engines' reduce registers, [128, 1] fp32 each."""
 
     __slots__ = (
         "accumulators",
@@ -48,21 +50,25 @@ class Run:
         "num_programs",
         "ordered",
         "params",
+        "place",
         "program_id",
         "random",
         "values",
+        "world",
     )
 
     def __init__(
-        self, chip: chips.Chip, core: memory.Core, params: SimParams, log: Log | None
+        self, world: World, place: Place, core: memory.Core, params: SimParams, log: Log | None
     ) -> None:
-        self.chip = chip
+        self.world = world
+        self.place = place
+        self.chip = world.chip
         self.core = core
         self.params = params
         self.values = core.values = params.values
         self.log = log
-        self.program_id = 0
-        self.num_programs = 1
+        self.program_id = place.core
+        self.num_programs = world.lnc
         self.accumulators: dict[str, Any] = {}
         self.num_buffers = 0
         self.issued = 0  # instructions so far
@@ -77,6 +83,27 @@ class Run:
         self.num_buffers += 1
         return self.num_buffers
 
+    @property
+    def rank(self) -> Rank:
+        """What this core shares with the others of its rank."""
+        return self.world.ranks[self.place.rank]
+
+    def new_hbm(
+        self,
+        num_bytes: int,
+        dtype: dtypes.DType,
+        region: memory.MemoryRegion,
+        name: str,
+        data: Any = None,
+    ) -> memory.Storage:
+        """An HBM buffer, fresh or over `data`, numbered and entered in the log."""
+        storage = memory.hbm_storage(num_bytes, dtype, region, name, data)
+        storage.number = self.next_number()
+        storage.silent = data is None and not self.values
+        if self.log is not None:
+            self.describe_buffer(storage)
+        return storage
+
     def describe_buffer(self, storage: memory.Storage) -> None:
         """Enter a new buffer in the log's table."""
         assert self.log is not None, "only called when there is a log"
@@ -89,6 +116,8 @@ class Run:
                 storage.row_bytes,
                 storage.first_partition,
                 storage.address,
+                self.place.rank,
+                NONE if storage.region is memory.MemoryRegion.shared_hbm else self.place.core,
             )
         )
 
@@ -133,21 +162,28 @@ def parameters(params: SimParams) -> Iterator[None]:
         _PARAMS.reset(token)
 
 
+def parameters_in_force() -> SimParams:
+    """The parameters of the innermost `parameters` block, or the defaults."""
+    return _PARAMS.get() or SimParams()
+
+
+def recorder() -> Log | None:
+    """The log of the innermost `record` block."""
+    return _RECORDER.get()
+
+
 @contextmanager
-def running(generation: str) -> Iterator[Run]:
+def running(world: World, place: Place, params: SimParams, log: Log | None) -> Iterator[Run]:
     """A fresh run on an empty core. Kernels may not be nested."""
-    params = _PARAMS.get() or SimParams()
-    log = _RECORDER.get()
-    if log is None and params.log:
-        log = Log()
-    chip = chips.chip_for(generation)
-    core = _POOL.borrow(chip)
-    run = Run(chip, core, params, log)
-    tokens = (_RUN.set(run), errors.STRICT.set(params.strict))
+    core = _POOL.borrow(world.chip)
+    run = Run(world, place, core, params, log)
+    label = f"{place}: " if len(world.places) > 1 else ""
+    tokens = (_RUN.set(run), errors.STRICT.set(params.strict), errors.PLACE.set(label))
     try:
         with np.errstate(all="ignore"):
             yield run
     finally:
         _RUN.reset(tokens[0])
         errors.STRICT.reset(tokens[1])
+        errors.PLACE.reset(tokens[2])
         _POOL.give_back(core)

@@ -9,22 +9,9 @@ import functools
 import types
 from typing import Any
 
-from . import dtypes, isa, jit, language
-from .errors import unsupported
+from . import collectives, dtypes, isa, jit, language
 
 SUBMODULES = ("language", "isa", "collectives", "typing")
-
-
-def _collectives() -> types.ModuleType:
-    module = types.ModuleType("nki.collectives", "Not implemented yet.")
-
-    def missing(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: unsupported(f"nki.collectives.{name}")
-
-    module.__dict__["__getattr__"] = missing
-    return module
 
 
 class _TensorAnnotation:
@@ -45,7 +32,7 @@ def nki_modules() -> dict[str, types.ModuleType]:
     """{"nki": ..., "nki.language": ..., "nki.isa": ..., ...}."""
     package = types.ModuleType("nki", "NKI on NumPy, by nxd_cp.simulators.nki_api.")
     package.__path__ = []
-    parts = {"language": language, "isa": isa, "collectives": _collectives(), "typing": _typing()}
+    parts = {"language": language, "isa": isa, "collectives": collectives, "typing": _typing()}
     package.__dict__.update(
         jit=jit.jit,
         simulate=jit.simulate,

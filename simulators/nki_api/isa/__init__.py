@@ -37,6 +37,7 @@ from .exponential import exponential
 from .gather import local_gather, nc_n_gather, nc_stream_shuffle, tensor_partition_reduce
 from .gpsimd import affine_select, iota
 from .issue import NkiInstruction
+from .pair import core_barrier, sendrecv
 from .reduce import bn_aggr, bn_stats, tensor_reduce
 from .scalar_engine import activation, activation_reduce
 from .scan import tensor_scalar_cumulative, tensor_tensor_scan
@@ -54,7 +55,6 @@ unknown_engine = engine.unknown
 _NOT_YET = frozenset(
     [
         "activate2",
-        "core_barrier",
         "dropout",
         "nc_matmul_mx",
         "quantize_mx",
@@ -62,7 +62,6 @@ _NOT_YET = frozenset(
         "rand_get_state",
         "rand_set_state",
         "rng",
-        "sendrecv",
         "sequence_bounds",
         "set_rng_seed",
         "topk",
@@ -101,6 +100,7 @@ __all__ = [
     "bn_aggr",
     "bn_stats",
     "constants",
+    "core_barrier",
     "dge_mode",
     "dma_compute",
     "dma_copy",
@@ -133,6 +133,7 @@ __all__ = [
     "register_store",
     "scalar_tensor_tensor",
     "select_reduce",
+    "sendrecv",
     "tensor_copy",
     "tensor_copy_predicated",
     "tensor_partition_reduce",
