@@ -222,3 +222,18 @@ def test_partition_reduce():
     np.testing.assert_array_equal(run(kernel, bits, nl.bitwise_or), expected)
     rejects("tensor_partition_reduce.operands", kernel, X, nl.multiply)
     rejects("tensor_partition_reduce.operands", kernel, X, nl.bitwise_or)
+
+
+def test_average_over_partitions():
+    def kernel(x):
+        tile = sbuf((1, x.shape[1]))
+        nisa.tensor_partition_reduce(tile, nl.average, load(x))
+        return store(tile)
+
+    x = np.arange(32 * 8, dtype=np.float32).reshape(32, 8)  # exact in fp32
+    np.testing.assert_array_equal(run(kernel, x), x.mean(axis=0, keepdims=True))
+
+    def along_free_dims(x):
+        nisa.tensor_reduce(sbuf((32, 1)), nl.average, load(x), axis=1)  # bad
+
+    rejects("operand.op", along_free_dims, x)

@@ -20,6 +20,7 @@ from nxd_cp.simulators.nki_api.registers import (
 from nxd_cp.simulators.nki_api.runtime import current_or_none
 
 from . import enums as constants
+from .activate2 import activate2
 from .copy import memset, tensor_copy
 from .dma import dma_copy
 from .dma_reshape import dma_compute, dma_transpose
@@ -38,11 +39,13 @@ from .gather import local_gather, nc_n_gather, nc_stream_shuffle, tensor_partiti
 from .gpsimd import affine_select, iota
 from .issue import NkiInstruction
 from .pair import core_barrier, sendrecv
+from .random import dropout, rand2, rand_get_state, rand_set_state, rng, set_rng_seed
 from .reduce import bn_aggr, bn_stats, tensor_reduce
 from .scalar_engine import activation, activation_reduce
 from .scan import tensor_scalar_cumulative, tensor_tensor_scan
 from .search import max8, nc_find_index8, nc_match_replace8, nonzero_with_count
 from .select import range_select, select_reduce, tensor_copy_predicated
+from .sequence import sequence_bounds
 from .tensor_engine import nc_matmul, nc_transpose
 from .tensor_scalar import tensor_scalar, tensor_scalar_reduce
 
@@ -52,21 +55,7 @@ scalar_engine = engine.scalar
 gpsimd_engine = engine.gpsimd
 unknown_engine = engine.unknown
 
-_NOT_YET = frozenset(
-    [
-        "activate2",
-        "dropout",
-        "nc_matmul_mx",
-        "quantize_mx",
-        "rand2",
-        "rand_get_state",
-        "rand_set_state",
-        "rng",
-        "sequence_bounds",
-        "set_rng_seed",
-        "topk",
-    ]
-)
+_NOT_YET = frozenset(["nc_matmul_mx", "quantize_mx", "topk"])
 
 
 def get_nc_version() -> nc_version:
@@ -94,6 +83,7 @@ __all__ = [
     "NkiInstruction",
     "NkiValidationError",
     "VirtualRegister",
+    "activate2",
     "activation",
     "activation_reduce",
     "affine_select",
@@ -106,6 +96,7 @@ __all__ = [
     "dma_copy",
     "dma_engine",
     "dma_transpose",
+    "dropout",
     "engine",
     "exponential",
     "get_nc_sub_version",
@@ -124,6 +115,9 @@ __all__ = [
     "nc_version",
     "nonzero_with_count",
     "oob_mode",
+    "rand2",
+    "rand_get_state",
+    "rand_set_state",
     "range_select",
     "reciprocal",
     "reduce_cmd",
@@ -131,9 +125,12 @@ __all__ = [
     "register_load",
     "register_move",
     "register_store",
+    "rng",
     "scalar_tensor_tensor",
     "select_reduce",
     "sendrecv",
+    "sequence_bounds",
+    "set_rng_seed",
     "tensor_copy",
     "tensor_copy_predicated",
     "tensor_partition_reduce",

@@ -22,6 +22,7 @@ from nxd_cp.simulators.nki_api.checks import (
 )
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
+from nxd_cp.simulators.nki_api.ops import OPS
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
@@ -56,7 +57,7 @@ _INDEX = documented(
 _PARTITION_REDUCE = documented(
     "tensor_partition_reduce.operands",
     "nki.isa.tensor_partition_reduce",
-    "op is add, max, bitwise_or or bitwise_and; dst has one partition",
+    "op is add, average, max, bitwise_or or bitwise_and; dst has one partition",
 )
 
 
@@ -167,7 +168,8 @@ def tensor_partition_reduce(
     values = source(instr, "data", data)
     check_tile(instr, "dst", dst)
     in_sbuf(instr, dst=dst, data=data)
-    known = operator(instr, "op", op, "reduce").name
+    mean = op is OPS["average"]
+    known = "add" if mean else operator(instr, "op", op, "reduce").name
     legal = known in ("add", "max", "maximum", "bitwise_or", "bitwise_and")
     if op.bitvec and (data.dtype.kind not in "iu" or dst.dtype is not data.dtype):
         legal = False
@@ -178,7 +180,10 @@ def tensor_partition_reduce(
         if op.bitvec:
             out[...] = op.reduce.reduce(values, axis=0).reshape(out.shape)
         else:
-            result = op.reduce.reduce(dtypes.to_f32(values, data.dtype), axis=0)
+            function = np.add if mean else op.reduce
+            result = function.reduce(dtypes.to_f32(values, data.dtype), axis=0)
+            if mean:
+                result /= np.float32(data.shape[0])
             dtypes.store_f32(out, result.reshape(out.shape), dst.dtype)
     return issue(
         run, "tensor_partition_reduce", "gpsimd", dst, (data,), data, detail=op.name, name=name

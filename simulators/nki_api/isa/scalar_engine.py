@@ -34,6 +34,14 @@ from .enums import reduce_cmd as commands
 from .issue import NkiInstruction, issue
 
 _PAGE = "nki.isa.activation"
+REDUCE: dict[str, Any] = {
+    "add": np.add,
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "abs_max": np.maximum,
+    "abs_min": np.minimum,
+}
+IDENTITY = {"add": 0.0, "maximum": -np.inf, "minimum": np.inf, "abs_max": 0.0, "abs_min": np.inf}
 _BIAS = documented(
     "activation.bias",
     _PAGE,
@@ -44,8 +52,8 @@ _SCALE = documented("activation.scale", _PAGE, "scale is a number or a float32 [
 _REDUCE = documented(
     "activation.reduce",
     _PAGE,
-    "reduce_op is nl.add, reduce_res holds one element per partition, and both "
-    "need a reduce_cmd that fits",
+    "reduce_op is nl.add (activate2: also maximum, minimum, abs_max, abs_min), reduce_res holds "
+    "one element per partition, and both need a reduce_cmd that fits",
 )
 _EMPTY = documented(
     "activation.accumulator",
@@ -114,22 +122,23 @@ def _activation(
         x = dtypes.to_f32(x, data.dtype)
         values = _affine(x, factor, shift)
         if op.valid is not None:
-            _check_range(instr, op, values, data)
+            check_range(instr, op, values, data)
         values = function(values, out=None if values is x else values)
     if reduce_cmd is not commands.idle or reduce_op is not None or reduce_res is not None:
-        _reduce(instr, run, values, data, reduce_op, reduce_res, reduce_cmd)
+        reduce_into(instr, run, values, data, reduce_op, reduce_cmd)
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data)
     if run.values:
         dtypes.store_f32(out, like(values, out.shape), dst.dtype)
     if reduce_res is not None:
-        _read_out(instr, run, reduce_res, data)
+        read_out(instr, run, reduce_res, data)
     bits = READ_ACCUMULATOR if reduce_res is not None else 0
     tiles = (data, bias, scale, reduce_res)
     return issue(run, "activation", "scalar", dst, tiles, data, bits, op.name, name)
 
 
-def _check_range(instr: str, op: Op, values: Any, data: NkiTensor) -> None:
+def check_range(instr: str, op: Op, values: Any, data: NkiTensor) -> None:
+    """Report arguments outside the documented range of a function."""
     low, high = op.valid or (0.0, np.inf)
     size = np.abs(values) if op.name == "reciprocal" else values
     smallest, largest = size.min(), size.max()
@@ -181,31 +190,37 @@ def _bias(instr: str, run: Run, op: Any, bias: Any, data: NkiTensor) -> Any:
     return per_partition(instr, "bias", bias, data)
 
 
-def _reduce(
+def reduce_into(
     instr: str,
     run: Run,
     values: Any,
     data: NkiTensor,
     reduce_op: Any,
-    reduce_res: Any,
     reduce_cmd: Any,
+    allowed: tuple[str, ...] = ("add",),
 ) -> None:
     """Update the reduce registers: [128, 1] fp32, or absent while nothing was reset."""
     sums = reduce_cmd in (commands.reduce, commands.reset_reduce)
-    if reduce_cmd is commands.load_reduce or (sums and reduce_op is not OPS["add"]):
+    name = getattr(reduce_op, "name", "add")
+    unknown = name not in allowed or (sums and type(reduce_op) is not Op)
+    if reduce_cmd is commands.load_reduce or unknown:
         fail(_REDUCE, instr, f"reduce_op={reduce_op}, reduce_cmd={reduce_cmd}", data=data)
     registers = run.accumulators.get("scalar")
     if reduce_cmd in (commands.reset, commands.reset_reduce):
-        registers = run.accumulators["scalar"] = np.zeros((128, 1), np.float32)
+        registers = np.full((128, 1), IDENTITY[name], np.float32)
+        run.accumulators["scalar"] = registers
     elif registers is None:
         fail(_EMPTY, instr, f"reduce_cmd={reduce_cmd} before any reset", data=data)
     if sums and run.values:
         partitions = data.shape[0]
         flat = values if values.ndim == 2 else values.reshape(partitions, -1)
-        registers[:partitions] += np.add.reduce(flat, axis=1, keepdims=True)
+        flat = np.abs(flat) if name.startswith("abs_") else flat
+        part = REDUCE[name].reduce(flat, axis=1, keepdims=True)
+        registers[:partitions] = REDUCE[name](registers[:partitions], part)
 
 
-def _read_out(instr: str, run: Run, reduce_res: Any, data: NkiTensor) -> None:
+def read_out(instr: str, run: Run, reduce_res: Any, data: NkiTensor) -> None:
+    """Write the reduce registers to `reduce_res`, one element per partition."""
     out = destination(instr, "reduce_res", reduce_res, OTHER)
     partitions = data.shape[0]
     if reduce_res.shape[0] != partitions or reduce_res.size != partitions:
