@@ -63,6 +63,12 @@ def test_wrong_fields_are_caught():
 
 def test_names_that_kernels_import():
     modules = nki_modules()
-    assert modules["nki"].dtype is type(nl.float32)
+    assert modules["nki"].dtype.bfloat16 is nl.bfloat16
+    assert modules["nki.dtype"]("float32") is nl.float32
+
+    def annotated(dtype: modules["nki.dtype"] | None, other: modules["nki.dtype"] | None):
+        return dtype, other
+
+    assert annotated(nl.float32, None) == ("float32", None)
     assert modules["nki.isa.constants"] is nisa.constants
     assert nisa.constants.oob_mode is nisa.oob_mode

@@ -88,8 +88,16 @@ def test_language_rules():
         nl.exp(x)  # bad
 
     rejects("language.tile", in_hbm, A)
-    with pytest.raises(NkiUnsupportedError, match="across partitions"):
-        run(_stored(lambda x: nl.broadcast_to(x[0:1], (128, 64))), A)
+    rejects("language.tile", _stored(lambda x: nl.broadcast_to(x[0:2], (128, 64))), A)  # bad
+
+
+@pytest.mark.parametrize("partitions", [20, 32, 100, 128])
+def test_a_row_is_repeated_across_partitions(partitions):
+    def kernel(x):
+        return store(nl.broadcast_to(load(x[3:4]), (partitions, 64), dtype=nl.bfloat16))
+
+    expected = np.broadcast_to(A[3:4], (partitions, 64)).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(run(kernel, A), expected)
 
 
 def test_the_log_names_the_kernels_line():

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import collectives, dtypes, isa, jit, language
 
-SUBMODULES = ("language", "isa", "collectives", "typing")
+SUBMODULES = ("language", "isa", "collectives", "typing", "dtype")
 
 
 class _TensorAnnotation:
@@ -27,17 +27,41 @@ def _typing() -> types.ModuleType:
     return module
 
 
+class _DtypeModule(types.ModuleType):
+    """nki.dtype: a module of the dtypes that also serves as an annotation."""
+
+    def __call__(self, value: Any) -> dtypes.DType:
+        return dtypes.dtype_of(value)
+
+    def __or__(self, other: Any) -> Any:
+        return Any
+
+    __ror__ = __or__
+
+
+def _dtype() -> types.ModuleType:
+    module = _DtypeModule("nki.dtype", "The element types.")
+    every = (*dtypes.ALL, *dtypes.PACKED)
+    module.__dict__.update({"bool_" if d == "bool" else str(d): d for d in every})
+    return module
+
+
 @functools.lru_cache(maxsize=1)
 def nki_modules() -> dict[str, types.ModuleType]:
     """{"nki": ..., "nki.language": ..., "nki.isa": ..., ...}."""
     package = types.ModuleType("nki", "NKI on NumPy, by nxd_cp.simulators.nki_api.")
     package.__path__ = []
-    parts = {"language": language, "isa": isa, "collectives": collectives, "typing": _typing()}
+    parts = {
+        "language": language,
+        "isa": isa,
+        "collectives": collectives,
+        "typing": _typing(),
+        "dtype": _dtype(),
+    }
     package.__dict__.update(
         jit=jit.jit,
         simulate=jit.simulate,
         Kernel=jit.Kernel,
-        dtype=dtypes.DType,
         __simulated__=True,
         **parts,
     )

@@ -1,6 +1,6 @@
 """nki.language functions that move tiles: load, store, copy, broadcast, transpose, gather, print.
 
-Also matmul, and `t[...] = x`. Broadcasting across partitions is not implemented.
+Also matmul, and `t[...] = x`.
 
 Source: nki.language (load, store, copy, transpose, matmul, ...).
 """
@@ -20,7 +20,9 @@ from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
-from .common import check_tiles, result, widened
+from .common import TILE, check_tiles, result, widened
+
+QUADRANT = 32  # partitions that nc_stream_shuffle moves among
 
 _LOAD = documented(
     "language.load", "nki.language.load, store", "load reads HBM, store writes HBM from SBUF"
@@ -81,15 +83,21 @@ def expand_dims(x: Any, axis: int) -> NkiTensor:
 
 
 def broadcast_to(x: Any, shape: Any, dtype: Any = None) -> NkiTensor:
-    """A tile with its free dims of size 1 repeated; across partitions is not implemented."""
+    """A tile with its dims of size 1 repeated; across partitions 32 at a time, by VectorE."""
     wanted = tuple(int(n) for n in shape)
     if x.shape == wanted and (dtype is None or dtypes.dtype_of(dtype) is x.dtype):
         whole: NkiTensor = x
         return whole
-    if wanted[0] != x.shape[0]:
-        unsupported("nki.language.broadcast_to across partitions", "use nisa.nc_stream_shuffle")
     tile = result("broadcast_to", wanted, dtype, x)
-    isa.tensor_copy(tile, widened("broadcast_to", x, wanted))
+    if wanted[0] == x.shape[0]:
+        isa.tensor_copy(tile, widened("broadcast_to", x, wanted))
+        return tile
+    if x.shape[0] != 1:
+        fail(TILE, "nki.language.broadcast_to", f"{x.shape} to {wanted}", x=x)
+    row = x if x.dtype is tile.dtype else copy(x, tile.dtype)
+    row = widened("broadcast_to", row, (1, *wanted[1:]))
+    for first in range(0, wanted[0], QUADRANT):
+        isa.nc_stream_shuffle(tile[first : min(first + QUADRANT, wanted[0])], row, [0] * QUADRANT)
     return tile
 
 
