@@ -9,6 +9,10 @@ import torch
 from ranks import RankGroup
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pretrained", help="folder of a pretrained model, for test_pretrained.py")
+
+
 @pytest.fixture(autouse=True)
 def _repeatable() -> Iterator[None]:
     """Seed, one thread, and `torch.empty` filled with NaN so that unwritten memory shows."""

@@ -9,13 +9,14 @@ import pytest
 from snippets import ROOT, run_bash, run_python, snippets, write_files
 
 DOCS = ROOT / "docs"
-PAGES = ("concepts.md",)
+PAGES = ("concepts.md", "hugging_face.md", "torchtitan.md")
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_blocks_of_a_page_run(name, tmp_path):
     page = DOCS / name
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     write_files(page, tmp_path)
     run_python(page)
     for block in snippets(page, "bash"):
