@@ -119,6 +119,40 @@ class FreeList:
         self.free = merged
 
 
+class Neighbours:
+    """Rectangles of live placed tensors, found by the blocks of bytes that they touch."""
+
+    BLOCK = 2048
+
+    def __init__(self) -> None:
+        self.rects: dict[int, Rect] = {}
+        self.blocks: dict[int, dict[int, Rect]] = {}
+
+    def _touched(self, rect: Rect) -> range:
+        return range(rect[2] // self.BLOCK, -(-rect[3] // self.BLOCK))
+
+    def overlaps(self, rect: Rect) -> bool:
+        """Whether any rectangle shares a byte with `rect`."""
+        empty: dict[int, Rect] = {}
+        return any(
+            overlap(rect, other)
+            for block in self._touched(rect)
+            for other in self.blocks.get(block, empty).values()
+        )
+
+    def add(self, number: int, rect: Rect) -> None:
+        """Enter the rectangle of tensor `number`."""
+        self.rects[number] = rect
+        for block in self._touched(rect):
+            self.blocks.setdefault(block, {})[number] = rect
+
+    def remove(self, number: int) -> None:
+        """Forget a tensor; one that was never entered is ignored."""
+        rect = self.rects.pop(number, None)
+        for block in self._touched(rect) if rect is not None else ():
+            del self.blocks[block][number]
+
+
 class Storage:
     """One allocation: bytes, place, owner and write state. Tensors are views of it.
 
@@ -221,7 +255,7 @@ class Core:
         self.sbuf_list = FreeList(self.chip.sbuf_usable_bytes)
         self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
         self.live: dict[int, tuple[int, int, str, int]] = {}
-        self.placed: dict[int, dict[int, Rect]] = {}
+        self.placed: dict[int, Neighbours] = {}
         self.placed_init: dict[int, InitMap] = {}
 
     def allocate(
@@ -288,12 +322,12 @@ class Core:
             self.placed_init[space] = init
         storage.init, storage.map_origin = init, (first, at)
         storage.own = InitMap(storage.partitions, storage.row_bytes, MIN_ALIGN)
-        neighbours = self.placed.setdefault(space, {})
-        if not any(overlap(rect, other) for other in neighbours.values()):
+        neighbours = self.placed.setdefault(space, Neighbours())
+        if not neighbours.overlaps(rect):
             shape = (storage.partitions, storage.row_bytes)
             init.mark(rect, True, (first, at, shape, (1, 1), 1), FRESH)
             storage.fill()
-        neighbours[storage.number] = rect
+        neighbours.add(storage.number, rect)
 
     def _at(
         self,
@@ -333,7 +367,9 @@ class Core:
 
     def release(self, storage: Storage) -> None:
         """A tensor is no longer used; one that was placed automatically gives its bytes back."""
-        self.placed.get(storage.space, {}).pop(storage.number, None)
+        neighbours = self.placed.get(storage.space)
+        if neighbours is not None:
+            neighbours.remove(storage.number)
         entry = self.live.pop(storage.number, None)
         if entry is not None:
             (self.sbuf_list if entry[0] == SBUF else self.psum_list).give(entry[1], entry[3])
