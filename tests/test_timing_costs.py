@@ -74,15 +74,13 @@ def test_mamba_is_bound_by_vector_and_near_its_published_time_on_trn1():
     assert times.expected_ns == pytest.approx(172_930, rel=0.25)
 
 
-PRIMITIVES = [row for row in rows() if row.group in ("A6", "A7", "B0", "K2") and predict(row)]
+PRIMITIVES = [row for row in rows() if not isinstance(predict(row), str)]
 
 
 @pytest.mark.parametrize("row", PRIMITIVES, ids=lambda row: f"{row.group} {row.name}"[:70])
 def test_every_published_primitive_is_met(row):
     scored = Scored(row, predict(row))
     limit = LARGE if scored.judged == "primitive" else SMALL
-    if "DMA 32 KiB" in row.metric and row.generation == "gen2":
-        limit = 0.10  # one engine alone is faster than sixteen at once, and one rate serves both
     assert abs(scored.error) <= limit, f"{scored.prediction} for {row}"
 
 

@@ -5,16 +5,24 @@ from dataclasses import replace
 import pytest
 
 from nxd_cp.simulators.timing import estimate
-from nxd_cp.simulators.timing.clones import NotRun, matmul_kernel, run
+from nxd_cp.simulators.timing.catalog import source
+from nxd_cp.simulators.timing.clones import Kernel, NotRun, run
+from nxd_cp.simulators.timing.public import matmul_kernel
 from nxd_cp.simulators.timing.published import Prediction, not_a_kernel, predict, rows
 from nxd_cp.simulators.timing.streams.attention_steps import attention_step
 from nxd_cp.simulators.timing.streams.mamba import mamba
+from nxd_cp.simulators.timing.streams.mamba_steps import mamba_step
 from nxd_cp.simulators.timing.streams.matmul import matmul
 from nxd_cp.simulators.timing.streams.nkibench import nkibench
+from nxd_cp.simulators.timing.streams.sd_attention import sd_attention
 from nxd_cp.simulators.timing.validation import Scored, quantile, report
 
 QUICK = (
     "fused_mamba v2 ch4096 seq512",
+    "mamba trace step 5",
+    "mamba trace step 6",
+    "depthwise conv1d trace step 2",
+    "SD attention trace step 6",
     "mamba trace step 2",
     "NKIBench silu",
     "attention trace step 8",
@@ -42,7 +50,7 @@ def test_quick_kernels_are_within_the_worst_that_is_claimed(row):
 def test_every_row_has_a_source_and_a_use():
     assert len(rows()) > 100
     for row in rows():
-        assert row.use in ("fit", "score")
+        assert row.use in ("fit", "score", "fit-suite", "score-suite")
         assert len(row.source) > 10
         assert row.value > 0
 
@@ -80,8 +88,12 @@ def test_unknown_versions_and_kernels_are_caught():
         matmul("fast", 128, 128, 512)
     with pytest.raises(ValueError, match="name: expected one of silu"):
         nkibench("softmax")
-    with pytest.raises(ValueError, match="step: expected 0, 7 or 8, got 5"):
+    with pytest.raises(ValueError, match="step: expected one of 0, 1, 3, 7, 8, got 5"):
         attention_step(5)
+    with pytest.raises(ValueError, match="step: expected 5, 6 or 7, got 4"):
+        mamba_step(4)
+    with pytest.raises(ValueError, match="step: expected 1 or 6, got 2"):
+        sd_attention(2)
     with pytest.raises(ValueError, match="version: expected 1, 2 or 3, got 4"):
         mamba(4, 128, 512)
 
@@ -107,16 +119,69 @@ def nki_matmul_tiled_(lhsT, rhs):
     return out
 """
 
+PACKAGED = """
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+
+@nki.jit
+def scaled(data, row=None, times=1):
+    out = nl.ndarray(data.shape, dtype=data.dtype, buffer=nl.shared_hbm)
+    a = nl.ndarray(data.shape, dtype=data.dtype, buffer=nl.sbuf)
+    b = nl.ndarray(data.shape, dtype=data.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=a, src=data)
+    nisa.dma_copy(dst=b, src=row)
+    for _ in range(times):
+        nisa.tensor_tensor(dst=a, data1=a, data2=b, op=nl.multiply)
+    nisa.dma_copy(dst=out, src=a)
+    return out
+"""
+
+
+def _clone(tmp_path, kernel, text):
+    file = tmp_path / kernel.folder / kernel.file
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+
 
 def test_a_kernel_in_a_clone_is_run_and_takes_the_time_of_its_stream(tmp_path):
     kernel = matmul_kernel("tiled", 128, 128, 512, "bfloat16")
-    folder = tmp_path / kernel.folder
-    folder.mkdir(parents=True)
-    (folder / f"{kernel.module}.py").write_text(KERNEL)
-    ran = estimate(run(kernel, tmp_path, "gen3"), "gen3")
-    assert ran.expected_ns == estimate(matmul("tiled", 128, 128, 512), "gen3").expected_ns
+    _clone(tmp_path, kernel, KERNEL)
+    (log,) = run(kernel, tmp_path, "gen3")
+    alone = estimate(matmul("tiled", 128, 128, 512), "gen3")
+    assert estimate(log, "gen3").expected_ns == alone.expected_ns
+
+
+def test_a_kernel_in_a_package_takes_named_arrays_and_options(tmp_path):
+    kernel = Kernel(
+        folder="library/src",
+        package="stand_in_for_a_library",
+        module="core.scaled",
+        function="scaled",
+        arrays=(((128, 64), "bfloat16"),),
+        named=(("row", ((128, 64), "bfloat16")),),
+        options=(("times", 3),),
+    )
+    _clone(tmp_path, kernel, PACKAGED)
+    (log,) = run(kernel, tmp_path, "gen2")
+    assert log.counts() == {"dma_copy": 3, "tensor_tensor": 3}
 
 
 def test_a_kernel_that_is_not_there_is_named(tmp_path):
     with pytest.raises(NotRun, match=r"matrix_multiplication_nki_kernels\.py is not below"):
         run(matmul_kernel("tiled", 128, 128, 512, "bfloat16"), tmp_path, "gen3")
+
+
+def test_every_row_of_the_library_has_its_kernel_and_needs_a_clone():
+    suite = [row for row in rows() if row.use.endswith("-suite")]
+    assert [row.use for row in suite].count("fit-suite") == 3
+    assert [row.use for row in suite].count("score-suite") == 8
+    for row in suite:
+        kernel = source(row).kernel
+        assert kernel.function == "attention_cte"
+        (q, _), _, (v, _) = kernel.arrays
+        assert f"bs={q[0]}" in row.shape
+        assert f"seqlen_kv={v[1]}" in row.shape
+        assert f"d={v[2]}," in row.shape
+        assert predict(row) == "its public kernel needs clones"

@@ -215,9 +215,11 @@ class _Importer:
         return shell
 
 
-def load(package: str, *, generation: str | None = None) -> Any:
+def load(package: str, *, generation: str | None = None, module: str = "") -> Any:
     """A private copy of `package` bound to the simulator, cached by (package, generation).
 
+    module: the dotted name below the package of the module to return, where the package puts
+    something else at that attribute; by default the package itself.
     generation: "gen2" (trn1, inf2), "gen3" (trn2), "gen4" (trn3); by default the environment's
     NEURON_PLATFORM_TARGET_OVERRIDE, else gen4, as in the vendor's simulator. Submodules are
     imported on attribute access; `.nki` is the simulator's nki. Calling a @nki.jit function of
@@ -228,4 +230,5 @@ def load(package: str, *, generation: str | None = None) -> Any:
     with _LOCK:
         if key not in _LOADED:
             _LOADED[key] = _Importer(package, target).module(package)
-        return _LOADED[key]
+        root = _LOADED[key]
+        return root.__importer__.module(f"{package}.{module}") if module else root

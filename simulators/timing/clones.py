@@ -1,93 +1,91 @@
 """The public kernels behind published rows, run as they are from clones of their repositories.
 
 Does: find a kernel's file in a folder of clones, load it into the simulator under its own name, run
-it on zeros and hand back its log. Does not: copy anything; what cannot be found or run is said.
+it in shape-only mode and hand back its log. Does not: copy anything, or read a published time; what
+cannot be found or run is said.
 
-Expected layout: PATH/aws-neuron-sdk (github.com/aws-neuron/aws-neuron-sdk), or PATH itself.
+Expected layout: PATH/<name of the repository>, or PATH itself for one repository.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nxd_cp.simulators.nki_api import NkiUnsupportedError, NkiValidationError, load, record
+from nxd_cp.simulators.nki_api import (
+    NkiUnsupportedError,
+    NkiValidationError,
+    SimParams,
+    load,
+    parameters,
+    record,
+)
 from nxd_cp.simulators.nki_api.log import Log
 
-EXAMPLES = "aws-neuron-sdk/nki/examples"
+Array = tuple[tuple[int, ...], str]  # shape, dtype
 
 
 class NotRun(Exception):
     """Why a public kernel could not be run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A public kernel: folder below the clones, module, function, shapes and dtype of inputs."""
+    """A public kernel and what it is called with.
+
+    folder: below the clones, what to put on the path. package: its top package, or "" for a module
+    of its own. module: dotted name below the package. arrays: positional arguments, filled with
+    zeros; named: arrays by keyword. options: other keyword arguments. lnc: cores of the grid.
+    """
 
     folder: str
     module: str
     function: str
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: str
+    arrays: tuple[Array, ...]
+    package: str = ""
+    named: tuple[tuple[str, Array], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    lnc: int = 1
+
+    @property
+    def file(self) -> str:
+        """The file below `folder`."""
+        return "/".join([*self.package.split("."), *self.module.split(".")]).strip("/") + ".py"
 
 
-def matmul_kernel(version: str, m: int, k: int, n: int, dtype: str) -> Kernel | None:
-    """The tutorial's kernel of one version, or None when the tutorial has none."""
-    names = {
-        "tiled": "nki_matmul_tiled_",
-        "hoist": "nki_matmul_hoist_load_",
-        "block": "nki_matmul_block_free_dimension_",
-        "full": "nki_matmul_fully_optimized_",
-    }
-    if version not in names:
-        return None
-    return Kernel(
-        f"{EXAMPLES}/matrix_multiplication",
-        "matrix_multiplication_nki_kernels",
-        names[version],
-        ((k, m), (k, n)),
-        dtype,
-    )
-
-
-def mamba_kernel(version: int, channels: int, seq_len: int, states: int = 16) -> Kernel:
-    """The tutorial's kernel of one version."""
-    wide, rows = (1, channels, seq_len), (1, states, seq_len)
-    return Kernel(
-        f"{EXAMPLES}/fused_mamba",
-        "mamba_nki_kernels",
-        f"mamba_v{version}",
-        (wide, wide, (channels, states), rows, rows),
-        "float32",
-    )
-
-
-def run(kernel: Kernel, clones: Path, generation: str) -> Log:
-    """The log of a public kernel; NotRun with the reason when it is not there or does not run."""
-    inputs = [np.zeros(shape, _dtype(kernel.dtype)) for shape in kernel.shapes]
+def run(kernel: Kernel, clones: Path, generation: str) -> tuple[Log, ...]:
+    """A log per core; NotRun with the reason when a kernel is not there or does not run."""
+    inputs = [_zeros(array) for array in kernel.arrays]
+    named = {name: _zeros(array) for name, array in kernel.named}
+    if kernel.lnc != 1:
+        raise NotRun(f"runs on {kernel.lnc} cores")
     with _importable(_folder(kernel, clones)):
         try:
-            module = load(kernel.module, generation=generation)
-            with record() as log:
-                getattr(module, kernel.function)(*inputs)
-        except (NkiUnsupportedError, NkiValidationError) as error:
+            if kernel.package:
+                module = load(kernel.package, generation=generation, module=kernel.module)
+            else:
+                module = load(kernel.module, generation=generation)
+            quiet = redirect_stdout(io.StringIO())  # kernels print warnings of their own
+            with quiet, parameters(SimParams(values=False)), record() as log:
+                getattr(module, kernel.function)(*inputs, **named, **dict(kernel.options))
+        except (NkiUnsupportedError, NkiValidationError, ImportError) as error:
             raise NotRun(str(error).splitlines()[0][:80]) from error
-    return log
+    return (log,)
 
 
 def _folder(kernel: Kernel, clones: Path) -> Path:
     inside = Path(*Path(kernel.folder).parts[1:])
     for folder in (clones / kernel.folder, clones / inside):
-        if (folder / f"{kernel.module}.py").exists():
+        if (folder / kernel.file).exists():
             return folder
-    raise NotRun(f"{kernel.folder}/{kernel.module}.py is not below {clones.name}")
+    raise NotRun(f"{kernel.folder}/{kernel.file} is not below {clones.name}")
 
 
 @contextmanager
@@ -99,9 +97,10 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _dtype(name: str) -> Any:
-    if name == "bfloat16":
+def _zeros(array: Array) -> Any:
+    shape, dtype = array
+    if dtype == "bfloat16":
         import ml_dtypes
 
-        return ml_dtypes.bfloat16
-    return np.dtype(name)
+        return np.zeros(shape, ml_dtypes.bfloat16)
+    return np.zeros(shape, dtype)

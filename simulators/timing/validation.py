@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .published import Prediction, Row, not_a_kernel, predict, rows
+from .published import NS_PER, TIMES, Prediction, Row, not_a_kernel, predict, rows
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,17 @@ class Scored:
     def judged(self) -> str:
         """The class whose limits apply: kernel, short kernel, primitive or small primitive."""
         assert self.prediction is not None, "only rows that ran have a class"
-        kind = self.prediction.kind
-        return "short kernel" if kind == "kernel" and self.prediction.total_ns < 5e4 else kind
+        if self.prediction.kind != "kernel":
+            return self.prediction.kind
+        ns = NS_PER[self.row.unit] * self.row.value
+        total = ns if self.row.metric in TIMES else self.prediction.total_ns
+        return "short kernel" if total < 5e4 else "kernel"
 
 
 def score(
     use: str, progress: Callable[[Row], None] | None = None, clones: Path | None = None
 ) -> list[Scored]:
-    """All rows of one use ("score" or "fit"); public kernels are run from `clones` if given."""
+    """All rows of one use, as in the data file; public kernels are run from `clones` if given."""
     result = []
     for row in rows():
         if row.use != use:
@@ -48,9 +51,8 @@ def score(
         if not_a_kernel(row):
             result.append(Scored(row, None, "times a framework, not a kernel: not scorable"))
             continue
-        prediction = predict(row, clones)
-        reason = "" if prediction is not None else "no instruction stream for this kernel"
-        result.append(Scored(row, prediction, reason))
+        found = predict(row, clones)
+        result.append(Scored(row, None, found) if isinstance(found, str) else Scored(row, found))
     return result
 
 

@@ -35,17 +35,26 @@ def attention(
 
 
 class Evict:
-    """Copies PSUM to SBUF on VectorE and ScalarE in turn ("both"), or "vector" or "scalar"."""
+    """Copies PSUM to SBUF on VectorE or ScalarE.
+
+    engines: "both" in turn, one in three on VectorE; "balanced" on the one with less work so far;
+    or "vector" or "scalar" alone.
+    """
 
     def __init__(self, s: Stream, p_dtype: str, engines: str) -> None:
         self.s, self.turn, self.p_dtype, self.engines = s, 0, p_dtype, engines
 
     def __call__(self, dst: Tile, src: Tile) -> None:
         self.turn += 1
-        if self.engines == "vector" or (self.engines == "both" and self.turn % 3 == 1):
+        if self._on_vector():
             self.s.vector("tensor_copy", dst, src)
         else:
             self.s.scalar("copy", dst, src)
+
+    def _on_vector(self) -> bool:
+        if self.engines == "balanced":
+            return self.s.elements["vector"] <= self.s.elements["scalar"]
+        return self.engines == "vector" or (self.engines == "both" and self.turn % 3 == 1)
 
 
 def _transposed(s: Stream, source: Tile, evict: Evict) -> Tile:

@@ -1,11 +1,13 @@
-"""Three steps of a published tuning run of attention on trn1, as instruction streams.
+"""Five steps of a published tuning run of attention on trn1, as instruction streams.
 
 Head dim 128, q and k in fp32. Step 0 does one thing at a time for all rows and keeps what comes
-between in HBM, all in fp32. Steps 7 and 8 have probabilities and v in bf16; per 128 query rows:
+between in HBM, all in fp32; step 1 takes the sums with the exp. Step 3 stays on chip in fp32 and
+goes over the keys three times, for the maximum, the sum and the output (attention_passes.py).
+Steps 7 and 8 have probabilities and v in bf16; per 128 query rows:
 scores 128 x 512 and their row maximum; then per 128 keys exp, row sum, transpose and the second
 product. Step 8 keeps the scores in SBUF as bf16 in between; step 7 computes them again, 128 columns
 at a time.
-PSUM evictions alternate between VectorE and ScalarE, as in the profiles of attention.py.
+PSUM evictions go to whichever of VectorE and ScalarE has less work so far.
 Source: ucb-bar/autocomp, examples/trn-tutorial/4_attention_trace.py.
 """
 
@@ -14,19 +16,25 @@ from __future__ import annotations
 from nxd_cp.simulators.nki_api.log import Log
 
 from .attention import KEYS, ROWS, Evict
+from .attention_passes import three_passes
 from .builder import Stream, Tile
+
+STEPS = (0, 1, 3, 7, 8)
 
 
 def attention_step(step: int, seq_len: int = 4096) -> Log:
-    """The log of step 0, 7 or 8; ValueError for another."""
-    if step not in (0, 7, 8):
-        raise ValueError(f"step: expected 0, 7 or 8, got {step!r}")
+    """The log of step 0, 1, 3, 7 or 8; ValueError for another."""
+    if step not in STEPS:
+        raise ValueError(f"step: expected one of {', '.join(map(str, STEPS))}, got {step!r}")
     s = Stream()
     q, k = (s.load(s.hbm(ROWS, seq_len, dtype="float32")) for _ in range(2))
-    if step == 0:
-        _through_hbm(s, q, k)
+    if step in (0, 1):
+        _through_hbm(s, q, k, sums_with_exp=step == 1)
         return s.log
-    evict = Evict(s, "bfloat16", "both")
+    if step == 3:
+        three_passes(s, q, k)
+        return s.log
+    evict = Evict(s, "bfloat16", "balanced")
     v = s.hbm(ROWS, seq_len, dtype="float32")
     v_blocks = [
         _transposed(s, s.load(v[:, start : start + ROWS]), evict)
@@ -38,8 +46,8 @@ def attention_step(step: int, seq_len: int = 4096) -> Log:
     return s.log
 
 
-def _through_hbm(s: Stream, q: Tile, k: Tile) -> None:
-    """Step 0: scores less their maximum, exp, sums, division, transposes, second product."""
+def _through_hbm(s: Stream, q: Tile, k: Tile, *, sums_with_exp: bool) -> None:
+    """Steps 0 and 1: scores less their maximum, exp, sums, division, transposes, second product."""
     length, wide = q.shape[1], {"dtype": "float32"}
     blocks = range(length // ROWS)
     shifted, weights, scores = ([s.hbm(ROWS, length, **wide) for _ in blocks] for _ in range(3))
@@ -54,13 +62,15 @@ def _through_hbm(s: Stream, q: Tile, k: Tile) -> None:
         for j, bank in enumerate(banks):
             s.vector("tensor_scalar", row[:, j * KEYS : (j + 1) * KEYS], bank, top)
         s.dma(shifted[m], row)
-    for m in blocks:
-        row = s.sbuf(ROWS, length, **wide)
-        s.scalar("exp", row, s.load(shifted[m]))
-        s.dma(weights[m], row)
     sums, inverse = s.sbuf(ROWS, len(blocks), **wide), s.sbuf(ROWS, len(blocks), **wide)
     for m in blocks:
-        s.vector("tensor_reduce", sums[:, m : m + 1], s.load(weights[m]))
+        row = s.sbuf(ROWS, length, **wide)
+        extra = [sums[:, m : m + 1]] if sums_with_exp else []
+        s.scalar("exp", row, s.load(shifted[m]), *extra, read=sums_with_exp)
+        s.dma(weights[m], row)
+    if not sums_with_exp:
+        for m in blocks:
+            s.vector("tensor_reduce", sums[:, m : m + 1], s.load(weights[m]))
     s.vector("reciprocal", inverse, sums)
     for m in blocks:
         row = s.sbuf(ROWS, length, **wide)
@@ -70,7 +80,7 @@ def _through_hbm(s: Stream, q: Tile, k: Tile) -> None:
 
 
 def _second_product(s: Stream, scores: list[Tile]) -> None:
-    """Step 0: v and the scores are transposed through HBM, block by block, then multiplied."""
+    """Steps 0 and 1: v and the scores are transposed through HBM, then multiplied."""
     blocks, wide = range(len(scores)), {"dtype": "float32"}
     evict = Evict(s, "float32", "scalar")
     v = s.load(s.hbm(ROWS, len(scores) * ROWS, **wide))

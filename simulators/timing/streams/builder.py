@@ -55,10 +55,14 @@ class Tile:
 
 
 class Stream:
-    """A Log under construction. Every method appends one instruction."""
+    """A Log under construction. Every method appends one instruction.
+
+    elements: per engine, of all instructions so far.
+    """
 
     def __init__(self) -> None:
         self.log = Log()
+        self.elements = {"vector": 0, "scalar": 0}
 
     def _tile(self, space: str, shape: tuple[int, ...], dtype: str) -> Tile:
         strides, step = [], 1
@@ -114,11 +118,13 @@ class Stream:
     def vector(self, opcode: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
         """An instruction on VectorE; with `read` the last source takes the reduce result."""
         size = max([dst.free, *(s.free for s in sources)])
+        self.elements["vector"] += size
         self.log.add(opcode, "vector", dst, sources, size, READ_ACCUMULATOR if read else 0)
 
     def scalar(self, function: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
         """An activation on ScalarE; with `read` the last source takes the row sums."""
         size = max([dst.free, *(s.free for s in sources)])
+        self.elements["scalar"] += size
         self.log.add(
             "activation",
             "scalar",
