@@ -1,6 +1,7 @@
 """The comparison with published timings: quick rows within their limits, and honest bookkeeping."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,12 @@ def test_quantile_is_the_smallest_value_that_covers_the_share():
     assert quantile(values, 0.9) == 9
     assert quantile(values, 0.5) == 5
     assert quantile([3.0], 0.9) == 3
+
+
+def test_the_lines_of_a_stream_are_its_own_so_that_each_has_a_dma_queue():
+    lines = matmul("tiled", 128, 256, 512).lines
+    assert {Path(file).name for file, _ in lines} == {"matmul.py"}
+    assert len(lines) == 5
 
 
 def test_unknown_versions_and_kernels_are_caught():

@@ -64,8 +64,6 @@ def run(kernel: Kernel, clones: Path, generation: str) -> tuple[Log, ...]:
     """A log per core; NotRun with the reason when a kernel is not there or does not run."""
     inputs = [_zeros(array) for array in kernel.arrays]
     named = {name: _zeros(array) for name, array in kernel.named}
-    if kernel.lnc != 1:
-        raise NotRun(f"runs on {kernel.lnc} cores")
     with _importable(_folder(kernel, clones)):
         try:
             if kernel.package:
@@ -74,10 +72,12 @@ def run(kernel: Kernel, clones: Path, generation: str) -> tuple[Log, ...]:
                 module = load(kernel.module, generation=generation)
             quiet = redirect_stdout(io.StringIO())  # kernels print warnings of their own
             with quiet, parameters(SimParams(values=False)), record() as log:
-                getattr(module, kernel.function)(*inputs, **named, **dict(kernel.options))
+                function = getattr(module, kernel.function)
+                launched = function[kernel.lnc] if kernel.lnc > 1 else function
+                launched(*inputs, **named, **dict(kernel.options))
         except (NkiUnsupportedError, NkiValidationError, ImportError) as error:
             raise NotRun(str(error).splitlines()[0][:80]) from error
-    return (log,)
+    return tuple(log.cores.values())
 
 
 def _folder(kernel: Kernel, clones: Path) -> Path:

@@ -138,8 +138,8 @@ def _estimate(found: Source, generation: str, clones: Path | None) -> tuple[Esti
             if clones is None:
                 raise NotRun("its public kernel needs clones")
             logs = run(found.kernel, clones, generation)
-            times = [estimate(log, generation, found.options) for log in logs]
-            return max(times, key=lambda one: one.expected_ns), "public kernel"
+            cores = [estimate(log, generation, found.options) for log in logs]
+            return max(cores, key=lambda times: times.expected_ns), "public kernel"
         except NotRun as error:
             ran = f"stream; {error}" if clones is not None else ran
             if found.stream is None:

@@ -78,6 +78,10 @@ class Stream:
             SimpleNamespace(number=number), 0, shape, tuple(reversed(strides)), dtype, space
         )
 
+    def _add(self, *record: Any, **more: Any) -> None:
+        """Append a record whose source line is that of the caller of the method that calls this."""
+        self.log.add(*record, depth=3, **more)
+
     def hbm(self, *shape: int, dtype: str = "bfloat16") -> Tile:
         """A tensor in HBM."""
         return self._tile("hbm", shape, dtype)
@@ -92,40 +96,40 @@ class Stream:
 
     def dma(self, dst: Tile, src: Tile, mode: str = "unknown") -> None:
         """One DMA."""
-        self.log.add("dma_copy", "dma", dst, (src,), dst.free, detail=mode)
+        self._add("dma_copy", "dma", dst, (src,), dst.free, detail=mode)
 
     def load(self, src: Tile, dtype: str | None = None, queue: str = "") -> Tile:
         """A fresh SBUF tile with the contents of `src`; on a DMA queue of its own if named."""
         tile = self.sbuf(*src.shape, dtype=dtype or src.dtype)
         mode = f"unknown:{queue}" if queue else "unknown"
-        self.log.add("dma_copy", "dma", tile, (src,), tile.free, detail=mode)
+        self._add("dma_copy", "dma", tile, (src,), tile.free, detail=mode)
         return tile
 
     def dma_transpose(self, dst: Tile, src: Tile) -> None:
         """One DMA in transpose mode."""
-        self.log.add("dma_transpose", "dma", dst, (src,), dst.free, TRANSPOSE, detail="unknown")
+        self._add("dma_transpose", "dma", dst, (src,), dst.free, TRANSPOSE, detail="unknown")
 
     def matmul(self, dst: Tile, stationary: Tile, moving: Tile, *, add: bool = False) -> None:
         """dst (+)= stationary.T @ moving."""
-        self.log.add(
+        self._add(
             "nc_matmul", "tensor", dst, (stationary, moving), moving.free, ACCUMULATE if add else 0
         )
 
     def transpose(self, dst: Tile, data: Tile) -> None:
         """A transpose on TensorE; its moving operand is as wide as data has partitions."""
-        self.log.add("nc_transpose", "tensor", dst, (data,), data.shape[0])
+        self._add("nc_transpose", "tensor", dst, (data,), data.shape[0])
 
     def vector(self, opcode: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
         """An instruction on VectorE; with `read` the last source takes the reduce result."""
         size = max([dst.free, *(s.free for s in sources)])
         self.elements["vector"] += size
-        self.log.add(opcode, "vector", dst, sources, size, READ_ACCUMULATOR if read else 0)
+        self._add(opcode, "vector", dst, sources, size, READ_ACCUMULATOR if read else 0)
 
     def scalar(self, function: str, dst: Tile, *sources: Tile, read: bool = False) -> None:
         """An activation on ScalarE; with `read` the last source takes the row sums."""
         size = max([dst.free, *(s.free for s in sources)])
         self.elements["scalar"] += size
-        self.log.add(
+        self._add(
             "activation",
             "scalar",
             dst,
@@ -137,8 +141,8 @@ class Stream:
 
     def gpsimd(self, opcode: str, dst: Tile, *sources: Tile) -> None:
         """An instruction on GpSimdE."""
-        self.log.add(opcode, "gpsimd", dst, sources, dst.free)
+        self._add(opcode, "gpsimd", dst, sources, dst.free)
 
     def loop_iteration(self) -> None:
         """The start of one iteration of a device loop: all engines meet."""
-        self.log.add("loop_iteration", "all", None, (), 0)
+        self._add("loop_iteration", "all", None, (), 0)
