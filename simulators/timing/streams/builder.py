@@ -78,9 +78,18 @@ class Stream:
             SimpleNamespace(number=number), 0, shape, tuple(reversed(strides)), dtype, space
         )
 
-    def _add(self, *record: Any, **more: Any) -> None:
+    def _add(
+        self,
+        opcode: str,
+        engine: str,
+        dst: Tile | None,
+        sources: tuple[Tile, ...],
+        elements: int,
+        flags: int = 0,
+        detail: str = "",
+    ) -> None:
         """Append a record whose source line is that of the caller of the method that calls this."""
-        self.log.add(*record, depth=3, **more)
+        self.log.add(opcode, engine, dst, sources, elements, flags, depth=3, detail=detail)
 
     def hbm(self, *shape: int, dtype: str = "bfloat16") -> Tile:
         """A tensor in HBM."""
