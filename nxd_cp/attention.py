@@ -9,19 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nxd_cp import ops
+from nxd_cp import ops, validation
 from nxd_cp.backends import resolve_backend_name
 from nxd_cp.context import CPContext
-from nxd_cp.validation import (
-    refuse_unsupported,
-    validate_causal,
-    validate_dropout,
-    validate_length,
-    validate_scale,
-    validate_segment_ids,
-    validate_tensors,
-    validate_window,
-)
+from nxd_cp.options import Options
+from nxd_cp.schedule import Window
 
 
 def ring_attention(
@@ -32,8 +24,11 @@ def ring_attention(
     cp: CPContext | None = None,
     causal: bool = True,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_len: int | None = None,
+    kv_seq_len: int | None = None,
     sinks: Tensor | None = None,
     softcap: float | None = None,
     dropout_p: float = 0.0,
@@ -42,26 +37,35 @@ def ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the sequence of all ranks, from each rank's part of it. Differentiable once.
 
-    q: [B, Hq, S, D]; k, v: [B, Hkv, S, D], Hkv divides Hq; float32, bfloat16 or float16; S is the
-    local length, tokens in the order of the context's layout (see `nxd_cp.shard`).
+    q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv]; Hkv divides Hq; float32, bfloat16
+    or float16; Sq and Skv are local lengths, tokens in the order of the context's layout (see
+    `nxd_cp.shard`). Under autocast q, k and v are cast to its dtype first.
     cp: the place in a context-parallel group; None is plain attention on one device.
-    causal: by global position. window: each query sees that many keys, its own included (causal,
-    backend "torch" only); nothing is computed or sent beyond it.
-    segment_ids: [B, S], integers; a query sees only keys with its own id (packed documents, of any
-    length and wherever they lie; backend "torch" only). They may differ from call to call.
+    causal: by global position; the last query sees the last key, so with more keys than queries the
+    first ones lie before all queries.
+    window: a number of keys that each query sees, its own included (causal); or (left, right), how
+    many it sees before and after its own, None for all. Nothing is computed or sent beyond it.
+    segment_ids: [B, Sq], integers, of this rank's tokens; a query sees only keys with its own id
+    (packed documents, of any length and wherever they lie). They may differ from call to call.
+    cu_seqlens: the same for documents that follow each other: [documents + 1] integers, 0 first,
+    cumulative lengths in the whole sequence, equal on all ranks and for all rows of the batch.
+    seq_len, kv_seq_len: tokens of the whole sequence where its last slots are padding (kv_seq_len:
+    as seq_len where Skv equals Sq). Padding is neither read nor seen, and comes out as zeros.
+    sinks: [Hq], learnable: one more score in each row of a head, of a key whose value is zero. Each
+    rank gets the gradient of its own rows: reduce it over ranks as that of any other parameter.
+    softcap: scores s become softcap * tanh(s / softcap) before the mask.
     scale: of the scores, positive, default D ** -0.5.
     backend: "torch", "nki" (kernels on a Neuron device), "simulate" (the same kernels on a CPU) or
-    "auto" ("nki" for tensors on a Neuron device, else "torch").
-    return_lse: also return the natural logarithm of each row's sum of exponentials, scale included,
-    fp32 [B, Hq, S]; it carries no gradient.
+    "auto" ("nki" for tensors on a Neuron device, else "torch"). It refuses what it cannot do.
+    return_lse: also return the natural logarithm of each row's sum of exponentials, scale and sink
+    included, fp32 [B, Hq, Sq]; it carries no gradient.
 
-    Returns o [B, Hq, S, D] in q's dtype. Accumulation is fp32, rounded once. A row that sees
-    nothing has o = 0 and lse = -inf.
+    Returns o [B, Hq, Sq, Dv] in q's dtype. Accumulation is fp32, rounded once. A row that sees
+    nothing has o = 0 and lse = -inf (or its sink).
 
-    Raises ValueError for arguments that are not supported (sinks, softcap and dropout_p
-    are not, in this version); RankMismatchError, a ValueError, when ranks differ or
-    another rank refuses its arguments, with its reason. Both before keys or values are sent, and on
-    every rank. RingError when a rank is lost or late.
+    Raises ValueError for arguments that are not supported (dropout_p never is); RankMismatchError,
+    a ValueError, when ranks differ or another rank refuses its arguments, with its reason. Both
+    before keys or values are sent, and on every rank. RingError when a rank is lost or late.
     Source: Ring Attention (arXiv 2310.01889).
     """
     if cp is not None and not isinstance(cp, CPContext):
@@ -69,23 +73,49 @@ def ring_attention(
             f"cp: expected a CPContext or None, got {type(cp).__name__}; make one with "
             "CPContext.from_group"
         )
+    q, k, v = _autocast(q, k, v)
     try:
-        validate_tensors(q, k, v)
-        validate_causal(causal)
+        validation.validate_tensors(q, k, v)
+        validation.validate_causal(causal)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        validate_window(window, causal=causal)
-        refuse_unsupported(sinks=sinks, softcap=softcap)
-        validate_dropout(dropout_p)
-        validate_scale(scale)
-        scale = float(scale)
+        validation.validate_window(window, causal=causal)
+        validation.validate_softcap(softcap)
+        validation.validate_dropout(dropout_p)
+        validation.validate_scale(scale)
+        validation.validate_sinks(sinks, q)
+        validation.validate_documents(segment_ids, cu_seqlens, q, k)
+        validation.validate_lengths(q, k, seq_len, kv_seq_len, cp)
         name = resolve_backend_name(backend, q.device)
-        validate_segment_ids(segment_ids, q, backend=name)
-        if cp is not None:
-            validate_length(q.shape[2], layout=cp.layout, size=cp.size)
     except ValueError as error:
         if cp is not None:
             ops.refuse(cp, str(error), getattr(q, "device", torch.device("cpu")))
         raise
-    handle = "" if cp is None else cp.handle
-    o, lse, _ = ops.ring_forward(q, k, v, segment_ids, handle, causal, window, scale, name)
+    left, right = (window - 1, 0) if isinstance(window, int) else window or (None, None)
+    differentiated = [x for x in (q, k, v, sinks) if x is not None and x.requires_grad]
+    options = Options(
+        cp="" if cp is None else cp.handle,
+        causal=causal,
+        left=left,
+        right=right,
+        scale=float(scale),
+        softcap=None if softcap is None else float(softcap),
+        seq_len=seq_len,
+        kv_seq_len=kv_seq_len,
+        backend=name,
+        differentiable=torch.is_grad_enabled() and bool(differentiated),
+    )
+    o, lse, _ = ops.ring_forward(q, k, v, sinks, segment_ids, cu_seqlens, *options)
     return (o, lse) if return_lse else o
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """What PyTorch's own attention does under autocast: fp32 and 16-bit inputs get its dtype."""
+    return [
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if isinstance(x, Tensor)
+        and x.dtype in validation.DTYPES
+        and torch.amp.is_autocast_available(x.device.type)
+        and torch.is_autocast_enabled(x.device.type)
+        else x
+        for x in tensors
+    ]

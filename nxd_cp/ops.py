@@ -2,11 +2,12 @@
 
 Does: give the ring a schema, shapes without data (fake kernels) and a derivative, so that autograd,
 `torch.compile` and checkpoint policies see one op. Does not: validate arguments (`validation.py`,
-which `attention.py` calls first; only what a backend can compute is asked here) or compute
-(`ring.py`).
+which `attention.py` calls first; only what needs the values of a tensor or the plan is asked here)
+or compute (`ring.py`).
 
 A context cannot pass the dispatcher, so its handle does; "" stands for one device. The call number
-is an output of the forward, so that a backward names the forward it belongs to.
+is an output of the forward, so that a backward names the forward it belongs to. The tail of each
+argument list is `Options`.
 """
 
 from __future__ import annotations
@@ -17,151 +18,101 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nxd_cp import ring, strategies
+from nxd_cp import documents, ring, strategies
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
+from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan
 from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
 from nxd_cp.transport.agreement import announce_refusal, check_agreement
 
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? segment_ids, Tensor? cu_seqlens"
 
-@torch.library.custom_op("nxd_cp::ring_forward", mutates_args=())
+
+@torch.library.custom_op(
+    "nxd_cp::ring_forward",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
 def ring_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     segment_ids: Tensor | None,
-    cp: str,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    backend: str,
+    cu_seqlens: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """o [B, Hq, S, D] in q's dtype, lse [B, Hq, S] fp32, and the call number (int64, CPU).
-
-    cp: handle of a context, "" for one device. backend: a name that is not "auto".
-    """
-    context = _context(cp)
-    plan = plan_for(context, q.shape[2], causal, window)
-    work = _carry_out(plan, q, k, v, context, backend)
-    with context.transport.call("forward") as call:
-        _agree(
-            call,
-            context,
-            q,
-            k,
-            segment_ids,
-            causal,
-            window,
-            scale,
-            backend,
-            forward_call=call.number,
-        )
-        o, lse = strategies.forward(
-            q,
-            k,
-            v,
-            work=work,
-            rank=context.rank,
-            backend=get_backend(backend, q.device),
-            call=call,
-            scale=scale,
-            document_ids=_gather_ids(call, segment_ids, plan, context.rank),
-        )
+    """o [B, Hq, Sq, Dv] in q's dtype, lse [B, Hq, Sq] fp32, and the call number (int64, CPU)."""
+    asked = _Asked(q, k, v, sinks, segment_ids, cu_seqlens, Options(*options))
+    with _without_autocast(q), asked.context.transport.call("forward") as call:
+        asked.agree(call, forward_call=call.number)
+        o, lse = strategies.forward(q, k, v, sinks=sinks, **asked.to_run(call))
     return _rows_first(o.to(q.dtype)), lse.contiguous(), torch.tensor(call.number)
 
 
-@torch.library.custom_op("nxd_cp::ring_backward", mutates_args=())
+@torch.library.custom_op(
+    "nxd_cp::ring_backward",
+    mutates_args=(),
+    schema=f"(Tensor do, {_INPUTS}, Tensor o, Tensor lse, Tensor forward_call, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 def ring_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
     o: Tensor,
     lse: Tensor,
     forward_call: Tensor,
-    cp: str,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k and v."""
-    context = _context(cp)
-    plan = plan_for(context, q.shape[2], causal, window)
-    number = int(forward_call)
-    with context.transport.call("backward") as call:
-        _agree(
-            call, context, q, k, segment_ids, causal, window, scale, backend, forward_call=number
-        )
-        dq, dk, dv = strategies.backward(
-            do,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            work=strategies.plan_for(context.strategy, plan, q, k),
-            rank=context.rank,
-            backend=get_backend(backend, q.device),
-            call=call,
-            scale=scale,
-            document_ids=_gather_ids(call, segment_ids, plan, context.rank),
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv and dsinks in the dtypes of q, k, v and sinks; dsinks is empty without sinks."""
+    asked = _Asked(q, k, v, sinks, segment_ids, cu_seqlens, Options(*options))
+    with _without_autocast(q), asked.context.transport.call("backward") as call:
+        asked.agree(call, forward_call=int(forward_call))
+        dq, dk, dv, dsinks = strategies.backward(
+            do, q, k, v, o, lse, sinks=sinks, **asked.to_run(call)
         )
         # dk and dv lie in a message buffer; an op returns memory of its own.
-        dq = _rows_first(dq.to(q.dtype))
-        return dq, dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+        dk, dv = dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+    if sinks is None or dsinks is None:
+        return _rows_first(dq.to(q.dtype)), dk, dv, q.new_empty(0)
+    return _rows_first(dq.to(q.dtype)), dk, dv, dsinks.to(sinks.dtype)
 
 
 @ring_forward.register_fake
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_ids: Tensor | None,
-    cp: str,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    o = _rows_first(q.new_empty(q.shape))
+    o = _rows_first(q.new_empty((*q.shape[:-1], v.shape[-1])))
     return o, lse, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @ring_backward.register_fake
 def _backward_fake(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    segment_ids: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    forward_call: Tensor,
-    cp: str,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _rows_first(q.new_empty(q.shape)), k.new_empty(k.shape), v.new_empty(v.shape)
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
+    return _rows_first(q.new_empty(q.shape)), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, segment_ids, *ctx.options = inputs
     o, lse, forward_call = output
-    handle = ctx.options[0]
+    tensors, ctx.options = inputs[:6], inputs[6:]
+    handle = Options(*ctx.options).cp
     ctx.context = find_context(handle) if handle else None  # stays alive until the backward
     ctx.mark_non_differentiable(lse, forward_call)
-    ctx.save_for_backward(q, k, v, segment_ids, o, lse, forward_call)
+    ctx.save_for_backward(*tensors, o, lse, forward_call)
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = ring_backward(do, *ctx.saved_tensors, *ctx.options)
-    return (*gradients, None, *[None] * len(ctx.options))
+    has_sinks = ctx.saved_tensors[3] is not None
+    *gradients, dsinks = ring_backward(do, *ctx.saved_tensors, *ctx.options)
+    no_gradient = [None] * (2 + len(ctx.options))
+    return (*gradients, dsinks if has_sinks else None, *no_gradient)
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
@@ -175,22 +126,19 @@ ring_forward.register_autograd(_differentiate, setup_context=_save)
 ring_backward.register_autograd(_refuse)
 
 
-def plan_for(context: CPContext, local_len: int, causal: bool, window: int | None = None) -> Plan:
-    """The plan of a context for `local_len` tokens per rank."""
+def plan_for(context: CPContext, q_len: int, kv_len: int, options: Options) -> Plan:
+    """The plan of a context for `q_len` query slots and `kv_len` key slots per rank."""
     return make_plan(
         context.layout,
         context.size,
-        local_len * context.size,
-        causal=causal,
-        window=window,
+        q_len * context.size,
+        kv_len=kv_len * context.size,
+        num_tokens=options.seq_len,
+        num_kv_tokens=options.kv_seq_len,
+        causal=options.causal,
+        window=(options.left, options.right),
         ring_order=context.ring_order,
     )
-
-
-def _gather_ids(
-    call: Call, segment_ids: Tensor | None, plan: Plan, rank: int
-) -> list[Tensor] | None:
-    return None if segment_ids is None else ring.gather(call, segment_ids.long(), plan, rank)
 
 
 def refuse(context: CPContext, reason: str, device: torch.device) -> None:
@@ -203,20 +151,95 @@ def refuse(context: CPContext, reason: str, device: torch.device) -> None:
             announce_refusal(call, context.ring_order, reason, device)
 
 
-def _carry_out(
-    plan: Plan, q: Tensor, k: Tensor, v: Tensor, context: CPContext, backend: str
-) -> strategies.StrategyPlan:
-    """The plan by the context's strategy, of which the backend can compute every rectangle.
+class _Asked:
+    """One rank's call: what it was given, and what follows from that without communication.
 
-    Here and not earlier, because a compiled graph begins here.
+    Raises ValueError, and tells the other ranks, for what the backend cannot compute and for
+    cu_seqlens that make no sense; here, because a compiled graph begins here.
     """
-    try:
-        work = strategies.plan_for(context.strategy, plan, q, k)
-        get_backend(backend, q.device).validate(q, k, v, plan=work.plan, rank=context.rank)
-        return work
-    except ValueError as error:
-        refuse(context, str(error), q.device)
-        raise
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        segment_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        options: Options,
+    ) -> None:
+        self._q, self._k, self._v, self._sinks = q, k, v, sinks
+        self._segment_ids, self._cu_seqlens, self._options = segment_ids, cu_seqlens, options
+        self.context = _context(options.cp)
+        self._backend = get_backend(options.backend, q.device)
+        try:
+            self._plan = plan_for(self.context, q.shape[2], k.shape[2], options)
+            documents.validate_values(cu_seqlens, self._plan)
+            self._work = strategies.plan_for(self.context.strategy, self._plan, q, k)
+            self._backend.validate(
+                q,
+                k,
+                v,
+                plan=self._work.plan,
+                rank=self.context.rank,
+                softcap=options.softcap,
+                documents=segment_ids is not None or cu_seqlens is not None,
+            )
+        except ValueError as error:
+            refuse(self.context, str(error), q.device)
+            raise
+
+    def to_run(self, call: Call) -> dict[str, Any]:
+        """The keyword arguments of `ring.forward` and `ring.backward`."""
+        plan, rank = self._plan, self.context.rank
+        ids = None
+        if self._cu_seqlens is not None:
+            ids = documents.ids_of_ranks(self._cu_seqlens, plan, self._q.device)
+        elif self._segment_ids is not None:
+            ids = ring.gather(call, self._segment_ids.long(), plan, rank)
+        return {
+            "work": self._work,
+            "rank": rank,
+            "backend": self._backend,
+            "call": call,
+            "scale": self._options.scale,
+            "softcap": self._options.softcap,
+            "document_ids": ids,
+        }
+
+    def agree(self, call: Call, *, forward_call: int) -> None:
+        """All ranks must be in the same call, with the same arguments."""
+        context, options = self.context, self._options
+        if context.size == 1 or not context.check_ranks:
+            return
+        batch, num_heads, q_len, head_dim = self._q.shape
+        description: dict[str, str | int | float] = {
+            "call": f"{call.kind} {call.number}",
+            "of forward call": forward_call,
+            "batch": batch,
+            "query heads": num_heads,
+            "key/value heads": self._k.shape[1],
+            "local sequence length": q_len,
+            "local key length": self._k.shape[2],
+            "head dim": head_dim,
+            "head dim of v": self._v.shape[3],
+            "dtype": str(self._q.dtype),
+            "device": self._q.device.type,
+            "sinks": _given(self._sinks),
+            "segment_ids": _given(self._segment_ids),
+            "cu_seqlens": documents.fingerprint(self._cu_seqlens),
+            "layout": context.layout,
+            "strategy": str(context.strategy),
+            "ring order": str(context.ring_order),
+            "gradients": "wanted" if options.differentiable else "not wanted",
+        }
+        own = ("cp", "differentiable")
+        named = {k: str(v) for k, v in options._asdict().items() if k not in own}
+        check_agreement(call, context.ring_order, description | named, self._q.device)
+
+
+def _given(tensor: Tensor | None) -> str:
+    return "None" if tensor is None else "given"
 
 
 def _rows_first(x: Tensor) -> Tensor:
@@ -230,40 +253,9 @@ def _context(handle: str) -> CPContext:
     return CPContext(LocalTransport(0, LocalSession(1, timeout_s=0.0)))
 
 
-def _agree(
-    call: Call,
-    context: CPContext,
-    q: Tensor,
-    k: Tensor,
-    segment_ids: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    backend: str,
-    *,
-    forward_call: int,
-) -> None:
-    """All ranks must be in the same call, with the same arguments."""
-    if context.size == 1 or not context.check_ranks:
-        return
-    batch, num_heads, local_len, head_dim = q.shape
-    description: dict[str, str | int | float] = {
-        "call": f"{call.kind} {call.number}",
-        "of forward call": forward_call,
-        "batch": batch,
-        "query heads": num_heads,
-        "key/value heads": k.shape[1],
-        "local sequence length": local_len,
-        "head dim": head_dim,
-        "dtype": str(q.dtype),
-        "device": q.device.type,
-        "causal": causal,
-        "window": str(window),
-        "segment_ids": "None" if segment_ids is None else "given",
-        "scale": scale,
-        "backend": backend,
-        "layout": context.layout,
-        "strategy": str(context.strategy),
-        "ring order": str(context.ring_order),
-    }
-    check_agreement(call, context.ring_order, description, q.device)
+def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast would round the fp32 of every block; its cast of the inputs is `attention.py`'s."""
+    device_type = q.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

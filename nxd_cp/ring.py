@@ -1,16 +1,20 @@
 """Ring Attention: two loops over a schedule.
 
 Does: execute one rank's steps of a `Plan`. Keys and values travel in one message, which leaves
-before the present rectangle is computed; results are merged in fp32. Does not: choose what to
-compute (`schedule.py`), bring gradients of keys and values home (`gradients.py`), move bytes
-(`transport/`), compute scores (`backends/`), or check arguments (`validation.py`).
+before the present rectangle is computed; results are merged in fp32, sinks last. Does not: choose
+what to compute (`schedule`), pack keys and values (`blocks.py`), bring their gradients home
+(`gradients.py`), move bytes (`transport/`), compute scores (`backends/`), or check arguments
+(`validation.py`).
 
 Contracts
     Step 0 is the rank's own diagonal. o and lse are fp32 from the first step to the last.
     A row that has seen nothing has o = 0 and lse = -inf; merging keeps it so, without a NaN.
     The backward recomputes probabilities from the final lse of each row.
+    A sink is one more score in each row of its head, of a key whose value is zero. So it is one
+    more part to merge, with o = 0 and lse = sink, and its gradient is -sum(p_sink * delta).
+    Padded rows are in no rectangle: o = 0, lse = -inf, no gradient, whatever lies there.
 
-Letters: B batch, Hq query heads, Hkv key/value heads, S local rows, D head size.
+Letters: B batch, Hq query heads, Hkv key/value heads, S local rows, D and Dv head dims.
 Source: Ring Attention (arXiv 2310.01889); the merge is the online softmax of arXiv 1805.02867.
 """
 
@@ -21,8 +25,9 @@ from torch import Tensor
 
 from nxd_cp import gradients
 from nxd_cp.backends.base import Backend, BlockMask, Documents
+from nxd_cp.blocks import KeyBlock
 from nxd_cp.schedule import Plan, Tile, ring_moves
-from nxd_cp.transport import Call, Parcel
+from nxd_cp.transport import Call
 
 
 def forward(
@@ -35,25 +40,28 @@ def forward(
     backend: Backend,
     call: Call,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     document_ids: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """This rank's o [B, Hq, S, D] and lse [B, Hq, S], both fp32, over the keys of all ranks.
+    """This rank's o [B, Hq, S, Dv] and lse [B, Hq, S], both fp32, over the keys of all ranks.
 
-    document_ids: [B, S] of every rank; a query sees keys of its own document only.
+    sinks: [Hq]. document_ids: [B, S] of every rank; a query sees keys of its own document only.
     """
-    o = lse = None
-    kv = _pack(call, k, v)
-    here = kv.payload
+    result = None
+    block = KeyBlock(call, k, v)
     for step in plan.steps[rank]:
-        hop = call.start(kv, step.kv)
+        block.start(step.kv)
         for tile in step.tiles:
-            k_tile, v_tile = here[:, :, :, tile.k]
             mask = _mask(tile, document_ids, rank, step.owner)
-            part = backend.forward(q[:, :, tile.q], k_tile, v_tile, mask=mask, scale=scale)
-            o, lse = _merge_rows(o, lse, tile.q, part, like=q)
-        here = hop.wait()
-    assert o is not None, "every schedule computes something"
-    assert lse is not None, "o and lse come together"
+            part = backend.forward(
+                q[:, :, tile.q], *block.rows(tile.k), mask=mask, scale=scale, softcap=softcap
+            )
+            result = _merge_rows(result, tile.q, part, q.shape[2])
+        block.wait()
+    o, lse = _empty_result(q, v) if result is None else result
+    if sinks is not None:
+        _merge_sinks_(o, lse, sinks, slice(0, plan.local_tokens[rank]))
     return o, lse
 
 
@@ -70,41 +78,43 @@ def backward(
     backend: Backend,
     call: Call,
     scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     document_ids: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's dq [B, Hq, S, D], dk and dv [B, Hkv, S, D], fp32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """This rank's dq [B, Hq, S, D], dk and dv [B, Hkv, S, D or Dv] and dsinks [Hq], all fp32.
 
-    dk and dv lie in a message buffer: copy them before the call ends.
+    dk and dv lie in a message buffer: copy them before the call ends. dsinks, the part of this
+    rank's rows, is None without sinks.
     o and lse are the results of `forward`; o may have been rounded to the dtype of q.
     """
     o, delta = o.float(), _row_sums(do, o)
     dq = None
-    kv, grads = _pack(call, k, v), gradients.collect(call, plan, k)
-    here = kv.payload
+    block, grads = KeyBlock(call, k, v), gradients.collect(call, plan, k, v)
     for step in plan.steps[rank]:
-        hop = call.start(kv, step.kv)
-        parts = []
+        block.start(step.kv)
+        parts: list[gradients.Part] = []
         for tile in step.tiles:
             rows = tile.q
-            k_tile, v_tile = here[:, :, :, tile.k]
-            dq_tile, *dkv_tile = backend.backward(
+            dq_tile, dk_tile, dv_tile = backend.backward(
                 do[:, :, rows],
                 q[:, :, rows],
-                k_tile,
-                v_tile,
+                *block.rows(tile.k),
                 o[:, :, rows],
                 lse[:, :, rows],
                 delta[:, :, rows],
                 mask=_mask(tile, document_ids, rank, step.owner),
                 scale=scale,
+                softcap=softcap,
             )
             dq = _add_rows(dq, rows, dq_tile, like=q)
-            parts.append((tile.k, dkv_tile))
+            parts.append((tile.k, (dk_tile, dv_tile)))
         grads.add(step, parts)
-        here = hop.wait()
+        block.wait()
     dk, dv = grads.finish()
-    assert dq is not None, "every schedule computes something"
-    return dq, dk, dv
+    dq = torch.zeros_like(q, dtype=torch.float32) if dq is None else dq
+    dsinks = None if sinks is None else _sink_gradients(sinks, lse, delta, slice(0, plan.local_tokens[rank]))
+    return dq, dk, dv, dsinks
 
 
 def _mask(tile: Tile, document_ids: list[Tensor] | None, rank: int, owner: int) -> BlockMask:
@@ -135,21 +145,48 @@ def merge_(o: Tensor, lse: Tensor, o_tile: Tensor, lse_tile: Tensor) -> None:
     torch.logaddexp(lse, lse_tile, out=lse)
 
 
-def _merge_rows(
-    o: Tensor | None, lse: Tensor | None, rows: slice, part: tuple[Tensor, Tensor], *, like: Tensor
-) -> tuple[Tensor, Tensor]:
+Result = tuple[Tensor, Tensor]
+
+
+def _merge_rows(result: Result | None, rows: slice, part: Result, num_rows: int) -> Result:
     """The running result with a part for `rows` merged in; a first part for all rows is the result.
 
     Usually step 0 covers all rows, and taking its result spares memory and a pass over it.
     """
     o_tile, lse_tile = part
-    if o is None or lse is None:
-        if o_tile.shape == like.shape:
-            return o_tile, lse_tile
-        o = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-        lse = o.new_full(like.shape[:-1], -torch.inf)
+    if result is None:
+        if o_tile.shape[2] == num_rows:
+            return part
+        result = _empty_rows(o_tile, num_rows)
+    o, lse = result
     merge_(o[:, :, rows], lse[:, :, rows], o_tile, lse_tile)
-    return o, lse
+    return result
+
+
+def _empty_result(q: Tensor, v: Tensor) -> Result:
+    """What a rank that holds nothing but padding returns."""
+    return _empty_rows(q.new_empty((*q.shape[:2], 0, v.shape[-1])), q.shape[2])
+
+
+def _empty_rows(like: Tensor, num_rows: int) -> Result:
+    """o = 0 and lse = -inf for so many rows of [B, Hq, any, Dv]."""
+    B, H, _, D = like.shape
+    o = torch.zeros((B, H, num_rows, D), dtype=torch.float32, device=like.device)
+    return o, o.new_full((B, H, num_rows), -torch.inf)
+
+
+def _merge_sinks_(o: Tensor, lse: Tensor, sinks: Tensor, rows: slice) -> None:
+    """Add each head's sink to its rows, in place."""
+    o, lse = o[:, :, rows], lse[:, :, rows]
+    sink = sinks.float().view(1, -1, 1)
+    o *= torch.sigmoid(lse - sink).masked_fill_(lse == -torch.inf, 0.0).unsqueeze(-1)
+    torch.logaddexp(lse, sink, out=lse)
+
+
+def _sink_gradients(sinks: Tensor, lse: Tensor, delta: Tensor, rows: slice) -> Tensor:
+    lse, delta = lse[:, :, rows], delta[:, :, rows]
+    weight = torch.exp(sinks.float().view(1, -1, 1) - lse).masked_fill_(lse == -torch.inf, 0.0)
+    return -(weight * delta).sum((0, 2))
 
 
 def _add_rows(total: Tensor | None, rows: slice, part: Tensor, *, like: Tensor) -> Tensor:
@@ -160,13 +197,6 @@ def _add_rows(total: Tensor | None, rows: slice, part: Tensor, *, like: Tensor) 
         total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     total[:, :, rows] += part
     return total
-
-
-def _pack(call: Call, k: Tensor, v: Tensor) -> Parcel:
-    """Our own keys and values as one message, [2, B, Hkv, S, D] in their dtype."""
-    parcel = call.parcel("kv", (2, *k.shape), k.dtype, k.device)
-    torch.stack((k, v), out=parcel.payload)
-    return parcel
 
 
 def _row_sums(do: Tensor, o: Tensor) -> Tensor:

@@ -2,23 +2,30 @@
 
 Does: raise ValueError with what was expected, what was given and what to do. Does not: compare
 ranks with each other (`transport/agreement.py`), or check tile sizes (`Backend.validate`).
-Letters: B batch, Hq query heads, Hkv key/value heads, S local rows, D head size.
+Letters: B batch, Hq query heads, Hkv key/value heads, Sq and Skv local rows, D head dim.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from nxd_cp.schedule import seq_len_multiple
+from nxd_cp.schedule import Window, seq_len_multiple
+
+if TYPE_CHECKING:
+    from nxd_cp.context import CPContext
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+INTEGERS = (torch.int32, torch.int64)
 MIN_SCALE, MAX_SCALE = 1e-20, 1e6
+_PACKING = ("segment_ids", "cu_seqlens")
 
 
 def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q [B, Hq, S, D], k and v [B, Hkv, S, D]: ranks, dtypes, devices, sizes and head counts."""
+    """q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]: dtypes, devices, sizes, heads."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -38,14 +45,14 @@ def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty dim, got shape {tuple(x.shape)}")
-    if k.shape != v.shape:
+    if k.shape[:3] != v.shape[:3]:
         raise ValueError(
-            f"k and v: expected equal shapes, got {tuple(k.shape)} and {tuple(v.shape)}"
+            "k and v: expected equal shapes but for the head dim, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    if (q.shape[0], q.shape[2], q.shape[3]) != (k.shape[0], k.shape[2], k.shape[3]):
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(
-            "q and k: expected equal batch, sequence length and head dim, "
-            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+            f"q and k: expected equal batch and head dim, got {tuple(q.shape)} and {tuple(k.shape)}"
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -54,15 +61,28 @@ def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def validate_length(local_len: int, *, layout: str, size: int) -> None:
-    """The local length must hold a whole number of the layout's chunks."""
+def validate_lengths(
+    q: Tensor, k: Tensor, seq_len: int | None, kv_seq_len: int | None, cp: CPContext | None
+) -> None:
+    """Local lengths hold whole chunks of the layout, and tokens have room in them."""
+    layout, size = ("contiguous", 1) if cp is None else (cp.layout, cp.size)
     multiple = seq_len_multiple(layout, size) // size
-    if local_len % multiple:
-        raise ValueError(
-            f"local sequence length: expected a multiple of {multiple} (chunks per rank, "
-            f"{layout} on {size} ranks), got {local_len}; pad the batch or use "
-            'layout="contiguous"'
-        )
+    for name, x, tokens_name, tokens in (
+        ("q", q, "seq_len", seq_len),
+        ("k", k, "kv_seq_len", kv_seq_len),
+    ):
+        local_len = x.shape[2]
+        if local_len % multiple:
+            raise ValueError(
+                f"local length of {name}: expected a multiple of {multiple} (chunks per rank, "
+                f"{layout} on {size} ranks), got {local_len}; pad the sequence and pass "
+                'seq_len, or use layout="contiguous"'
+            )
+        if tokens is not None and (type(tokens) is not int or not 0 < tokens <= local_len * size):
+            raise ValueError(
+                f"{tokens_name}: expected the number of tokens of the whole sequence, from 1 to "
+                f"{local_len * size} (all slots of all ranks), got {tokens!r}"
+            )
 
 
 def validate_causal(causal: bool) -> None:
@@ -84,42 +104,92 @@ def validate_scale(scale: float) -> None:
         )
 
 
-def validate_window(window: int | None, *, causal: bool) -> None:
-    """A whole number of keys, at least 1 (the query's own), and a causal mask."""
+def validate_softcap(softcap: float | None) -> None:
+    """A positive number, or None."""
+    if softcap is None:
+        return
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float):
+        raise ValueError(f"softcap: expected a number or None, got {softcap!r}")
+    if not MIN_SCALE <= softcap <= 1 / MIN_SCALE:
+        raise ValueError(
+            f"softcap: expected a positive number (up to {1 / MIN_SCALE:g}) or None, got {softcap}"
+        )
+
+
+def validate_window(window: Window, *, causal: bool) -> None:
+    """At least 1 key (the query's own) and a causal mask; or (left, right), each >= 0 or None."""
     if window is None:
         return
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window: expected a whole number of at least 1, got {window!r}")
-    if not causal:
-        raise ValueError("window: expected causal=True with a window, got causal=False")
-
-
-def validate_segment_ids(segment_ids: Tensor | None, q: Tensor, *, backend: str) -> None:
-    """Integers [B, S] where q is; only the torch backend reads them."""
-    if segment_ids is None:
+    if isinstance(window, tuple):
+        ends = [end for end in window if end is not None]
+        if len(window) != 2 or any(type(end) is not int or end < 0 for end in ends):
+            raise ValueError(
+                f"window: expected (left, right), each at least 0 or None, got {window}"
+            )
+        if causal and window[1] not in (None, 0):
+            raise ValueError(
+                f"window: expected (left, 0) with causal=True, got {window}; pass causal=False to "
+                "see keys after a query"
+            )
         return
-    if not isinstance(segment_ids, Tensor) or segment_ids.dtype not in (torch.int32, torch.int64):
-        got = segment_ids.dtype if isinstance(segment_ids, Tensor) else type(segment_ids).__name__
-        raise ValueError(f"segment_ids: expected an int32 or int64 tensor or None, got {got}")
-    if segment_ids.shape != (q.shape[0], q.shape[2]) or segment_ids.device != q.device:
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
         raise ValueError(
-            f"segment_ids: expected shape {(q.shape[0], q.shape[2])} on {q.device}, "
+            f"window: expected a whole number of at least 1 or (left, right), got {window!r}"
+        )
+    if not causal:
+        raise ValueError(
+            "window: expected causal=True with a window of one number, got causal=False; give "
+            "(left, right), how many keys each query sees before and after its own"
+        )
+
+
+def validate_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """One number per query head, where q is."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES:
+        got = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise ValueError(
+            f"sinks: expected a float32, bfloat16 or float16 tensor or None, got {got}"
+        )
+    if sinks.shape != (q.shape[1],) or sinks.device != q.device:
+        raise ValueError(
+            f"sinks: expected shape ({q.shape[1]},), one per query head, on {q.device}, "
+            f"got {tuple(sinks.shape)} on {sinks.device}"
+        )
+
+
+def validate_documents(
+    segment_ids: Tensor | None, cu_seqlens: Tensor | None, q: Tensor, k: Tensor
+) -> None:
+    """segment_ids [B, S] or cu_seqlens [documents + 1], integers, and as many keys as queries."""
+    given = [
+        name for name, x in zip(_PACKING, (segment_ids, cu_seqlens), strict=True) if x is not None
+    ]
+    if not given:
+        return
+    if len(given) == 2:
+        raise ValueError("segment_ids and cu_seqlens: expected at most one of them, got both")
+    for name, x in zip(_PACKING, (segment_ids, cu_seqlens), strict=True):
+        if x is not None and (not isinstance(x, Tensor) or x.dtype not in INTEGERS):
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected an int32 or int64 tensor or None, got {got}")
+    if q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{given[0]}: expected as many keys as queries with packed documents, "
+            f"got {k.shape[2]} and {q.shape[2]} per rank"
+        )
+    shape = (q.shape[0], q.shape[2])
+    if segment_ids is not None and (segment_ids.shape != shape or segment_ids.device != q.device):
+        raise ValueError(
+            f"segment_ids: expected shape {shape} on {q.device}, "
             f"got {tuple(segment_ids.shape)} on {segment_ids.device}"
         )
-    if backend != "torch":
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2):
         raise ValueError(
-            f'segment_ids: expected None with backend "{backend}"; use backend="torch"'
+            "cu_seqlens: expected [documents + 1] cumulative lengths of the whole sequence, "
+            f"0 first, got shape {tuple(cu_seqlens.shape)}"
         )
-
-
-def refuse_unsupported(**options: object) -> None:
-    """Raise for every option that was set and is not built."""
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}: expected None, got {value!r}; this version supports causal, full, "
-                "sliding-window and packed attention only"
-            )
 
 
 def validate_dropout(dropout_p: float) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from nxd_cp import ops, reference
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
+from nxd_cp.options import Options
 from nxd_cp.schedule import LAYOUTS, make_plan
 
 
@@ -137,8 +138,8 @@ BAD = [
         "expected float32, bfloat16 or float16, got torch.float64",
     ),
     ({"k": heads(1, 2, 8, 16, dtype=torch.bfloat16)}, "k: expected dtype and device of q"),
-    ({"v": heads(1, 2, 8, 8)}, "k and v: expected equal shapes"),
-    ({"q": heads(1, 4, 6, 16)}, "q and k: expected equal batch, sequence length and head dim"),
+    ({"v": heads(1, 2, 6, 16)}, "k and v: expected equal shapes but"),
+    ({"q": heads(1, 4, 8, 8)}, "q and k: expected equal batch and head dim"),
     ({"q": heads(1, 3, 8, 16)}, "key/value heads that divide query heads, got 2 and 3"),
     ({name: heads(1, 2, 0, 16) for name in "qkv"}, "expected no empty dim"),
     ({name: heads(1, 2, 7, 16) for name in "qkv"}, "expected a multiple of 2 .*got 7"),
@@ -148,20 +149,42 @@ BAD = [
     ({"scale": "x"}, "scale: expected a number from 1e-20 to .*, got 'x'"),
     ({"causal": None}, "causal: expected True or False, got None"),
     ({"causal": 2}, "causal: expected True or False, got 2"),
-    ({"window": 0}, "window: expected a whole number of at least 1, got 0"),
-    ({"window": 2.5}, "window: expected a whole number of at least 1, got 2.5"),
-    ({"window": True}, "window: expected a whole number of at least 1, got True"),
-    ({"window": 4, "causal": False}, "window: expected causal=True with a window"),
+    ({"window": 0}, "window: expected a whole number of at least 1 .*, got 0"),
+    ({"window": 2.5}, "window: expected a whole number of at least 1 .*, got 2.5"),
+    ({"window": True}, "window: expected a whole number of at least 1 .*, got True"),
+    ({"window": 4, "causal": False}, "window: expected causal=True with a window of one number"),
+    ({"window": (3, 1)}, r"window: expected \(left, 0\) with causal=True, got \(3, 1\)"),
+    ({"window": (-1, 0)}, r"window: expected \(left, right\), each at least 0 or None, got \(-1"),
+    ({"window": (4,)}, r"window: expected \(left, right\), each at least 0 or None, got \(4"),
     ({"window": 4, "backend": "simulate"}, "expected causal or full attention, got window=4"),
     ({"segment_ids": [0, 1]}, "segment_ids: expected an int32 or int64 tensor or None, got list"),
     ({"segment_ids": torch.zeros(1, 8)}, "expected an int32 or int64 tensor or None, got torch.f"),
     ({"segment_ids": torch.zeros(1, 7).long()}, r"segment_ids: expected shape \(1, 8\) on cpu"),
     (
         {"segment_ids": torch.zeros(1, 8).long(), "backend": "simulate"},
-        'segment_ids: expected None with backend "simulate"',
+        'backend "simulate": expected no documents',
     ),
-    ({"sinks": 1.0}, "sinks: expected None"),
-    ({"softcap": 30.0}, "softcap: expected None"),
+    (
+        {"segment_ids": torch.zeros(1, 8).long(), "cu_seqlens": torch.tensor([0, 16])},
+        "segment_ids and cu_seqlens: expected at most one of them, got both",
+    ),
+    ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "cu_seqlens: expected an int32 or int64 tensor or"),
+    ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens: expected \[documents \+ 1\] cumulative"),
+    ({"cu_seqlens": torch.tensor([1, 16])}, "cu_seqlens: expected 0 first and values that never"),
+    ({"cu_seqlens": torch.tensor([0, 9, 5, 16])}, r"never fall, got \[0, 9, 5, 16\]"),
+    ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens: expected 16 last"),
+    (
+        {"k": heads(1, 2, 4, 16), "v": heads(1, 2, 4, 16), "cu_seqlens": torch.tensor([0, 16])},
+        "cu_seqlens: expected as many keys as queries with packed documents, got 4 and 8 per rank",
+    ),
+    ({"seq_len": 17}, "seq_len: expected the number of tokens .* from 1 to 16 .*, got 17"),
+    ({"seq_len": 0}, "seq_len: expected the number of tokens of the whole sequence, from 1"),
+    ({"kv_seq_len": 3.5}, "kv_seq_len: expected the number of tokens .*, got 3.5"),
+    ({"sinks": 1.0}, "sinks: expected a float32, bfloat16 or float16 tensor or None, got float"),
+    ({"sinks": torch.zeros(2)}, r"sinks: expected shape \(4,\), one per query head, .*got \(2,\)"),
+    ({"softcap": "x"}, "softcap: expected a number or None, got 'x'"),
+    ({"softcap": -1.0}, "softcap: expected a positive number .*, got -1.0"),
+    ({"softcap": 30.0, "backend": "simulate"}, 'backend "simulate": expected no softcap'),
     ({"dropout_p": 0.1}, "dropout_p: expected 0.0, got 0.1"),
     ({"backend": "cuda"}, "backend: expected one of"),
 ]
@@ -202,8 +225,9 @@ def test_the_op_asks_the_backend_before_keys_or_values_are_sent() -> None:
     x = heads(1, 2, 96, 16)  # a compiled graph begins at the op
 
     def work(cp: CPContext) -> int:
+        asked = Options(cp.handle, True, None, None, 0.25, None, None, None, "simulate", False)
         with pytest.raises(ValueError, match="multiple of 128 rows, got 96"):
-            ops.ring_forward(x, x, x, None, cp.handle, True, None, 0.25, "simulate")
+            ops.ring_forward(x, x, x, None, None, None, *asked)
         return cp.transport.counters.ring_messages
 
     assert CPContext.local(2).run(work) == [0, 0]

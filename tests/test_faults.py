@@ -34,10 +34,12 @@ def attend(cp: CPContext, **change: Any) -> float:
     shape = change.pop("shape", (1, 4, 12, 16))
     dtype = change.pop("dtype", torch.float32)
     kv_heads = change.pop("kv_heads", 2)
-    q = torch.randn(shape, dtype=dtype, requires_grad=True)
+    trains = change.pop("trains", True)
+    q = torch.randn(shape, dtype=dtype, requires_grad=trains)
     k, v = (torch.randn(shape[0], kv_heads, *shape[2:], dtype=dtype) for _ in range(2))
     o = ring_attention(q, k, v, cp=cp, **change)
-    o.sum().backward()
+    if trains:
+        o.sum().backward()
     return float(o.detach().sum())
 
 
@@ -59,9 +61,14 @@ DIFFERENCES = [
     ({"shape": (2, 4, 12, 16)}, "batch = 1 on rank 0 and 2, 2 on rank 1"),
     ({"dtype": torch.bfloat16}, "dtype = torch.float32 on rank 0 and 2, torch.bfloat16 on rank 1"),
     ({"kv_heads": 4}, "key/value heads = 2 on rank 0 and 2, 4 on rank 1"),
-    ({"window": 9}, "window = None on rank 0 and 2, 9 on rank 1"),
+    ({"window": 9}, "left = None on rank 0 and 2, 8 on rank 1"),
+    ({"softcap": 5.0}, "softcap = None on rank 0 and 2, 5.0 on rank 1"),
+    ({"sinks": torch.zeros(4)}, "sinks = None on rank 0 and 2, given on rank 1"),
+    ({"seq_len": 31}, "seq_len = None on rank 0 and 2, 31 on rank 1"),
+    ({"cu_seqlens": torch.tensor([0, 36])}, "cu_seqlens = None on rank 0 and 2, 1 documents, crc"),
     ({"segment_ids": torch.zeros(1, 12).int()}, "segment_ids = None on rank 0 and 2, given on"),
     ({"causal": False}, "causal = True on rank 0 and 2, False on rank 1"),
+    ({"trains": False}, "gradients = wanted on rank 0 and 2, not wanted on rank 1"),
     ({"scale": 0.5}, "scale = 0.25 on rank 0 and 2, 0.5 on rank 1"),
 ]
 
@@ -126,6 +133,19 @@ def refuse_in_silence(group: dist.ProcessGroup) -> float:
     ops.refuse = lambda *arguments: None
     cp = CPContext.from_group(group)
     return attend(cp, **({"dropout_p": 0.5} if cp.rank == 1 else {}))
+
+
+def other_lengths(group: dist.ProcessGroup) -> str:
+    cp = CPContext.from_group(group)
+    ends = [0, 20 - cp.rank, 24]
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        attend(cp, cu_seqlens=torch.tensor(ends))
+    return str(caught.value)
+
+
+def test_other_document_lengths_are_named(ranks: RankGroup) -> None:
+    for text in ranks.run(other_lengths, num_ranks=2):
+        assert "cu_seqlens = 2 documents, crc " in text
 
 
 def other_layout(group: dist.ProcessGroup) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +13,7 @@ from torch import Tensor
 from nxd_cp import ops
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
+from nxd_cp.options import Options
 
 
 def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -18,21 +21,36 @@ def leaves(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_forward_op_passes_pytorchs_own_checks(dtype: torch.dtype) -> None:
-    torch.library.opcheck(
-        torch.ops.nxd_cp.ring_forward.default, (*leaves(dtype), None, "", True, None, 0.25, "torch")
+def options(**change: Any) -> Options:
+    plain = Options("", True, None, None, 0.25, None, None, None, "torch", True)
+    return plain._replace(**change)
+
+
+def everything(dtype: torch.dtype) -> tuple[list[Tensor | None], Options]:
+    """Every optional argument that goes together: sinks, cu_seqlens, a window, a cap, padding."""
+    sinks = torch.randn(4).requires_grad_()
+    return [*leaves(dtype), sinks, None, torch.tensor([0, 3, 7])], options(
+        left=4, right=0, softcap=3.0, seq_len=7
     )
 
 
+@pytest.mark.parametrize("all_options", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_backward_op_passes_pytorchs_own_checks(dtype: torch.dtype) -> None:
-    q, k, v = (x.detach() for x in leaves(dtype))
-    o, lse, number = ops.ring_forward(q, k, v, None, "", True, None, 0.25, "torch")
-    torch.library.opcheck(
-        torch.ops.nxd_cp.ring_backward.default,
-        (torch.randn_like(o), q, k, v, None, o, lse, number, "", True, None, 0.25, "torch"),
-    )
+def test_the_ops_pass_pytorchs_own_checks(dtype: torch.dtype, all_options: bool) -> None:
+    tensors, asked = [*leaves(dtype), None, None, None], options()
+    if all_options:
+        tensors, asked = everything(dtype)
+    torch.library.opcheck(torch.ops.nxd_cp.ring_forward.default, (*tensors, *asked))
+    tensors = [None if x is None else x.detach() for x in tensors]
+    results = ops.ring_forward(*tensors, *asked)
+    arguments = (torch.randn_like(results[0]), *tensors, *results, *asked)
+    torch.library.opcheck(torch.ops.nxd_cp.ring_backward.default, arguments)
+
+
+def test_the_schema_lists_the_options_in_their_order() -> None:
+    for op in (torch.ops.nxd_cp.ring_forward, torch.ops.nxd_cp.ring_backward):
+        names = [argument.name for argument in op.default._schema.arguments]
+        assert tuple(names[-len(Options._fields) :]) == Options._fields
 
 
 def test_a_second_derivative_is_refused_and_says_so() -> None:

@@ -9,29 +9,22 @@ from typing import Any
 import pytest
 import torch
 from budgets import (
-    FP32_GRADIENT,
-    FP32_OUTPUT,
     HOPS_FACTOR,
     assert_close,
     assert_within_budget,
     error,
 )
-from cases import NAMES, Case, all_ranks_locally, join_all, one_device, one_rank, truth
+from cases import NAMES, Case, all_ranks_locally, check_fp32, join_all, one_device, one_rank, truth
 from torch import Tensor
 
 import nxd_cp.ops
 from nxd_cp import reference, ring
+from nxd_cp.attention import ring_attention
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.schedule import LAYOUTS, Step, make_plan
 from nxd_cp.transport import Hop
-
-
-def check_fp32(case: Case, found: tuple[Tensor, ...]) -> None:
-    for name, x, y in zip(NAMES, found, truth(case), strict=True):
-        assert_close(f"{case} {name}", x, y, FP32_OUTPUT if name == "o" else FP32_GRADIENT)
-
 
 GRID = [
     Case(layout=layout, size=size, causal=causal, S=48, Hq=Hq, Hkv=Hkv, D=D)
@@ -190,7 +183,7 @@ def test_large_logits_round_the_ring_are_those_of_fp64() -> None:
     def work(cp: CPContext) -> Tensor:
         rows = slice(8 * cp.rank, 8 * cp.rank + 8)
         parts = (x[:, :, rows].contiguous() for x in (q, k, v))
-        return nxd_cp.ops.ring_forward(*parts, None, cp.handle, True, None, 1.0, "torch")[0]
+        return ring_attention(*parts, cp=cp, scale=1.0)
 
     found = torch.cat(CPContext.local(4, layout="contiguous").run(work), dim=2)
     exact, _ = reference.attention(q.double(), k.double(), v.double(), mask="causal", scale=1.0)
@@ -204,9 +197,10 @@ def test_large_logits_round_the_ring_are_those_of_fp64() -> None:
 def wrong_plans(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
     """Let the ops execute plans whose steps went through `change`."""
 
-    def planted(context: CPContext, local_len: int, causal: bool, window: int | None) -> Any:
-        seq_len = local_len * context.size
-        plan = make_plan(context.layout, context.size, seq_len, causal=causal, window=window)
+    right = nxd_cp.ops.plan_for
+
+    def planted(*arguments: Any) -> Any:
+        plan = right(*arguments)
         steps = tuple(tuple(change(step) for step in mine) for mine in plan.steps)
         return dataclasses.replace(plan, steps=steps)
 

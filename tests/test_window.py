@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budget, error
-from cases import NAMES, Case, all_ranks_locally, join_all, one_device, one_rank, truth
+from cases import NAMES, Case, all_ranks_locally, check_fp32, join_all, one_device, one_rank, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import RankGroup
@@ -183,11 +183,6 @@ def test_a_part_that_is_not_sent_home_is_caught() -> None:
 
 
 # Numbers
-
-
-def check_fp32(case: Case, found: tuple[Tensor, ...]) -> None:
-    for name, x, y in zip(NAMES, found, truth(case), strict=True):
-        assert_close(f"{case} {name}", x, y, FP32_OUTPUT if name == "o" else FP32_GRADIENT)
 
 
 GRID = [

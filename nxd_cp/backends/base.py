@@ -1,7 +1,12 @@
 """What a backend is: attention over one rectangle of scores, forward and backward.
 
-Does: name the contract that the ring relies on. Does not: merge rectangles, talk to other ranks.
-Letters: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq), Sq/Skv rows, D head size.
+Does: name the contract that the ring relies on. Does not: merge rectangles, talk to other ranks,
+or know sinks (the ring merges them once, after the last rectangle).
+
+    s = scale * q k^T, then with a softcap s = softcap * tanh(s / softcap), then the mask.
+
+Letters: B batch, Hq query heads, Hkv key/value heads (Hkv divides Hq), Sq/Skv rows, D head dim of
+queries and keys, Dv of values.
 Source: FlashAttention-2 (arXiv 2307.08691) for the statistics that pass from forward to backward.
 """
 
@@ -19,7 +24,7 @@ from nxd_cp.schedule import Mask, Plan
 class Documents:
     """A rectangle in which a query sees, of what `mask` shows, the keys of its own document.
 
-    q_ids: [B, Sq], k_ids: [B, Skv], integers, equal within a document.
+    q_ids: [B, Sq], k_ids: [B, Skv], integers, equal within a document; B may be 1 for all rows.
     """
 
     mask: Mask
@@ -36,15 +41,23 @@ class Backend(Protocol):
     name: str
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: BlockMask,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention over one rectangle, normalised within it.
 
-        q: [B, Hq, Sq, D]; k, v: [B, Hkv, Skv, D], any supported dtype, strided views allowed;
-        query head h reads key head h // (Hq // Hkv), which is never repeated in memory.
-        Returns o [B, Hq, Sq, D] fp32 and lse [B, Hq, Sq] fp32, natural log, scale included.
-        A row that sees nothing returns o = 0 and lse = -inf. `mask` is one of the three names, or a
-        `Bounded` band where `validate` lets a window pass, or either within `Documents`.
+        q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], any supported dtype, strided
+        views allowed; query head h reads key head h // (Hq // Hkv), which is never repeated in
+        memory. Returns o [B, Hq, Sq, Dv] fp32 and lse [B, Hq, Sq] fp32, natural log, scale
+        included. A row that sees nothing returns o = 0 and lse = -inf. `mask` is one of the three
+        names (two of them square), or a `Bounded` band, or either within `Documents`, as far as
+        `validate` let them pass.
         """
         ...
 
@@ -60,18 +73,31 @@ class Backend(Protocol):
         *,
         mask: BlockMask,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial gradients of this rectangle alone.
 
-        do, o: [B, Hq, Sq, D]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and
-        delta = rowsum(do * o) belong to the whole row, over all keys of all ranks.
-        Returns dq [B, Hq, Sq, D], dk and dv [B, Hkv, Skv, D], fp32; rows with lse = -inf add zero.
+        do, o: [B, Hq, Sq, Dv]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and
+        delta = rowsum(do * o) belong to the whole row, over all keys of all ranks and the sink.
+        Returns dq [B, Hq, Sq, D], dk [B, Hkv, Skv, D] and dv [B, Hkv, Skv, Dv], fp32; rows with
+        lse = -inf add zero.
         """
         ...
 
-    def validate(self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, rank: int) -> None:
+    def validate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: Plan,
+        rank: int,
+        softcap: float | None = None,
+        documents: bool = False,
+    ) -> None:
         """Raise ValueError, before any communication, for what this backend cannot compute.
 
-        q, k, v: this rank's tensors. `plan.tiles(rank)` are the rectangles that will be asked for.
+        q, k, v: this rank's tensors. `plan.tiles(rank)` are the rectangles that may be asked for,
+        each within `Documents` where `documents` is True.
         """
         ...

@@ -36,11 +36,26 @@ class KernelBackend:
         self.name = name
         self._fwd, self._bwd = _load_kernels(name, generation)
 
-    def validate(self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan, rank: int) -> None:
+    def validate(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        plan: Plan,
+        rank: int,
+        softcap: float | None = None,
+        documents: bool = False,
+    ) -> None:
         """Raise ValueError for anything that the kernels cannot take.
 
         q: [B, H, S, D]; k, v: [B, G, S, D]; every tile of `plan.tiles(rank)` will be executed.
         """
+        for label, given in (("softcap", softcap is not None), ("documents", documents)):
+            if given:
+                raise ValueError(
+                    f'backend "{self.name}": expected no {label}, got some; use backend="torch"'
+                )
         for label, x in (("q", q), ("k", k), ("v", v)):
             if x.dtype not in DTYPES or x.dtype != q.dtype:
                 raise ValueError(
@@ -62,10 +77,15 @@ class KernelBackend:
             self._validate_tile(q, k, tile)
 
     def _validate_tile(self, q: Tensor, k: Tensor, tile: Tile) -> None:
-        """Whole rows of tiles; and room in SBUF for what stays there during the backward.
+        """A mask that has a name, whole rows of tiles, and room in SBUF for what stays there.
 
         The backward keeps three copies of one head's keys and values, and dq of one group in fp32.
         """
+        if not isinstance(tile.mask, str):
+            raise ValueError(
+                f'backend "{self.name}": expected rectangles that are full, causal or strict, got '
+                f'{tile}; use as many keys as queries, or backend="torch"'
+            )
         for label, length in (("query", tile.q_len), ("key", tile.k_len)):
             if length % ROWS:
                 raise ValueError(
@@ -83,7 +103,14 @@ class KernelBackend:
             )
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: BlockMask, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: BlockMask,
+        scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One block: o [B, H, S, D] and lse [B, H, S], both fp32; empty rows give 0 and -inf."""
         inputs = (x.contiguous() for x in (q, k, v))
@@ -104,6 +131,7 @@ class KernelBackend:
         *,
         mask: BlockMask,
         scale: float,
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One block: dq [B, H, S, D], dk and dv [B, G, K, D], all fp32; `o` is not read."""
         lse = lse.masked_fill(lse == float("-inf"), self._bwd.EMPTY_ROW_LSE)

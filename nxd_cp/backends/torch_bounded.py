@@ -2,7 +2,7 @@
 
 Does: cut a rectangle into blocks of query rows, and compute each with the few keys that it sees.
 Does not: choose the operator (`torch_flash.py`); a block uses flash attention with an additive mask
-where that exists, and else the plain maths. Inputs are fp32. Letters as in `base.py`.
+where it may, and else the plain maths. Inputs are fp32. Letters as in `base.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from nxd_cp.backends.base import Documents
+from nxd_cp.backends.intervals import as_band
 from nxd_cp.reference import block_backward, block_forward, hidden
-from nxd_cp.schedule import Bounded, Mask
+from nxd_cp.schedule import Bounded
 
 _QUERY_BLOCK = 256  # narrow windows want few rows, wide ones many
 
@@ -22,10 +23,17 @@ Block = tuple[slice, slice, Tensor]
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Bounded | Documents, scale: float, flash: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Bounded | Documents,
+    scale: float,
+    softcap: float | None,
+    flash: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `Backend.forward`; rows that see nothing are in no block."""
-    o, lse = torch.zeros_like(q), q.new_full(q.shape[:-1], -torch.inf)
+    o, lse = q.new_zeros((*q.shape[:-1], v.shape[-1])), q.new_full(q.shape[:-1], -torch.inf)
     for rows, keys, unseen in _blocks(mask, q, k):
         q_rows, k_keys, v_keys = q[:, :, rows], k[:, :, keys], v[:, :, keys]
         if flash:
@@ -33,7 +41,7 @@ def forward(
                 q_rows, k_keys, v_keys, attn_mask=_bias(unseen), scale=scale
             )
         else:
-            part = block_forward(q_rows, k_keys, v_keys, mask=unseen, scale=scale)
+            part = block_forward(q_rows, k_keys, v_keys, mask=unseen, scale=scale, softcap=softcap)
         empty = unseen.all(-1)  # flash gives these rows an lse of 0
         o[:, :, rows] = part[0].masked_fill(empty.unsqueeze(-1), 0.0)
         lse[:, :, rows] = part[1].masked_fill(empty, -torch.inf)
@@ -51,6 +59,7 @@ def backward(
     *,
     mask: Bounded | Documents,
     scale: float,
+    softcap: float | None,
     flash: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `Backend.backward`."""
@@ -82,6 +91,7 @@ def backward(
                 delta[:, :, rows],
                 mask=unseen,
                 scale=scale,
+                softcap=softcap,
             )
         dq[:, :, rows] = part[0]
         dk[:, :, keys] += part[1]
@@ -96,7 +106,7 @@ def _blocks(mask: Bounded | Documents, q: Tensor, k: Tensor) -> Iterator[Block]:
     """
     num_rows, num_keys, device = q.shape[2], k.shape[2], q.device
     documents = mask if isinstance(mask, Documents) else None
-    band = _band(mask.mask if isinstance(mask, Documents) else mask, num_rows, num_keys)
+    band = as_band(mask.mask if isinstance(mask, Documents) else mask, num_rows, num_keys)
     first, stop = max(0, -band.high), min(num_rows, num_keys - band.low)
     for start in range(first, stop, _QUERY_BLOCK):
         rows = slice(start, min(start + _QUERY_BLOCK, stop))
@@ -117,12 +127,6 @@ def _document_block(mask: Documents, band: Bounded, rows: slice, keys: slice) ->
         first, last = int(used[0]), int(used[-1])
         cut = slice(keys.start + first, keys.start + last + 1)
         yield rows, cut, unseen[..., first : last + 1]
-
-
-def _band(mask: Mask, num_rows: int, num_keys: int) -> Bounded:
-    if isinstance(mask, Bounded):
-        return mask
-    return Bounded(-num_rows, {"full": num_keys, "causal": 0, "strict": -1}[mask])
 
 
 def _hidden(band: Bounded, rows: slice, keys: slice, device: torch.device) -> Tensor:

@@ -46,6 +46,7 @@ def forward(
     work: StrategyPlan,
     rank: int,
     call: Call,
+    sinks: Tensor | None = None,
     document_ids: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -55,15 +56,22 @@ def forward(
         group = work.groups[rank]
         parts = to_heads(call, group, [q, k, v])
         ids = _join_ids(work, document_ids)
-        o, lse = ring.forward(*parts, call=call, document_ids=ids, **options)
+        mine = _own_sinks(work, rank, sinks)
+        o, lse = ring.forward(*parts, call=call, sinks=mine, document_ids=ids, **options)
         # The all-to-all moves what is returned, so o is rounded here, once.
         lse, o = to_tokens(call, group, [lse, o.to(q.dtype)])
         return o, lse
     if work.strategy.name == "ring":
-        return ring.forward(q, k, v, call=call, document_ids=document_ids, **options)
+        return ring.forward(q, k, v, call=call, sinks=sinks, document_ids=document_ids, **options)
     found = [
         ring.forward(
-            q[:, mine], k[:, heads], v[:, heads], call=posted, document_ids=document_ids, **options
+            q[:, mine],
+            k[:, heads],
+            v[:, heads],
+            call=posted,
+            sinks=None if sinks is None else sinks[mine],
+            document_ids=document_ids,
+            **options,
         )
         for mine, heads, posted in rounds_of(call, work, rank, q, k, v)
     ]
@@ -82,23 +90,28 @@ def backward(
     work: StrategyPlan,
     rank: int,
     call: Call,
+    sinks: Tensor | None = None,
     document_ids: list[Tensor] | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As `ring.backward`, whose other keywords are `options`."""
     options |= {"plan": work.plan, "rank": rank}
     if work.groups is not None:
         group = work.groups[rank]
         lse, do, q, k, v, o = to_heads(call, group, [lse, do, q, k, v, o])
         ids = _join_ids(work, document_ids)
-        grads = ring.backward(do, q, k, v, o, lse, call=call, document_ids=ids, **options)
+        own = _own_sinks(work, rank, sinks)
+        *grads, dsinks = ring.backward(
+            do, q, k, v, o, lse, call=call, sinks=own, document_ids=ids, **options
+        )
         dq, dk, dv = to_tokens(call, group, [x.to(q.dtype) for x in grads])
-        return dq, dk, dv
+        return dq, dk, dv, _all_sinks(work, rank, dsinks)
+    options |= {"document_ids": document_ids}
     if work.strategy.name == "ring":
-        return ring.backward(do, q, k, v, o, lse, call=call, document_ids=document_ids, **options)
+        return ring.backward(do, q, k, v, o, lse, call=call, sinks=sinks, **options)
     found = []
     for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
-        dq, dk, dv = ring.backward(
+        gradients = ring.backward(
             do[:, mine],
             q[:, mine],
             k[:, heads],
@@ -106,12 +119,29 @@ def backward(
             o[:, mine],
             lse[:, mine],
             call=posted,
-            document_ids=document_ids,
+            sinks=None if sinks is None else sinks[mine],
             **options,
         )
-        found.append((dq, dk, dv))
-    dq, dk, dv = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-    return dq, dk, dv
+        found.append(gradients)
+    *by_tensor, by_sink = zip(*found, strict=True)
+    dq, dk, dv = (torch.cat(parts, dim=1) for parts in by_tensor)
+    return dq, dk, dv, None if sinks is None else torch.cat(by_sink)
+
+
+def _own_sinks(work: StrategyPlan, rank: int, sinks: Tensor | None) -> Tensor | None:
+    """The sinks of the heads that this rank computes."""
+    if sinks is None or work.groups is None:
+        return sinks
+    return sinks.chunk(work.ways)[work.groups[rank].index]
+
+
+def _all_sinks(work: StrategyPlan, rank: int, dsinks: Tensor | None) -> Tensor | None:
+    """Their gradients, with zeros for the heads of others: summed over ranks they are all."""
+    if dsinks is None or work.groups is None:
+        return dsinks
+    whole = dsinks.new_zeros(work.ways, dsinks.shape[0])
+    whole[work.groups[rank].index] = dsinks
+    return whole.flatten()
 
 
 def _join_ids(work: StrategyPlan, document_ids: list[Tensor] | None) -> list[Tensor] | None:

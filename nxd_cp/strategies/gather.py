@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nxd_cp.blocks import PairShape
 from nxd_cp.schedule import Move, Plan
 from nxd_cp.strategies.plan import StrategyPlan
 from nxd_cp.transport import Call, Hop, Parcel
@@ -34,9 +35,18 @@ class PostedCall(Call):
         self._parcels.append(self._call.parcel(channel, shape, dtype, device))
         return self._parcels[-1]
 
-    def start(self, parcel: Parcel, move: Move | None) -> Hop:
+    def start(self, parcel: Parcel, move: Move | None, into: Parcel | None = None) -> Hop:
         """The next hop that was posted, or a hop of its own for gradients."""
-        return next(self._hops) if parcel.channel == "kv" else self._call.start(parcel, move)
+        if parcel.channel == "kv":
+            return next(self._hops)
+        return self._call.start(parcel, move, into)
+
+    def count_hop(self, channel: str) -> int:
+        """See `Call.count_hop`; those of keys and values were counted when they were posted."""
+        return 0 if channel == "kv" else self._call.count_hop(channel)
+
+    def release(self, parcels: list[Parcel]) -> None:
+        """Buffers serve until the round is done."""
 
     def end(self) -> None:
         """The round is done: its buffers serve a later one."""
@@ -61,10 +71,14 @@ def rounds_of(
 
 
 def _post(call: Call, plan: Plan, rank: int, k: Tensor, v: Tensor) -> list[tuple[Parcel, Hop]]:
-    posted = []
+    posted, shape = [], PairShape.of(k, v)
     for step in plan.steps[rank]:
-        parcel = call.parcel("kv", (2, *k.shape), k.dtype, k.device)
-        if step.kv is not None and step.kv.to is not None:
-            torch.stack((k, v), out=parcel.payload)
+        if step.kv is None:
+            call.count_hop("kv")
+            continue
+        parcel = shape.parcel(call, "kv", k.shape[2], k.device, k.dtype)
+        if step.kv.to is not None:
+            for target, x in zip(shape.split(parcel.payload, k.shape[2]), (k, v), strict=True):
+                target.copy_(x)
         posted.append((parcel, call.start(parcel, step.kv)))
     return posted

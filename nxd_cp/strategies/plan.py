@@ -30,7 +30,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from nxd_cp.schedule import HEADER_BYTES, Move, Plan, Step, Tile, Traffic, make_plan, token_runs
+from nxd_cp.schedule import (
+    HEADER_BYTES,
+    Move,
+    Plan,
+    Rows,
+    Step,
+    Tile,
+    Traffic,
+    make_plan,
+    token_runs,
+)
 
 StrategyName = Literal["ring", "gather", "heads", "auto"]
 STRATEGIES: tuple[str, ...] = get_args(StrategyName)
@@ -152,6 +162,11 @@ def plan_strategy(
     if strategy.name == "heads":
         ways = head_ways(strategy.ways, plan.size, num_heads, num_kv_heads)
         strategy = dataclasses.replace(strategy, ways=ways)
+        if ways > 1 and plan.kv_len != plan.seq_len:
+            raise ValueError(
+                f'strategy "heads": expected as many keys as queries, got {plan.kv_len} and '
+                f'{plan.seq_len}; use strategy="ring"'
+            )
         if ways > 1:
             return StrategyPlan(strategy, *_head_plan(plan, ways, num_kv_heads))
     if strategy.name == "gather" and plan.size > 1:
@@ -178,7 +193,7 @@ def head_ways(asked: int | None, size: int, num_heads: int, num_kv_heads: int) -
 
 def gather_plan(plan: Plan) -> Plan:
     """The same tiles, with keys straight from their owner and gradients straight back to it."""
-    order = plan.ring_order
+    order, whole = plan.ring_order, (slice(0, plan.local_kv_len),)
     place = {rank: index for index, rank in enumerate(order)}
     tiles: list[dict[int, tuple[Tile, ...]]] = [
         {step.owner: step.tiles for step in steps} for steps in plan.steps
@@ -196,18 +211,21 @@ def gather_plan(plan: Plan) -> Plan:
         owner, following = at(rank, -index), at(rank, -index - 1)
         kv = grad = None
         if index < plan.size - 1:
-            kv = _move(*exchange(at(rank, index + 1), following, rank), brings=following)
+            to, source = exchange(at(rank, index + 1), following, rank)
+            kv = _move(to, source, brings=following, whole=whole)
         if index:
             source, to = exchange(at(rank, index), owner, rank)
-            grad = _move(to, source, brings=rank)
+            grad = _move(to, source, brings=rank, whole=whole)
         return Step(index, owner, tiles[rank].get(owner, ()), kv, grad)
 
     steps = tuple(tuple(step(rank, i) for i in range(plan.size)) for rank in range(plan.size))
     return dataclasses.replace(plan, steps=steps, gradient_route="direct")
 
 
-def _move(to: int | None, source: int | None, *, brings: int) -> Move | None:
-    return None if to is source is None else Move(to, source, brings)
+def _move(to: int | None, source: int | None, *, brings: int, whole: Rows) -> Move | None:
+    if to is source is None:
+        return None
+    return Move(to, source, brings, whole if to is not None else (), whole if source is not None else ())
 
 
 def _head_plan(
@@ -222,8 +240,9 @@ def _head_plan(
         plan.size // ways,
         plan.seq_len,
         causal=plan.causal,
-        window=plan.window,
+        window=(plan.left, plan.right),
         ring_order=order,
+        num_tokens=plan.num_tokens,
     )
     by_rank = []
     steps: list[tuple[Step, ...]] = []
@@ -234,7 +253,11 @@ def _head_plan(
         by_rank.append(dataclasses.replace(group, index=index))
         steps.append(tuple(_renamed(step, column) for step in inner.steps[number[rank]]))
     translated = dataclasses.replace(
-        inner, size=plan.size, ring_order=plan.ring_order, steps=tuple(steps)
+        inner,
+        size=plan.size,
+        ring_order=plan.ring_order,
+        steps=tuple(steps),
+        local_tokens=tuple(inner.local_tokens[number[rank]] for rank in range(plan.size)),
     )
     return translated, (slice(0, num_kv_heads // ways),), tuple(by_rank)
 
@@ -280,7 +303,7 @@ def _renamed(step: Step, names: list[int]) -> Step:
             return None
         to = None if move.to is None else names[move.to]
         source = None if move.source is None else names[move.source]
-        return Move(to, source, names[move.brings])
+        return dataclasses.replace(move, to=to, source=source, brings=names[move.brings])
 
     return dataclasses.replace(
         step, owner=names[step.owner], kv=rename(step.kv), grad=rename(step.grad)

@@ -39,16 +39,16 @@ _CONTEXT_SHIFT = 32  # the context's number lies above the call's
 class Hop:
     """One exchange under way. Every hop must be waited for, once."""
 
-    def __init__(self, call: Call, parcel: Parcel, move: Move | None) -> None:
-        self._call, self._parcel, self._move = call, parcel, move
+    def __init__(self, call: Call, parcel: Parcel, move: Move | None, into: Parcel) -> None:
+        self._call, self._parcel, self._move, self._into = call, parcel, move, into
         self.sequence = 0
         self.ticket: Any = None
 
     def wait(self) -> Tensor:
-        """Block until both ends are done; return what is in the parcel now."""
+        """Block until both ends are done; return what is in the receiving parcel now."""
         if self._move is not None:
-            self._call.finish(self, self._parcel, self._move)
-        return self._parcel.payload
+            self._call.finish(self, self._parcel, self._move, self._into)
+        return self._into.payload
 
 
 class Call:
@@ -93,27 +93,35 @@ class Call:
         self._parcels.append(Parcel(pool, channel, shape, dtype, device, owner=rank))
         return self._parcels[-1]
 
-    def start(self, parcel: Parcel, move: Move | None) -> Hop:
-        """Send what is in the parcel and receive into its other buffer; None moves nothing."""
-        hop, transport = Hop(self, parcel, move), self.transport
-        self._place = self._place or transport.next_place()
-        self._num_started += 1  # also when nothing moves here: hop i is the same hop on all ranks
-        hop.sequence = self._num_started
+    def start(self, parcel: Parcel, move: Move | None, into: Parcel | None = None) -> Hop:
+        """Send what is in the parcel and receive into its other buffer; None moves nothing.
+
+        into: a parcel of its own for what comes in, where that has another size.
+        """
+        into = parcel if into is None else into
+        hop, transport = Hop(self, parcel, move, into), self.transport
+        hop.sequence = self.count_hop(parcel.channel)
         if move is None:
             return hop
         transport.check_usable()
-        out = into = None
+        leaves = arrives = None
         if move.to is not None:
-            out = parcel.outgoing(self._header(hop, parcel, transport.rank, parcel.owner))
+            leaves = parcel.outgoing(self._header(hop, parcel, transport.rank, parcel.owner))
             transport.counters.messages[parcel.channel] += 1
             transport.counters.size_bytes[parcel.channel] += parcel.size_bytes
         if move.source is not None:
-            into = parcel.spare()
+            arrives = into.spare()
         self._open.append(hop)
-        hop.ticket = transport.post(out, into, move, parcel.channel)
+        hop.ticket = transport.post(leaves, arrives, move, parcel.channel)
         return hop
 
-    def finish(self, hop: Hop, parcel: Parcel, move: Move) -> None:
+    def count_hop(self, channel: str) -> int:
+        """The number of the next hop, also when nothing moves here: it is the same on all ranks."""
+        self._place = self._place or self.transport.next_place()
+        self._num_started += 1
+        return self._num_started
+
+    def finish(self, hop: Hop, parcel: Parcel, move: Move, into: Parcel) -> None:
         """What `hop.wait` does when something moves."""
         if hop not in self._open:
             raise RingError(f"{self}: hop {hop.sequence} is not under way; wait for a hop once")
@@ -126,13 +134,13 @@ class Call:
         self._open.remove(hop)
         if move.source is None:
             return
-        expected = self._header(hop, parcel, move.source, move.brings)
+        expected = self._header(hop, into, move.source, move.brings)
         if self.transport.verifies_at_once:
-            self._verify(parcel.header_received().tolist(), expected)
+            self._verify(into.header_received().tolist(), expected)
         else:
-            self._unverified.append((parcel.header_received().clone(), expected))
-        parcel.owner = move.brings
-        parcel.swap()
+            self._unverified.append((into.header_received().clone(), expected))
+        into.owner = move.brings
+        into.swap()
 
     def _header(self, hop: Hop, parcel: Parcel, sender: int, owner: int) -> list[int]:
         channel = CHANNELS.index(parcel.channel)

@@ -98,19 +98,24 @@ class Parcel:
         self.shape, self.dtype = shape, dtype
         payload_bytes = torch.Size(shape).numel() * dtype.itemsize
         self.size_bytes = HEADER_BYTES + payload_bytes
-        self._pool = pool
-        self._here = pool.take(self.size_bytes, device)
+        self._pool, self._device = pool, device
+        self._here: Tensor | None = None  # a parcel that only receives needs one buffer, not two
         self._spare: Tensor | None = None  # a ring of one never needs it
 
     @property
     def payload(self) -> Tensor:
         """What is here now."""
-        return self._here[HEADER_BYTES:].view(self.dtype).view(self.shape)
+        return self._buffer()[HEADER_BYTES:].view(self.dtype).view(self.shape)
+
+    def _buffer(self) -> Tensor:
+        if self._here is None:
+            self._here = self._pool.take(self.size_bytes, self._device)
+        return self._here
 
     def spare(self) -> Tensor:
         """The buffer that receives."""
         if self._spare is None:
-            self._spare = self._pool.take(self.size_bytes, self._here.device)
+            self._spare = self._pool.take(self.size_bytes, self._device)
         return self._spare
 
     def release(self) -> None:
@@ -118,18 +123,19 @@ class Parcel:
         for buffer in (self._here, self._spare):
             if buffer is not None:
                 self._pool.give_back(buffer)
+        self._here = self._spare = None
 
     def swap(self) -> None:
         """What came in becomes what is here."""
         here, self._here = self._here, self.spare()
         self._spare = here
-        if debug_enabled():
-            self._spare.fill_(0xFF)  # NaN in every floating dtype
+        if debug_enabled() and here is not None:
+            here.fill_(0xFF)  # NaN in every floating dtype
 
     def outgoing(self, header: list[int]) -> Tensor:
         """The buffer to send, with its header written."""
-        self._here[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
-        return self._here
+        self._buffer()[:HEADER_BYTES].view(torch.int64).copy_(torch.tensor(header))
+        return self._buffer()
 
     def header_received(self) -> Tensor:
         """The header of what came in."""

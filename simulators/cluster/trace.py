@@ -40,7 +40,7 @@ def _rank(plan: Plan, times: RingTimes, rank: int) -> list[dict[str, Any]]:
         tiles = ", ".join(map(str, step.tiles)) or "nothing"
         args = {"kv of": step.owner, "tiles": tiles, "wait_us": round(waited / 1e3, 3)}
         out.append(_slice(f"step {index}", "compute", rank, COMPUTE, begin, end, args))
-        if step.kv is None:
+        if step.kv is None or step.kv.source is None:
             continue
         arrival = float(times.arrival[index + 1, rank])
         sent = max(begin, float(times.start[index, step.kv.source]))
