@@ -109,10 +109,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    has_sinks = ctx.saved_tensors[3] is not None
-    *gradients, dsinks = ring_backward(do, *ctx.saved_tensors, *ctx.options)
+    saved = ctx.saved_tensors  # once: under checkpointing, reading them is the recomputation
+    *gradients, dsinks = ring_backward(do, *saved, *ctx.options)
     no_gradient = [None] * (2 + len(ctx.options))
-    return (*gradients, dsinks if has_sinks else None, *no_gradient)
+    return (*gradients, None if saved[3] is None else dsinks, *no_gradient)
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:

@@ -113,7 +113,9 @@ def backward(
         block.wait()
     dk, dv = grads.finish()
     dq = torch.zeros_like(q, dtype=torch.float32) if dq is None else dq
-    dsinks = None if sinks is None else _sink_gradients(sinks, lse, delta, slice(0, plan.local_tokens[rank]))
+    dsinks = None
+    if sinks is not None:
+        dsinks = _sink_gradients(sinks, lse, delta, slice(0, plan.local_tokens[rank]))
     return dq, dk, dv, dsinks
 
 

@@ -36,9 +36,8 @@ def visible_queries(mask: BlockMask, num_rows: int, num_keys: int, device: torch
     """(first, stop), int32 [B or 1, num_keys]: key j is seen by rows first[j] to stop[j] - 1."""
     inner = mask.mask if isinstance(mask, Documents) else mask
     band = as_band(inner, num_rows, num_keys)
-    turned: BlockMask = Bounded(-band.high, -band.low)
-    if isinstance(mask, Documents):
-        turned = Documents(turned, mask.k_ids, mask.q_ids)
+    band = Bounded(-band.high, -band.low)
+    turned = Documents(band, mask.k_ids, mask.q_ids) if isinstance(mask, Documents) else band
     return visible_keys(turned, num_keys, num_rows, device)
 
 

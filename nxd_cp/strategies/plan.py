@@ -129,7 +129,11 @@ class StrategyPlan:
         itemsize: bytes per element of q, k and v.
         """
         ring = self.plan.traffic(
-            rank, batch=batch, num_kv_heads=num_kv_heads, head_dim=head_dim, itemsize=itemsize
+            rank,
+            batch=batch,
+            num_kv_heads=num_kv_heads // self.ways,
+            head_dim=head_dim,
+            itemsize=itemsize,
         )
         rounds, others = len(self.rounds), self.ways - 1
         rows = batch * (self.plan.seq_len // self.plan.size)
@@ -225,7 +229,9 @@ def gather_plan(plan: Plan) -> Plan:
 def _move(to: int | None, source: int | None, *, brings: int, whole: Rows) -> Move | None:
     if to is source is None:
         return None
-    return Move(to, source, brings, whole if to is not None else (), whole if source is not None else ())
+    return Move(
+        to, source, brings, whole if to is not None else (), whole if source is not None else ()
+    )
 
 
 def _head_plan(
