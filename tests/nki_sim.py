@@ -59,3 +59,9 @@ def store(tile):
 def normal(*shape, dtype=np.float32, seed=0):
     """Standard normal values."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def own_rows(count):
+    """This core's share of `count` rows."""
+    share = count // nl.num_programs()
+    return nl.ds(nl.program_id(0) * share, share)

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from nki_sim import load, nisa, nl, normal, rejects, run, sbuf, store
+from nki_sim import load, nisa, nl, normal, own_rows, rejects, run, sbuf, store
 
 from nxd_cp.simulators.nki_api import (
     Kernel,
@@ -41,9 +41,12 @@ def halves(x):
 def total(x, group, name="total"):
     """The sum over the group."""
     src, dst, out = shared(x.shape, name="src"), shared(x.shape, name=name), shared(x.shape)
-    nisa.dma_copy(src, x)
+    rows = own_rows(x.shape[0])
+    nisa.dma_copy(src[rows], x[rows])
+    if nl.num_programs() == 2:
+        nisa.core_barrier(src, (0, 1))
     ncc.all_reduce(srcs=[src], dsts=[dst], replica_group=group, op=nl.add)
-    nisa.dma_copy(out, dst)
+    nisa.dma_copy(out[rows], dst[rows])
     return out
 
 
@@ -241,10 +244,10 @@ def test_runs_are_deterministic_and_the_log_has_every_core():
     assert first.cores[0, 0] is first
     for place, log in first.cores.items():
         assert list(log) == list(second.cores[place])
-        assert [r.opcode for r in log] == ["dma_copy", "all_reduce", "dma_copy"]
-        (exchange,) = log.exchanges
-        assert exchange == second.cores[place].exchanges[0]
-        assert (exchange.seq, exchange.meeting, exchange.kind) == (1, 0, "all_reduce")
+        assert [r.opcode for r in log] == ["dma_copy", "core_barrier", "all_reduce", "dma_copy"]
+        _, exchange = log.exchanges
+        assert exchange == second.cores[place].exchanges[1]
+        assert (exchange.seq, exchange.meeting, exchange.kind) == (2, 1, "all_reduce")
         assert exchange.members == tuple(first.cores)
         assert exchange.bytes_sent == round(2 * 2 / 3 * X.nbytes)
         assert exchange.group == (0, 1, 2)
@@ -256,7 +259,7 @@ def test_shape_only_mode_works_on_ranks():
     with parameters(SimParams(values=False)), record() as log:
         out = simulate_ranks(total, [(X, ALL)] * 3, lnc=2, generation="gen3")
     assert all(np.isnan(o).all() for o in out)
-    assert len(log.cores[2, 1]) == 3
+    assert len(log.cores[2, 1]) == 4
 
 
 def test_threads_can_each_simulate_ranks():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import linecache
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NoReturn
@@ -19,6 +21,16 @@ from .rules import DOCUMENTED, Rule
 STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
 PLACE: ContextVar[str] = ContextVar("nki_simulator_place", default="")  # when there are several
 _PACKAGE = __name__.rpartition(".")[0]
+
+
+@contextmanager
+def strictness(strict: bool) -> Iterator[None]:
+    """Whether inferred rules raise in this block."""
+    token = STRICT.set(strict)
+    try:
+        yield
+    finally:
+        STRICT.reset(token)
 
 
 class NkiValidationError(ValueError):

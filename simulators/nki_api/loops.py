@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .errors import broken, fail
+from .ranks.program import ITERATION, LOOP
 from .registers import Register, read
 from .rules import documented, inferred
 from .runtime import Run, current
@@ -50,6 +51,8 @@ class _Loop:
     def __enter__(self) -> Run:
         self.run.issued += 1  # the branch; also what tells this loop from every other
         self.run.loops = (*self.before, self.run.issued)
+        if self.run.trace is not None:
+            self.run.trace.add(LOOP)
         return self.run
 
     def __exit__(self, *error: object) -> None:
@@ -57,6 +60,8 @@ class _Loop:
 
 
 def _iteration(run: Run) -> None:
+    if run.trace is not None:
+        run.trace.add(ITERATION)
     if run.log is not None:
         run.log.add("loop_iteration", "all", None, (), 0)
 

@@ -184,6 +184,7 @@ class Storage:
         "silent",
         "site",
         "space",
+        "watch",
     )
 
     def __init__(
@@ -218,6 +219,7 @@ class Storage:
         self.io = False  # an input of the kernel
         self.collective = False  # an operand of a collective
         self.own: InitMap | None = None  # a placed tensor: what was written by its own name
+        self.watch: Any = None  # shared HBM of two cores: their accesses (ranks/races.py)
         self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
 
     def fill(self) -> None:

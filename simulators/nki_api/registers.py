@@ -107,6 +107,8 @@ def register_load(dst: Register, src: Any) -> None:
     _writable(instr, dst)
     values = _scalar(instr, src)
     check_written(instr, "src", src)
+    if src.storage.watch is not None:
+        src.storage.watch.read(run.place.core, instr, src)
     dst.value, dst.unknown = (int(values.reshape(-1)[0]), False) if run.values else (None, True)
     if run.log is not None:
         run.log.add("register_load", "all", None, (src,), 1)
@@ -121,6 +123,8 @@ def register_store(dst: Any, src: Register) -> None:
     if run.chip.number == 2:
         broken(_GEN2, instr, "on gen2", dst=dst)
     out = _scalar(instr, dst)
+    if dst.storage.watch is not None:
+        dst.storage.watch.write(run.place.core, instr, dst, None, run.values)
     mark(dst, OTHER)
     if run.values:
         out[...] = np.array(read(instr, src), np.int64).astype(out.dtype)

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import dtypes, errors, memory
 from .log import NONE, BufferInfo, Log
+from .ranks.program import Trace
 from .ranks.scheduler import Place
 from .ranks.world import Rank, World
 
@@ -29,11 +30,15 @@ class SimParams:
     log: keep an instruction log even outside `record`, which is how to read one.
     values: False for shape-only mode: every check that needs no values, the whole log, and no
         arithmetic; outputs then have their shape and dtype, filled with the unwritten mark.
+    adversarial: a seed for the worst legal order: who runs next is drawn, implicit rings go round
+        in a drawn order per channel, and DMA writes to HBM that two cores share land as late as
+        they may. A correct kernel gives the same results with every seed.
     """
 
     strict: bool = False
     log: bool = False
     values: bool = True
+    adversarial: int | None = None
 
 
 class Run:
@@ -53,6 +58,7 @@ class Run:
         "place",
         "program_id",
         "random",
+        "trace",
         "values",
         "world",
     )
@@ -70,6 +76,7 @@ class Run:
         self.program_id = place.core
         self.num_programs = world.lnc
         self.accumulators: dict[str, Any] = {}
+        self.trace = Trace(self.rank.table) if self.num_programs > 1 else None
         self.num_buffers = 0
         self.issued = 0  # instructions so far
         self.loops: tuple[int, ...] = ()  # device loops that are open, outermost first
@@ -100,6 +107,8 @@ class Run:
         storage = memory.hbm_storage(num_bytes, dtype, region, name, data)
         storage.number = self.next_number()
         storage.silent = data is None and not self.values
+        if self.num_programs > 1 and region is memory.MemoryRegion.shared_hbm:
+            storage.watch = self.rank.watch(num_bytes, dtype.itemsize)
         if self.log is not None:
             self.describe_buffer(storage)
         return storage

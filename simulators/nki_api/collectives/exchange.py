@@ -164,12 +164,25 @@ def planes(meeting: Meeting, group: tuple[int, ...]) -> Iterator[tuple[list[Oper
 
     Whether sources were written is known only now: the other core of a rank may write a part.
     """
+    _watch(meeting)
     for core in range(meeting.world.lnc):
         plane = [meeting.arrivals[Place(rank, core)] for rank in group]
         for arrival in plane:
             for src in arrival.payload.sources:
                 check_padding(meeting.instr, src)
         yield [arrival.payload for arrival in plane], plane[0].run.values
+
+
+def _watch(meeting: Meeting) -> None:
+    """A collective of both cores orders their accesses to its tensors in shared HBM."""
+    for place, arrival in meeting.arrivals.items():
+        for src in arrival.payload.sources:
+            if src.storage.watch is not None:
+                src.storage.watch.send(place.core, meeting.instr, src)
+    for arrival in meeting.arrivals.values():
+        for tensor in (*arrival.payload.sources, *arrival.payload.destinations):
+            if tensor.storage.watch is not None:
+                tensor.storage.watch.met()
 
 
 def moving(group: tuple[int, ...], compute: Compute) -> Callable[[Meeting], None]:

@@ -8,7 +8,10 @@ Source: nki.isa.dma_copy; NKI migration guide (no PSUM, hardware DGE dtypes).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import mark
@@ -71,10 +74,12 @@ def dma_copy(
         return _copy_dynamic(instr, run, dst, src, oob_mode, dge_mode, name)
     if src.storage.init.uniform <= 0:
         check_padding(instr, src)
+    if src.storage.watch is not None or dst.storage.watch is not None:
+        watch(instr, run, dst, src)
     if dst.storage.init.uniform != OTHER:
         mark(dst, OTHER)
     if run.values:
-        _move(dst, src)
+        _move(run, dst, src)
     detail = dge_mode.name if engine is engines.unknown else f"{dge_mode.name}:{engine.name}"
     return issue(run, "dma_copy", "dma", dst, (src,), dst.size, detail=detail, name=name)
 
@@ -104,14 +109,31 @@ def _copy_dynamic(
             flags |= SKIPPED
             continue
         check_padding(instr, piece)
+        watch(instr, run, to, piece)
         mark(to, OTHER)
         if run.values:
-            _move(to, piece)
+            _move(run, to, piece)
     tiles = (src, *(t.index for t in indirect))
     return issue(run, "dma_copy", "dma", dst, tiles, dst.size, flags, mode.name, name)
 
 
-def _move(dst: NkiTensor, src: NkiTensor) -> None:
+def watch(instr: str, run: Run, dst: NkiTensor | None, *sources: NkiTensor) -> None:
+    """Report conflicting accesses to HBM that two cores share."""
+    core = run.place.core
+    for src in sources:
+        if src.storage.watch is not None:
+            src.storage.watch.read(core, instr, src)
+    if dst is not None and dst.storage.watch is not None:
+        known = len(sources) == 1 and run.values
+        new = functools.partial(_converted, dst, sources[0]) if known else None
+        dst.storage.watch.write(core, instr, dst, new, run.values)
+
+
+def _move(run: Run, dst: NkiTensor, src: NkiTensor) -> None:
+    if dst.storage.watch is not None and run.params.adversarial is not None:
+        entry = (run.place.core, dst.array, _converted(dst, src).copy())
+        dst.storage.watch.late.append(entry)
+        return
     values, out = src.array, dst.array
     if values.shape != out.shape:
         values = values.reshape(out.shape)
@@ -119,6 +141,16 @@ def _move(dst: NkiTensor, src: NkiTensor) -> None:
         out[...] = values
     else:
         dtypes.store_f32(out, dtypes.to_f32(values, src.dtype), dst.dtype)
+
+
+def _converted(dst: NkiTensor, src: NkiTensor) -> Any:
+    """The elements of src in dst's shape and dtype."""
+    values = src.array.reshape(dst.shape)
+    if dst.dtype is src.dtype:
+        return values
+    out = np.empty(dst.shape, dst.dtype.np_dtype)
+    dtypes.store_f32(out, dtypes.to_f32(values, src.dtype), dst.dtype)
+    return out
 
 
 def _check_mode(

@@ -20,7 +20,7 @@ from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
-from .dma import check_padding
+from .dma import check_padding, watch
 from .enums import dge_mode as modes
 from .enums import oob_mode as oob_modes
 from .issue import NkiInstruction, issue
@@ -68,6 +68,7 @@ def dma_transpose(
         fail(_TRANSPOSE, instr, f"axes={axes}, src permuted is {swapped}", dst=dst, src=src)
     _check_mode(instr, run, src, priority, dge_mode, oob_mode)
     check_padding(instr, src)
+    watch(instr, run, None, src)
     mark(dst, OTHER)
     if run.values:
         dst.array[...] = src.array.transpose(order).copy()
@@ -113,6 +114,7 @@ def dma_compute(
             fail(_COMPUTE, instr, "place or size of an operand", dst=dst, src=tensor)
     for tensor in sources:
         check_padding(instr, tensor)
+    watch(instr, run, dst, *sources)
     mark(dst, OTHER)
     if run.values:
         out = dst.array

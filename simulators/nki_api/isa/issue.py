@@ -74,6 +74,8 @@ def issue(
     run.issued += 1
     if run.issued == MAX_INSTRUCTIONS + 1:
         broken(_COUNT, f"nki.isa.{opcode}", f"instruction number {run.issued:,}")
+    if run.trace is not None:
+        run.trace.add(opcode)
     for source in sources:
         if type(source) is NkiTensor and type(dst) is NkiTensor and source.space == dst.space:
             check_overlap(f"nki.isa.{opcode}", dst, source)

@@ -124,7 +124,7 @@ def core_barrier(
     place = data.storage.name or f"{data.shape} {data.dtype}"
     terms = {"engine": engine.name, "data": place}
     members = run.world.cores((run.place.rank,))
-    meeting = run.world.meet(run, instr, members, terms, data, _nothing)
+    meeting = run.world.meet(run, instr, members, terms, data, _order)
     made = issue(run, "core_barrier", engine.name, None, (data,), 0, name=name)
     if run.log is not None:
         other = (1 - run.place.core,)
@@ -132,8 +132,10 @@ def core_barrier(
     return made
 
 
-def _nothing(meeting: Meeting) -> None:
-    pass
+def _order(meeting: Meeting) -> None:
+    """What both cores did to the tensor is over."""
+    for arrival in meeting.arrivals.values():
+        arrival.payload.storage.watch.met()
 
 
 def _log_exchange(

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import chips
-from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.errors import fail, strictness
 from nxd_cp.simulators.nki_api.interop import arrays_in, as_numpy, is_torch, to_device, to_host
 from nxd_cp.simulators.nki_api.log import Log
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import parameters_in_force, recorder, running
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
+from .program import compare
 from .scheduler import Place
 from .world import World
 
@@ -55,7 +56,7 @@ def launch(
     chip = chips.chip_for(generation)
     if (grid or 1) > (2 if chip.number > 2 else 1):
         fail(_GRID, "nki.jit", f"kernel[{grid}] on {chip.generation}")
-    world = World(chip, len(calls), grid or 1)
+    world = World(chip, len(calls), grid or 1, params.adversarial)
     world.has_grid = grid is not None
     _separate(world, calls)
     first_log = recorder()
@@ -63,6 +64,7 @@ def launch(
         first_log = Log()
     after: list[Callable[[], None]] = []
     results: dict[Place, Any] = {}
+    traces: dict[Place, Any] = {}
 
     def body(place: Place) -> None:
         call = calls[place.rank]
@@ -73,9 +75,16 @@ def launch(
             args = [to_device(run, value, name, after) for value, name in pairs]
             kwargs = {k: to_device(run, v, k, after) for k, v in call.kwargs.items()}
             results[place] = function(*args, **kwargs)
+            traces[place] = run.trace
 
     world.scheduler.run(body)
-    outputs = [_outputs(world, rank, call, results) for rank, call in enumerate(calls)]
+    with strictness(params.strict):
+        for i, rank in enumerate(world.ranks):
+            for watch in rank.watches:
+                watch.land()
+            if world.lnc == 2:
+                compare(i, traces[Place(i, 0)], traces[Place(i, 1)])
+        outputs = [_outputs(world, i, call, results) for i, call in enumerate(calls)]
     for action in after:
         action()
     return outputs

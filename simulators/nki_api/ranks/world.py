@@ -2,12 +2,14 @@
 
 A meeting is one collective, barrier or exchange: every member arrives with terms that must be
 equal (kind, groups, sizes, types) and with its own tensors; the last to arrive does the work for
-all. A member that arrives at another meeting than the one that waits for it is told so, with both
-lines. Does not know what happens in a meeting: see collectives/ and pair.py.
+all. Members that meet with different terms are told so, with both lines; members that disagree
+about who meets end in a deadlock, which prints where everyone waits. Does not know what happens
+in a meeting: see collectives/ and isa/pair.py.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,7 @@ from nxd_cp.simulators.nki_api.errors import fail, line_text, user_place
 from nxd_cp.simulators.nki_api.memory import Storage
 from nxd_cp.simulators.nki_api.rules import documented
 
+from .races import Watch
 from .scheduler import Place, Scheduler
 
 _AGREE = documented(
@@ -64,8 +67,17 @@ class Rank:
         self.lnc = lnc
         self.inputs: dict[int, Any] = {}  # HBM tensors by id of the caller's array
         self.copies: dict[int, Any] = {}  # of arrays that other ranks were given as well
+        self.table: dict[tuple[str, str, int], int] = {}  # of its cores' traces
+        self.meetings = 0  # of its cores, over anything
+        self.watches: weakref.WeakSet[Watch] = weakref.WeakSet()
         self._shared: dict[Any, tuple[Storage, int]] = {}
         self._counts: dict[Any, int] = {}
+
+    def watch(self, num_bytes: int, granule: int) -> Watch:
+        """A new watch over a tensor in shared HBM."""
+        made = Watch(num_bytes, granule, lambda: self.meetings)
+        self.watches.add(made)
+        return made
 
     def shared(self, core: int, key: Any, make: Callable[[], Storage]) -> Storage:
         """The storage that the n-th allocation of `key` by every core of the rank refers to."""
@@ -109,7 +121,7 @@ class World:
         """Wait for all `members`; the last one to arrive runs `act` before anyone goes on."""
         place = run.place
         arrival = Arrival(run, {"instruction": instr, **terms}, payload, user_place())
-        meeting = next((m for m in self._open if place in m.members), None)
+        meeting = next((m for m in self._open if set(m.members) == set(members)), None)
         if meeting is None:
             meeting = Meeting(self._num_meetings, instr, members, self)
             self._num_meetings += 1
@@ -120,6 +132,8 @@ class World:
         if len(meeting.arrivals) == len(meeting.members):
             self._open.remove(meeting)
             act(meeting)
+            for rank in {member.rank for member in members}:
+                self.ranks[rank].meetings += 1
             meeting.ready = True
         else:
             self.scheduler.wait(place, meeting)
