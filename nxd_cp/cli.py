@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from nxd_cp.bench.cli import app as bench
 from nxd_cp.doctor.cli import app as doctor
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ class Layout(str, Enum):
 LayoutOption = Annotated[Layout, typer.Option(help="How the sequence is dealt out to the ranks.")]
 
 
+app.add_typer(bench, name="bench")
 app.add_typer(doctor, name="doctor")
 
 
