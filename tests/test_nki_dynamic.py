@@ -107,7 +107,7 @@ def test_rules_of_run_time_addresses():
     rejects("dynamic.offset", floats, X, ROWS)
     rejects("dma_copy.dynamic", _gather(mode=nisa.dge_mode.none), X, ROWS)
     rejects("dma_copy.dynamic", _gather(mode=nisa.dge_mode.hwdge), X, ROWS)
-    with pytest.raises(NkiUnsupportedError, match="views of a view"):
+    with pytest.raises(NkiUnsupportedError, match="run-time addresses"):
         run(lambda x, rows: _at(x, 32, vector_offset=load(rows))[0:8], X, ROWS)
 
 
@@ -223,3 +223,20 @@ def test_shape_only_mode_takes_addresses_as_zero_and_refuses_loops_over_memory()
         with pytest.raises(NkiUnsupportedError, match="shape-only"):
             Kernel(_count_down, "gen3")(X, np.array([[3]], np.int32))
     assert any(r.flags == flags.DYNAMIC for r in log)
+
+
+def test_the_other_dims_of_a_gathered_tensor_can_be_viewed():
+    def kernel(x, rows):
+        out = sbuf((32, 4, 8))
+        gathered = x.reshape((64, 6, 8)).vector_select(0, load(rows))
+        assert gathered.is_indirect()
+        assert gathered[:, 1:5].is_indirect()
+        nisa.dma_copy(out, gathered[:, 1:5, :])
+        swapped = sbuf((32, 8, 4))
+        nisa.dma_copy(swapped, gathered[:, 1:5, :].permute((0, 2, 1)))
+        return store(out), store(swapped)
+
+    out, swapped = run(kernel, X, ROWS)
+    expected = X.reshape(64, 6, 8)[ROWS[:, 0], 1:5]
+    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_array_equal(swapped, expected.transpose(0, 2, 1))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from . import dtypes
 from .checks import source
 from .errors import fail, unsupported
 from .memory import HBM, SBUF
@@ -47,10 +48,24 @@ class IndirectTensor(NkiTensor):
         """True."""
         return True
 
+    def _made(
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        offset: int,
+        dtype: dtypes.DType | None = None,
+    ) -> IndirectTensor:
+        """A view of the other dims; the rows that a vector chooses stay together."""
+        if self.vector and (shape[0], strides[0]) != (self.shape[0], self.strides[0]):
+            unsupported("views of a view with run-time addresses that change its dim 0")
+        made = IndirectTensor(self.storage, shape, strides, offset, self.dtype)
+        made.index, made.index_stride, made.vector = self.index, self.index_stride, self.vector
+        return made
+
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         unsupported("views of a view with a run-time address", "index before .ap or select")
 
-    __getitem__ = _view = view = ap = reinterpret_cast = _refuse
+    view = ap = reinterpret_cast = _refuse
 
     @property
     def array(self) -> Any:
@@ -76,7 +91,7 @@ class IndirectTensor(NkiTensor):
 
 
 def indirect_view(
-    base: NkiTensor,
+    base: Any,
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     offset: int,

@@ -24,7 +24,7 @@ def _groups(pattern: Any) -> list[tuple[str, ...]]:
     return [(g,) if isinstance(g, str) else tuple(g) for g in pattern]
 
 
-def rearrange(tensor: NkiTensor, src: Any, dst: Any, fixed: dict[str, int]) -> NkiTensor:
+def rearrange(tensor: Any, src: Any, dst: Any, fixed: dict[str, int]) -> NkiTensor:
     """See NkiTensor.rearrange; patterns are tuples of names or of tuples of names."""
     sources, targets = _groups(src), _groups(dst)
     names = [n for g in sources for n in g]

@@ -59,7 +59,7 @@ def store(dst: Any, value: Any) -> None:
     isa.dma_copy(dst, value)
 
 
-def assign(dst: NkiTensor, value: Any) -> None:
+def assign(dst: Any, value: Any) -> None:
     """`t[...] = x`: a DMA where HBM takes part, else a copy; a number fills on-chip memory."""
     if not isinstance(value, NkiTensor):
         isa.memset(dst, value)
