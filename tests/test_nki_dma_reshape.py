@@ -117,3 +117,94 @@ def test_exponential_subtracts_and_sums_on_gen4_only():
     np.testing.assert_allclose(total, exact, rtol=48 * FP32_ROUNDING)
     rejects("instruction.generation", _exponential, X, top)
     rejects("operand.per_partition", _exponential, X, top.astype(BF16), generation="gen4")
+
+
+def _gather_transpose(rows, columns=1, shape=None, **options):
+    """Rows of x by index, transposed; the index is read column by column."""
+
+    def kernel(x, index):
+        tile = load(index)
+        pattern = [[x.shape[1], rows], [1, x.shape[1]]]
+        out = sbuf(shape or (x.shape[1], rows), x.dtype)
+        nisa.memset(out, 0)
+        gathered = x.ap(pattern, vector_offset=tile, indirect_dim=0)
+        nisa.dma_transpose(out, gathered, axes=(1, 0), **options)  # bad
+        return store(out)
+
+    return kernel
+
+
+SMALL = X.astype(BF16)
+
+
+@pytest.mark.parametrize(
+    ("partitions", "columns", "rows"), [(32, 1, 32), (128, 2, 256), (48, 1, 32)]
+)
+def test_gather_transpose_reads_its_index_column_by_column(partitions, columns, rows):
+    index = np.random.default_rng(0).integers(0, 128, (partitions, columns)).astype(np.uint32)
+    found = run(_gather_transpose(rows), SMALL, index)
+    np.testing.assert_array_equal(found, SMALL[index.T.reshape(-1)[:rows]].T)
+
+
+def test_a_skipped_row_leaves_its_part_of_the_destination():
+    index = np.arange(32, dtype=np.uint32)[:, None]
+    index[5] = 400
+    with pytest.raises(ValueError, match=r"rule dynamic\.bounds"):
+        run(_gather_transpose(32), SMALL, index)
+    found = run(_gather_transpose(32, oob_mode=nisa.oob_mode.skip), SMALL, index)
+    expected = SMALL[:32].T.copy()
+    expected[:, 5] = 0
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_gather_transpose_rules():
+    index = np.arange(32, dtype=np.uint32)[:, None]
+    name = "dma_transpose.indirect"
+    rejects(name, _gather_transpose(32), X, index)
+    rejects(name, _gather_transpose(24), SMALL, index)
+    rejects(name, _gather_transpose(32), SMALL, index.astype(np.int32))
+    rejects(name, _gather_transpose(32, dge_mode=nisa.dge_mode.hwdge), SMALL, index)
+    rejects(name, _gather_transpose(32), SMALL, index, generation="gen2")
+
+
+def _scatter_add(unique=True, **options):
+    def kernel(out, x, index):
+        view = out.ap([[48, 32], [1, 48]], vector_offset=load(index), indirect_dim=0)
+        nisa.dma_compute(view, [view, load(x)], nl.add, unique_indices=unique, **options)  # bad
+        return out
+
+    return kernel
+
+
+def test_rows_are_read_added_to_and_written_back():
+    index = np.random.default_rng(0).permutation(128)[:32].astype(np.int32)[:, None]
+    out = X.copy()
+    run(_scatter_add(), out, X[:32], index)
+    expected = X.copy()
+    expected[index[:, 0]] += X[:32]
+    np.testing.assert_array_equal(out, expected)
+
+    def gather(x, index):
+        tile = load(x[0:32])
+        view = x.ap([[48, 32], [1, 48]], vector_offset=load(index), indirect_dim=0)
+        nisa.dma_compute(tile, [view, tile], nl.add)
+        return store(tile)
+
+    np.testing.assert_array_equal(run(gather, X, index), X[:32] + X[index[:, 0]])
+
+
+def test_rules_of_adding_to_rows():
+    index = np.arange(32, dtype=np.int32)[:, None]
+    twice = np.zeros_like(index)
+    rejects("dma_compute.indirect", _scatter_add(), X.copy(), X[:32], twice)
+    rejects("dma_compute.indirect", _scatter_add(unique=False), X.copy(), X[:32], index)
+    rejects("dynamic.bounds", _scatter_add(), X.copy(), X[:32], index + 120)
+    out = X.copy()
+    run(_scatter_add(oob_mode=nisa.oob_mode.skip), out, X[:32], index + 120)
+    np.testing.assert_array_equal(out[120:], X[120:] + X[:8])
+    np.testing.assert_array_equal(out[:120], X[:120])
+
+    def skip(x):
+        nisa.dma_compute(sbuf(x.shape), [x, x], nl.add, oob_mode=nisa.oob_mode.skip)  # bad
+
+    rejects("dma_compute.operands", skip, X)

@@ -25,7 +25,7 @@ _OFFSET = documented(
     "dynamic.offset",
     "nki.isa.dma_copy, NKI access patterns",
     "scalar_offset is a register or an integer tile with one element in SBUF, vector_offset an "
-    "integer tile with one element per partition in SBUF, never both; a vector indexes dim 0 of an "
+    "integer tile in SBUF with an element for each row, never both; a vector indexes dim 0 of an "
     "HBM tensor, a scalar any dim but an on-chip dim 0",
 )
 _BOUNDS = documented(
@@ -77,8 +77,10 @@ class IndirectTensor(NkiTensor):
         if type(self.index) is Register:
             indices = [self.index.value or 0]
         else:
-            values = source(instr, "offset", self.index).reshape(-1)
-            indices = values.tolist() if run.values else [0] * len(values)
+            values = source(instr, "offset", self.index)
+            flat = values.reshape(len(values), -1).T.reshape(-1)  # column by column
+            flat = flat[: self.shape[0]] if self.vector else flat
+            indices = flat.tolist() if run.values else [0] * len(flat)
         shape = (1, *self.shape[1:]) if self.vector else self.shape
         return [self._piece(index, shape) for index in indices]
 
@@ -105,9 +107,9 @@ def indirect_view(
     legal = (scalar is None) is not (vector is None)
     if type(index) is not Register or vector is not None:
         tile = type(index) is NkiTensor and index.space == SBUF and index.dtype.kind in "iu"
-        legal = legal and tile and index.size == count
+        legal = legal and tile and index.size >= count and (count > 1 or index.size == 1)
     if vector is not None:
-        legal = legal and base.space == HBM and dim == 0 and index.shape[0] == count
+        legal = legal and base.space == HBM and dim == 0
     legal = legal and -1 < dim < base.ndim and (base.space == HBM or dim != 0)
     if not legal:
         fail(_OFFSET, "NkiTensor", f"indirect_dim={dim}", tensor=base, offset=index)

@@ -23,7 +23,8 @@ from . import enums as constants
 from .activate2 import activate2
 from .copy import memset, tensor_copy
 from .dma import dma_copy
-from .dma_reshape import dma_compute, dma_transpose
+from .dma_compute import dma_compute
+from .dma_transpose import dma_transpose
 from .elementwise import reciprocal, scalar_tensor_tensor, tensor_tensor
 from .enums import (
     dge_mode,

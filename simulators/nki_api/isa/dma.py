@@ -97,6 +97,7 @@ def _copy_dynamic(
     indirect = [t for t in (dst, src) if isinstance(t, IndirectTensor)]
     count = max((t.shape[0] for t in indirect if t.vector), default=1)
     rowwise = all(t.shape[0] == count for t in (dst, src))
+    rowwise = rowwise and all(t.index.size == count for t in indirect if t.vector)
     legal = mode is not modes.none and (mode is not modes.hwdge or count == 1)
     if not legal or (count > 1 and not rowwise):
         fail(_DYNAMIC, instr, f"dge_mode={mode}", dst=dst, src=src)

@@ -1,8 +1,8 @@
-"""DMA that does more than move: dma_transpose and dma_compute.
+"""dma_transpose: the first and last dims swapped on the way, also of rows gathered by index.
 
-Indirect (vector_offset) forms are not implemented.
+Rows whose index is out of bounds raise, or (oob_mode.skip) leave their part of dst as it is.
 
-Source: nki.isa.dma_transpose, nki.isa.dma_compute.
+Source: nki.isa.dma_transpose.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import mark
+from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
-from nxd_cp.simulators.nki_api.log import TRANSPOSE
-from nxd_cp.simulators.nki_api.memory import HBM, PSUM, SBUF
-from nxd_cp.simulators.nki_api.ops import OPS
+from nxd_cp.simulators.nki_api.log import DYNAMIC, SKIPPED, TRANSPOSE
+from nxd_cp.simulators.nki_api.memory import HBM, SBUF
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
@@ -38,10 +38,12 @@ _MODE = documented(
     "and a first dim of 16 (3 and 4 dims: 1, 2, 4, 8 or 16, times dim -2 a multiple of 16); "
     "priority 0 to 3 only on gen4; oob_mode.skip only with indirect addresses",
 )
-_COMPUTE = documented(
-    "dma_compute.operands",
-    "nki.isa.dma_compute",
-    "1 to 16 sources and dst in HBM or SBUF, of equal size; reduce_op is nl.add, scales are 1.0",
+_INDIRECT = documented(
+    "dma_transpose.indirect",
+    "nki.isa.dma_transpose (Indirect Transpose Constraints)",
+    "from gen3, dge_mode unknown or swdge, src in HBM of 2-byte elements with a last dim of at "
+    "most 128 and a multiple of 16 rows (4 dims: one of the middle ones is 1); the index is uint32 "
+    "[16 to 128, a multiple of 16; 128 for several columns] with an element per row",
 )
 _AXES = {2: (1, 0), 3: (2, 1, 0), 4: (3, 1, 2, 0)}
 
@@ -58,7 +60,7 @@ def dma_transpose(
     """dst = src with its first and last dims swapped."""
     instr = "nki.isa.dma_transpose"
     run = current(instr)
-    tensors = type(dst) is NkiTensor and type(src) is NkiTensor
+    tensors = type(dst) is NkiTensor and isinstance(src, NkiTensor)
     if not tensors or dst.space != SBUF or src.space not in (HBM, SBUF) or src.ndim not in _AXES:
         fail(_TRANSPOSE, instr, "memory or number of dims", dst=dst, src=src)
     order = _AXES[src.ndim]
@@ -66,6 +68,8 @@ def dma_transpose(
     given = order if axes is None else tuple(axes)
     if given != order or swapped != dst.shape or dst.dtype is not src.dtype:
         fail(_TRANSPOSE, instr, f"axes={axes}, src permuted is {swapped}", dst=dst, src=src)
+    if isinstance(src, IndirectTensor):
+        return _indirect(instr, run, dst, src, order, (priority, dge_mode, oob_mode), name)
     _check_mode(instr, run, src, priority, dge_mode, oob_mode)
     check_padding(instr, src)
     watch(instr, run, None, src)
@@ -92,35 +96,49 @@ def _check_mode(
         fail(_MODE, instr, f"{detail} on {run.chip.generation}", src=src)
 
 
-def dma_compute(
-    dst: Any,
-    srcs: Any,
-    reduce_op: Any,
-    scales: Any = None,
-    unique_indices: bool = True,
-    oob_mode: Any = oob_modes.error,
-    name: str | None = None,
+def _indirect(
+    instr: str,
+    run: Run,
+    dst: NkiTensor,
+    src: IndirectTensor,
+    order: tuple[int, ...],
+    options: tuple[Any, Any, Any],
+    name: str | None,
 ) -> NkiInstruction:
-    """dst = sum of the sources, element by element, in fp32."""
-    instr = "nki.isa.dma_compute"
-    run = current(instr)
-    sources = list(srcs)
-    plain = scales is None or all(scale == 1.0 for scale in scales)
-    if reduce_op is not OPS["add"] or not plain or not 1 <= len(sources) <= 16:
-        detail = f"{len(sources)} sources, reduce_op={reduce_op}, scales={scales}"
-        fail(_COMPUTE, instr, detail, dst=dst)
-    for tensor in (dst, *sources):
-        if type(tensor) is not NkiTensor or tensor.space == PSUM or tensor.size != dst.size:
-            fail(_COMPUTE, instr, "place or size of an operand", dst=dst, src=tensor)
-    for tensor in sources:
-        check_padding(instr, tensor)
-    watch(instr, run, dst, *sources)
-    mark(dst, OTHER)
-    if run.values:
-        out = dst.array
-        total = dtypes.to_f32(sources[0].array, sources[0].dtype).reshape(out.shape)
-        for tensor in sources[1:]:
-            total = total + dtypes.to_f32(tensor.array, tensor.dtype).reshape(out.shape)
-        dtypes.store_f32(out, total, dst.dtype)
-    # A record has room for five sources; the destination's size still counts all bytes moved.
-    return issue(run, "dma_compute", "dma", dst, tuple(sources[:5]), dst.size, 0, "none", name)
+    """The transpose of a tensor at a run-time address, or of rows gathered by a vector of them."""
+    priority, mode, oob_mode = options
+    legal = mode in (modes.unknown, modes.swdge) and run.chip.number >= 3
+    if priority is not None:
+        legal = legal and run.chip.dma_priority and 0 <= priority <= 3
+    if src.vector:
+        legal = legal and _gatherable(src)
+    if not legal:
+        detail = f"dge_mode={mode}, priority={priority} on {run.chip.generation}"
+        fail(_INDIRECT, instr, detail, dst=dst, src=src, index=src.index)
+    flags = TRANSPOSE | DYNAMIC
+    pieces = src.pieces(instr, run)
+    for at, piece in enumerate(pieces):
+        if piece is None:
+            if oob_mode is not oob_modes.skip:
+                out_of_bounds(instr, dst, src)
+            flags |= SKIPPED
+            continue
+        to = dst[..., at : at + 1] if src.vector else dst
+        check_padding(instr, piece)
+        watch(instr, run, None, piece)
+        mark(to, OTHER)
+        if run.values:
+            to.array[...] = piece.array.transpose(order)
+    tiles = (src, src.index)
+    return issue(run, "dma_transpose", "dma", dst, tiles, dst.size, flags, mode.name, name)
+
+
+def _gatherable(src: IndirectTensor) -> bool:
+    """Whether the shapes and dtypes are those of a gather transpose."""
+    rows, index = src.shape[0], src.index
+    partitions, columns = index.shape[0], index.size // index.shape[0]
+    legal = src.shape[-1] <= 128 and src.dtype.itemsize == 2 and rows % 16 == 0
+    legal = legal and index.ndim == 2 and index.dtype is dtypes.uint32 and index.size >= rows
+    legal = legal and 16 <= partitions <= 128 and partitions % 16 == 0
+    legal = legal and (columns == 1 or partitions == 128)
+    return bool(legal and (src.ndim < 4 or 1 in src.shape[1:3]))
