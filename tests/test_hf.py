@@ -34,6 +34,14 @@ MODELS = {
         | {"use_sliding_window": True},
     ),
     "mistral, window": (transformers.MistralConfig, {"sliding_window": WINDOW}),
+    "gemma2, soft-capping": (
+        transformers.Gemma2Config,
+        {"sliding_window": WINDOW, "attn_logit_softcapping": 0.05, "query_pre_attn_scalar": 16},
+    ),
+    "gpt-oss, sinks": (
+        transformers.GptOssConfig,
+        {"sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
 }
 TEXT = load_text()
 FIRST_STEP, LATER_STEPS = 1e-6, 1e-5
@@ -43,6 +51,7 @@ def _initial_model(name):
     config_class, extra = MODELS[name]
     torch.manual_seed(0)
     config = config_class(**SIZES, **extra)
+    config._experts_implementation = "eager"  # the grouped product has no fp64
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
