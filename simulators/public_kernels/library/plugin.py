@@ -1,0 +1,150 @@
+"""The pytest plugin of the child process that runs nki-library's tests.
+
+    python -m pytest -p nxd_cp.simulators.public_kernels.library.plugin CLONE/test/... \\
+        --test-mode simulation --rows-kernel NAME --rows-file FILE
+
+Loaded before the clone's conftest: provides the modules, then picks rows, limits their time and
+writes every outcome to a file as it comes. Does not judge: the clone's own validator does.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nxd_cp.simulators.public_kernels import outcomes
+from nxd_cp.simulators.public_kernels.library import modules, repair, spread, standins
+
+sys.dont_write_bytecode = True  # the clone stays as it is
+standins.install()
+modules.provide()
+repair.install("nkilib_src")
+
+
+class RowTimeout(Exception):
+    """A row took longer than it may."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the child process."""
+    group = parser.getgroup("public kernels")
+    group.addoption("--rows-kernel", default="", help="name of the kernel in the table")
+    group.addoption("--rows-file", type=Path, default=None, help="JSON lines of outcomes")
+    group.addoption("--rows", type=int, default=0, help="at most this many rows, spread; 0: all")
+    group.addoption("--row-seconds", type=float, default=0, help="limit per row; 0: none")
+    group.addoption("--rows-seconds", type=float, default=0, help="limit of all rows; 0: none")
+
+
+class Rows:
+    """Which rows run, for how long, and what came of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.kernel: str = config.getoption("rows_kernel")
+        self.file: Path = config.getoption("rows_file")
+        self.limit: int = config.getoption("rows")
+        self.row_seconds: float = config.getoption("row_seconds")
+        self.seconds: float = config.getoption("rows_seconds")
+        self.done = outcomes.finished(self.file, self.kernel)
+        known = outcomes.read(self.file)
+        self.ran = sum(known[self.kernel, r].status == outcomes.PASSED for r in self.done)
+        self.started = time.monotonic()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Spread the rows; leave out those that are done."""
+        if self.limit:
+            items[:] = spread.spread(items, self.limit)
+        items[:] = [item for item in items if spread.row_name(item) not in self.done]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Teach the clone's driver about ranks."""
+        from nxd_cp.simulators.public_kernels.library import ranks
+
+        driver = sys.modules.get("test.utils.test_orchestrator")
+        if driver is not None:
+            ranks.patch(driver)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Say nothing of the rows that the spread no longer needs or has time for."""
+        if self.limit and self.ran >= self.limit:
+            return True
+        if self.seconds and time.monotonic() - self.started > self.seconds:
+            return True
+        return None
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self) -> Iterator[None]:
+        """Stop a row that takes too long."""
+        if not self.row_seconds:
+            yield
+            return
+
+        def late(number: int, frame: Any) -> None:
+            raise RowTimeout(f"longer than {self.row_seconds:g} s")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, self.row_seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[None]:
+        """Write one outcome per row."""
+        result: Any = yield
+        report = result.get_result()
+        if report.when == "call" or (report.when == "setup" and not report.passed):
+            error = call.excinfo.value if call.excinfo is not None else None
+            status, reason = _judge(report, error)
+            self.ran += status != outcomes.SKIPPED
+            name = spread.row_name(item)
+            row = outcomes.Outcome(self.kernel, name, status, reason, round(call.duration, 2))
+            outcomes.append(self.file, row)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that does not import is a failed row of its own."""
+        if report.failed:
+            reason = str(report.longrepr).strip().splitlines()[-1].removeprefix("E").strip()
+            row = outcomes.Outcome(self.kernel, report.nodeid, outcomes.FAILED, reason)
+            outcomes.append(self.file, row)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _judge(report: Any, error: BaseException | None) -> tuple[str, str]:
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        return outcomes.SKIPPED, reason.removeprefix("Skipped: ")
+    if report.passed:
+        return outcomes.PASSED, ""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, RowTimeout):
+            return outcomes.SKIPPED, str(cause)
+    first = chain[-1] if chain else None
+    return outcomes.FAILED, f"{type(first).__name__}: {first}" if first is not None else "failed"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Watch the rows, if a file for them is given."""
+    if config.getoption("rows_file") is not None:
+        config.pluginmanager.register(Rows(config), "public-kernel-rows")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """List the published files that had to be repaired to be imported."""
+    for line in repair.REPAIRS:
+        terminalreporter.write_line(f"repaired in memory: {line}")
