@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nki_sim import GENERATIONS, load, nisa, nl, normal, psum, rejects, run, sbuf, store
 
-from nxd_cp.simulators.nki_api import NkiSimulatorWarning, chips
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning, NkiValidationError, chips
+from nxd_cp.simulators.nki_api.freelist import FreeList
 from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER, InitMap
-from nxd_cp.simulators.nki_api.memory import FreeList
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -23,8 +23,9 @@ def test_sbuf_holds_what_the_chip_has_and_not_a_byte_more(generation):
 
     def overflows():
         first = nl.ndarray((128, usable), dtype=nl.uint8)
-        nl.ndarray((128, 1), dtype=nl.uint8)  # bad
-        return first
+        second = nl.ndarray((128, 1), dtype=nl.uint8)  # bad
+        for tile in (first, second, first):
+            nisa.memset(tile, 0)
 
     run(fits, generation=generation)
     text = rejects("memory.capacity", overflows, generation=generation)
@@ -39,9 +40,42 @@ def test_psum_has_eight_banks_and_small_tiles_never_cross_one():
     def nine():
         banks = [psum((128, 512)) for _ in range(8)]
         banks.append(nl.ndarray((1, 1), dtype=nl.float32, buffer=nl.psum))  # bad
+        for bank in (*banks, *banks):
+            nisa.memset(bank, 0)
 
     assert run(eight) == 128
     rejects("memory.capacity", nine)
+
+
+def test_tensors_that_a_list_keeps_after_their_last_use_take_no_room():
+    def kernel(x):
+        kept, total = [], sbuf(x.shape)
+        nisa.memset(total, -9)
+        for _ in range(8):
+            kept.append(load(x))
+            nisa.tensor_tensor(total, total, kept[-1], nl.maximum)
+        return store(total)
+
+    def all_at_once(x):
+        kept, total = [load(x) for _ in range(8)], sbuf(x.shape)  # too many
+        nisa.memset(total, 0)
+        for tile in kept:
+            nisa.tensor_tensor(total, total, tile, nl.add)
+        return store(total)
+
+    x = normal(128, 12288)  # 48 KiB per partition, of 176
+    np.testing.assert_array_equal(run(kernel, x, generation="gen2"), x)
+    with pytest.raises(NkiValidationError, match=r"rule memory\.capacity "):
+        run(all_at_once, x, generation="gen2")
+
+
+def test_references_to_many_times_the_memory_fail_at_once():
+    def kernel():
+        kept = []
+        for _ in range(1000):
+            kept.append(nl.ndarray((128, 12288), dtype=nl.float32))  # bad
+
+    rejects("memory.capacity", kernel)
 
 
 def test_a_tensor_gives_its_bytes_back_when_no_name_refers_to_it():

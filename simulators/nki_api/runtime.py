@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import dtypes, errors, memory
+from .core_memory import Core, CorePool
 from .log import NONE, BufferInfo, Log
 from .ranks.program import Trace
 from .ranks.scheduler import Place
@@ -64,7 +65,7 @@ class Run:
     )
 
     def __init__(
-        self, world: World, place: Place, core: memory.Core, params: SimParams, log: Log | None
+        self, world: World, place: Place, core: Core, params: SimParams, log: Log | None
     ) -> None:
         self.world = world
         self.place = place
@@ -134,7 +135,7 @@ class Run:
 _RUN: ContextVar[Run | None] = ContextVar("nki_simulator_run", default=None)
 _RECORDER: ContextVar[Log | None] = ContextVar("nki_simulator_recorder", default=None)
 _PARAMS: ContextVar[SimParams | None] = ContextVar("nki_simulator_params", default=None)
-_POOL = memory.CorePool()
+_POOL = CorePool()
 
 
 def current(what: str) -> Run:

@@ -74,6 +74,8 @@ def issue(
     run.issued += 1
     if run.issued == MAX_INSTRUCTIONS + 1:
         broken(_COUNT, f"nki.isa.{opcode}", f"instruction number {run.issued:,}")
+    for lifetimes in run.core.lifetimes.values():
+        lifetimes.touch(run.issued, (dst, *sources))
     if run.trace is not None:
         run.trace.add(opcode)
     for source in sources:

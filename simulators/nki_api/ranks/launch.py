@@ -75,6 +75,7 @@ def launch(
             args = [to_device(run, value, name, after) for value, name in pairs]
             kwargs = {k: to_device(run, v, k, after) for k, v in call.kwargs.items()}
             results[place] = function(*args, **kwargs)
+            run.core.check_lifetimes()
             traces[place] = run.trace
 
     world.scheduler.run(body)

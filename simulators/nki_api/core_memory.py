@@ -1,0 +1,234 @@
+"""SBUF and PSUM of a core: one byte array each, placement, capacity.
+
+Both are single address spaces, so tensors placed by `address=` share bytes visibly. Tensors
+without an address are placed automatically (first fit, from the top) and give their bytes back
+when the last Python reference to them goes. They overlap nothing, so each has a dense array of
+its own, which NumPy reads several times faster than rows of the big one.
+When Python references keep more alive than fits, what counts is the last use, as for a compiler:
+see lifetimes.py.
+
+Sources: architecture guides ("SBUF", "PSUM"); nki.language.ndarray (address); nki.language
+.tile_size (alignments).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from . import chips, dtypes
+from .errors import broken, fail, message
+from .freelist import FreeList, Neighbours
+from .initmap import FRESH, InitMap
+from .lifetimes import CAPACITY, Lifetimes
+from .memory import PSUM, SBUF, SPACES, MemoryRegion, Storage
+from .rules import documented, inferred
+
+ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
+MIN_ALIGN = 4
+
+_PARTITIONS = documented(
+    "memory.partitions",
+    "nki.language.tile_size.pmax",
+    "an on-chip tensor has at most 128 partitions",
+)
+_ADDRESS = documented(
+    "memory.address",
+    "nki.language.ndarray",
+    "address=(partition, byte) lies inside the memory, aligned (element; PSUM bank)",
+)
+_ALIGNMENT = inferred(
+    "memory.alignment",
+    "nki.language.tile_size.sbuf_min_align; nki-library@d2ad3a5 places bf16 at even bytes",
+    "an SBUF address is a multiple of 4 bytes",
+)
+
+
+class Core:
+    """SBUF and PSUM of one NeuronCore. Byte arrays are pooled between runs."""
+
+    def __init__(self, chip: chips.Chip) -> None:
+        self.chip = chip
+        self.values = True  # False in shape-only mode
+        self.epoch = 0
+        self.sbuf = np.empty((chips.NUM_PARTITIONS, chip.sbuf_bytes + ROW_PAD), np.uint8)
+        self.psum = np.empty((chips.NUM_PARTITIONS, chips.PSUM_BYTES + ROW_PAD), np.uint8)
+        self.spare: dict[int, list[Any]] = {}  # arrays of automatic tensors, by size
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every tensor; storages of earlier epochs no longer give bytes back."""
+        self.epoch += 1
+        if sum(size * len(arrays) for size, arrays in self.spare.items()) > self.sbuf.size:
+            self.spare.clear()
+        self.sbuf_list = FreeList(self.chip.sbuf_usable_bytes)
+        self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
+        self.lifetimes: dict[int, Lifetimes] = {}  # of memories that were full once
+        self.live: dict[int, tuple[int, int, str, int]] = {}
+        self.placed: dict[int, Neighbours] = {}
+        self.placed_init: dict[int, InitMap] = {}
+
+    def allocate(
+        self,
+        shape: tuple[int, ...],
+        dtype: dtypes.DType,
+        region: MemoryRegion,
+        name: str,
+        number: int,
+        address: tuple[int, int] | None,
+    ) -> Storage:
+        """Place a tensor of `shape`; `number` identifies it in the log."""
+        space = SPACES[region.value]
+        free = self.sbuf_list if space == SBUF else self.psum_list
+        row_bytes = dtype.itemsize
+        for count in shape[1:]:
+            row_bytes *= count
+        asked = (shape, str(dtype), region.value)
+        if shape[0] > chips.NUM_PARTITIONS:
+            fail(_PARTITIONS, "nki.language.ndarray", f"{shape[0]} partitions", tensor=asked)
+        padded = -(-row_bytes // MIN_ALIGN) * MIN_ALIGN
+        at = self._at(address, shape, dtype, row_bytes, space) if address else free.take(padded)
+        label = name or f"tensor {number} {shape}"
+        if address is None:
+            if at is None or space in self.lifetimes:
+                self._overflow(space, free, number, padded, at is not None, asked)
+            spare = self.spare.get(shape[0] * padded)
+            data = spare.pop() if spare else np.empty(shape[0] * padded, np.uint8)
+            place = (data, 0, padded)
+            if at is not None:
+                self.live[number] = (space, at, label, padded)
+        else:
+            assert at is not None, "an address is checked, not searched"
+            memory = self.sbuf if space == SBUF else self.psum
+            place = (memory, address[0] * memory.shape[1] + at, memory.shape[1])
+        storage = Storage(space, region, *place, shape[0], row_bytes, dtype, name)
+        storage.number, storage.core, storage.epoch = number, self, self.epoch
+        storage.address = at or 0
+        storage.silent = not self.values
+        if address is not None:
+            storage.first_partition = address[0]
+            self._share(storage, space, storage.address, label)
+        return storage
+
+    def _share(self, storage: Storage, space: int, at: int, label: str) -> None:
+        """Enter a placed tensor: its write state is that of the memory it lies in.
+
+        Memory under no other live placed tensor starts as never written.
+        """
+        end = at + storage.row_bytes
+        first = storage.first_partition
+        rect = (first, first + storage.partitions, at, end)
+        for other_space, other, name, size in self.live.values():
+            if other_space == space and other < end and at < other + size:
+                fail(
+                    _ADDRESS,
+                    "nki.language.ndarray",
+                    f"address {(first, at)} of {label} collides "
+                    f"with {name}, which the simulator placed automatically; place both",
+                )
+        (self.sbuf_list if space == SBUF else self.psum_list).reserve(at, end)
+        init = self.placed_init.get(space)
+        if init is None:
+            size = self.chip.sbuf_bytes if space == SBUF else chips.PSUM_BYTES
+            init = InitMap(chips.NUM_PARTITIONS, size, MIN_ALIGN, collapse=False)
+            self.placed_init[space] = init
+        storage.init, storage.map_origin = init, (first, at)
+        storage.own = InitMap(storage.partitions, storage.row_bytes, MIN_ALIGN)
+        neighbours = self.placed.setdefault(space, Neighbours())
+        if not neighbours.overlaps(rect):
+            shape = (storage.partitions, storage.row_bytes)
+            init.mark(rect, True, (first, at, shape, (1, 1), 1), FRESH)
+            storage.fill()
+        neighbours.add(storage.number, rect)
+
+    def _at(
+        self,
+        address: tuple[int, int],
+        shape: tuple[int, ...],
+        dtype: dtypes.DType,
+        row_bytes: int,
+        space: int,
+    ) -> int:
+        partition, at = address
+        partitions = shape[0]
+        size = chips.PSUM_BYTES if space == PSUM else self.chip.sbuf_usable_bytes
+        align = chips.PSUM_BANK_BYTES if space == PSUM else dtype.itemsize
+        inside = 0 <= partition <= chips.NUM_PARTITIONS - partitions and 0 <= at <= size - row_bytes
+        if not inside or at % align:
+            fail(
+                _ADDRESS,
+                "nki.language.ndarray",
+                f"address {address} for {partitions} partitions x {row_bytes} bytes; "
+                f"memory is 128 x {size} bytes, alignment {align}",
+            )
+        if at % MIN_ALIGN:
+            broken(
+                _ALIGNMENT, "nki.language.ndarray", f"address {address}", tensor=(shape, str(dtype))
+            )
+        return at
+
+    def _overflow(
+        self, space: int, free: FreeList, number: int, num_bytes: int, placed: bool, asked: Any
+    ) -> None:
+        """From the first tensor that finds no room, keep track of first and last uses."""
+        known = self.lifetimes.get(space)
+        if known is None:
+            detail = self._full(space, num_bytes, free)
+            problem = message(CAPACITY, "nki.language.ndarray", detail, {"tensor": asked})
+            held = {n: size for n, (where, _, _, size) in self.live.items() if where == space}
+            capacity = free.size - free.reserved
+            known = self.lifetimes[space] = Lifetimes(space, capacity, held, problem)
+        known.add(number, num_bytes, placed)
+
+    def check_lifetimes(self) -> None:
+        """At the end of a kernel: raise if its tensors in use did not fit."""
+        for lifetimes in self.lifetimes.values():
+            lifetimes.check()
+
+    def _full(self, space: int, wanted: int, free: FreeList) -> str:
+        rows = sorted((r for r in self.live.values() if r[0] == space), key=lambda r: -r[3])
+        largest = ", ".join(f"{r[2]}: {r[3]}" for r in rows[:5])
+        word = "PSUM" if space == PSUM else "SBUF"
+        return (
+            f"no room in {word} for {wanted} bytes per partition: {free.used} of {free.size} "
+            f"in use by {len(rows)} live tensors (largest, bytes per partition: {largest}); "
+            "a tensor lives from its first to its last use"
+        )
+
+    def release(self, storage: Storage) -> None:
+        """A tensor is no longer used; one that was placed automatically gives its bytes back."""
+        neighbours = self.placed.get(storage.space)
+        if neighbours is not None:
+            neighbours.remove(storage.number)
+        lifetimes = self.lifetimes.get(storage.space)
+        if lifetimes is not None and lifetimes.unplaced.pop(storage.number, None) is not None:
+            self.spare.setdefault(storage.data.size, []).append(storage.data)
+        entry = self.live.pop(storage.number, None)
+        if entry is not None:
+            (self.sbuf_list if entry[0] == SBUF else self.psum_list).give(entry[1], entry[3])
+            self.spare.setdefault(storage.data.size, []).append(storage.data)
+
+
+class CorePool:
+    """Cores that are not in use, by generation: their memory is costly to touch first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[str, list[Core]] = {}
+
+    def borrow(self, chip: chips.Chip) -> Core:
+        """A core with nothing in it."""
+        with self._lock:
+            idle = self._idle.get(chip.generation)
+            core = idle.pop() if idle else None
+        if core is None:
+            return Core(chip)
+        core.reset()
+        return core
+
+    def give_back(self, core: Core) -> None:
+        """Hand a core back; its tensors must not be used any more."""
+        with self._lock:
+            self._idle.setdefault(core.chip.generation, []).append(core)
