@@ -1,0 +1,175 @@
+"""The kernels on a Neuron device, as registered torch ops of the stack that the tensors belong to.
+
+A kernel's arguments are tensors, tuples of tensors and compile-time constants, and they grow with
+the kernels. So each kernel is one op `nxd_cp::<name>(Tensor[] tensors, str call) -> Tensor[]`,
+where `call` says as JSON how the arguments are made of the tensors, which constants go with them,
+and on how many physical cores (LNC) it runs. Its shapes without data (fake kernels) are by hand.
+
+- native (device "neuron"): registered with `torch_neuronx.nki_op`, the documented way
+  (Neuron SDK docs, nki/get-started/about and frameworks/torch/pytorch-native-overview);
+- XLA (device "xla"): registered with `torch.library.custom_op`; `nki.jit` turns a call on XLA
+  tensors into a custom call of the graph (nki/guides/framework_custom_op).
+
+In both the kernel is called as `kernel[cores](...)`. Tested with stand-ins; never run on a device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STACKS = {"neuron": "native", "xla": "xla"}
+Op = Callable[[list[Tensor], str], list[Tensor]]
+
+_OPS: dict[tuple[str, str], Op] = {}
+_OPS_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded and not made."""
+
+    kernel: Any
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    cores: int
+
+
+_RECORDER: ContextVar[list[Launch] | None] = ContextVar("nxd_cp_recorder", default=None)
+
+
+class DeviceModule:
+    """A kernel's module whose kernel is launched through its op; all else is the module's own."""
+
+    def __init__(self, module: ModuleType | Any, name: str) -> None:
+        self._module = module
+        setattr(self, name, DeviceKernel(getattr(module, name), name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class DeviceKernel:
+    """`kernel(...)` or `kernel[cores](...)`, on tensors of a Neuron device."""
+
+    def __init__(self, kernel: Any, name: str, cores: int = 1) -> None:
+        self._kernel, self._name, self._cores = kernel, name, cores
+
+    def __getitem__(self, cores: int) -> DeviceKernel:
+        return DeviceKernel(self._kernel, self._name, cores)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        tensors, call = pack(args, kwargs, self._cores)
+        recorder = _RECORDER.get()
+        if recorder is not None:
+            recorder.append(Launch(self._kernel, self._name, args, kwargs, self._cores))
+            return tuple(x.zero_() for x in outputs_like(self._name, tensors))
+        op = registered(self._name, self._kernel, stack_of(tensors[0].device))
+        return tuple(op(tensors, call))
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Within, kernels of this thread are not launched but listed; they return zeros."""
+    launches: list[Launch] = []
+    token = _RECORDER.set(launches)
+    try:
+        yield launches
+    finally:
+        _RECORDER.reset(token)
+
+
+def stack_of(device: torch.device) -> str:
+    """ "native" or "xla". Raises ValueError for tensors that are on no Neuron device."""
+    if device.type not in STACKS:
+        raise ValueError(
+            f'backend "nki": expected tensors on a Neuron device (neuron or xla), got {device}; '
+            'move them there, or use backend="simulate" or backend="torch"'
+        )
+    return STACKS[device.type]
+
+
+def registered(name: str, kernel: Any, stack: str) -> Op:
+    """The op of a kernel, registered at its first use. Raises ValueError without the stack."""
+    with _OPS_LOCK:
+        if (name, stack) not in _OPS:
+            _OPS[name, stack] = _register(name, kernel, stack)
+        return _OPS[name, stack]
+
+
+def _register(name: str, kernel: Any, stack: str) -> Op:
+    def launch(tensors: list[Tensor], call: str) -> list[Tensor]:
+        args, kwargs, cores = unpack(tensors, call)
+        return list(kernel[cores](*args, **kwargs))
+
+    full_name = f"nxd_cp::{name}"
+    if stack == "native":
+        try:
+            nki_op = importlib.import_module("torch_neuronx").nki_op
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"expected native torch-neuronx (2.13.3 or newer) with nki_op, got: {error}"
+            ) from error
+        op = nki_op(full_name, mutates_args={})(launch)
+    else:
+        op = torch.library.custom_op(full_name, mutates_args=())(launch)
+    if hasattr(op, "register_fake"):
+        op.register_fake(lambda tensors, call: outputs_like(name, tensors))
+    found: Op = op
+    return found
+
+
+def outputs_like(name: str, tensors: list[Tensor]) -> list[Tensor]:
+    """Uninitialised results: o, lse of flash_fwd(q, k, v); dq, dk, dv of flash_bwd(do, q, k, v)."""
+    if name == "flash_fwd":
+        q, _, v = tensors[:3]
+        shapes = [(*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1)]
+    elif name == "flash_bwd":
+        shapes = [tuple(x.shape) for x in tensors[1:4]]
+    else:
+        raise ValueError(f"kernel: expected flash_fwd or flash_bwd, got {name!r}")
+    return [tensors[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def pack(args: tuple[Any, ...], kwargs: dict[str, Any], cores: int) -> tuple[list[Tensor], str]:
+    """The tensors in order, and everything else as JSON. Raises ValueError for other objects."""
+    tensors: list[Tensor] = []
+
+    def encode(value: Any) -> list[Any]:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return ["tensor", len(tensors) - 1]
+        if isinstance(value, tuple | list):
+            return ["tuple", [encode(item) for item in value]]
+        if value is None or isinstance(value, bool | int | float | str):
+            return ["constant", value]
+        raise ValueError(
+            f"expected tensors, tuples of them and constants as kernel arguments, got {value!r}"
+        )
+
+    call = [encode(args)[1], {key: encode(value) for key, value in kwargs.items()}, cores]
+    return tensors, json.dumps(call)
+
+
+def unpack(tensors: list[Tensor], call: str) -> tuple[list[Any], dict[str, Any], int]:
+    """What `pack` took: positional arguments, keywords, cores."""
+
+    def decode(entry: list[Any]) -> Any:
+        kind, value = entry
+        if kind == "tensor":
+            return tensors[value]
+        return tuple(decode(item) for item in value) if kind == "tuple" else value
+
+    args, kwargs, cores = json.loads(call)
+    return [decode(x) for x in args], {key: decode(x) for key, x in kwargs.items()}, cores
