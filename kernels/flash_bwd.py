@@ -1,196 +1,329 @@
 """Flash attention backward over one rectangle of scores: do, q, k, v, lse, delta -> dq, dk, dv.
 
-Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim;
-in a tile M = 128 query rows, N <= 512 keys, J = 128 keys.
+Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim of q and k,
+E head dim of v; in a tile M <= 128 query rows, N keys (512; 256 where D or E is over 128),
+J <= 128 keys; C <= 128 of D or E; U units (row tiles of the query heads of a group).
 
 The mathematics (FlashAttention-2, Dao 2023, algorithm 2), with lse and delta = rowsum(do * o) of
-the whole row:
+the whole row over all hops:
 
-    p  = exp(scale * q k^T - lse)
+    x  = scale * q k^T   or   softcap * t,  t = tanh(scale * q k^T / softcap)
+    p  = exp(x - lse)
     dv = p^T do
-    ds = p * (do v^T - delta)
-    dq = scale * ds k
-    dk = scale * ds^T q
+    ds = p * (do v^T - delta)   [* (1 - t^2) with a cap]
+    dq = scale * ds k,   dk = scale * ds^T q
 
-Keys are the outer loop, so that dk and dv of one key tile stay in PSUM while all query heads of the
-group and all their rows pass by; dq gathers in fp32 in SBUF. Queries lie on partitions: p and ds
-are then the stationary operands of dv and dk as they are, and only dq needs ds transposed.
+Queries lie on partitions here, unlike in the forward: lse and delta are then one number per
+partition (free in ScalarE's bias and in VectorE), p and ds are the stationary operands of dv and dk
+as they are, and only ds needs transposing, for dq. With keys on partitions two of them would.
+Keys are the outer loop: dk and dv of a key tile stay in PSUM while all units pass by; dq gathers in
+fp32 in SBUF. What came before (the gradients of earlier blocks) is added on the way in and out.
 
-Precision: q, k, v, do, p and ds are in the input dtype (bf16 or fp32); scores, do v^T, lse, delta
-and all three gradients are fp32. A row without a visible key must come with lse = EMPTY_ROW_LSE.
+Precision: q, k, v, do, p and ds are in the input dtype (bf16, fp16 or fp32); scores, do v^T, lse,
+delta and all three gradients are fp32. A row with lse <= EMPTY_LSE_LIMIT adds nothing.
 """
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from .tiles import (
-    KEY_TILE,
-    ROWS,
-    has_diagonal,
-    load_by_tile,
-    load_rows,
-    load_transposed,
-    make_identity,
-    mask_diagonal,
-    num_visible,
-    transpose,
+from .masks import (
+    cut_future_keys,
+    inside,
+    keep_inside,
+    load_bounds,
+    make_indices,
+    on_diagonal,
+    reachable,
 )
-
-# The host passes this as lse for a row that sees no key anywhere: exp(scale * s - lse) is then 0.
-EMPTY_ROW_LSE = 1.0e30
+from .tiles import (
+    EMPTY_LSE,
+    EMPTY_LSE_LIMIT,
+    ROWS,
+    WIDTH,
+    contract,
+    is_gen2,
+    lengths_of,
+    load_row_values,
+    load_rows,
+    load_units,
+    make_identity,
+    my_items,
+    query_units,
+    spans,
+    transpose,
+    transpose_tiles,
+)
 
 
 @nki.jit
-def flash_bwd(do_BHSD, q_BHSD, k_BGKD, v_BGKD, lse_BHS1, delta_BHS1, mask, scale):
-    """Gradients of one block of attention.
+def flash_bwd(
+    do_BHSE,
+    q_BHSD,
+    k_BGKD,
+    v_BGKE,
+    lse_BHS1,
+    delta_BHS1,
+    mask,
+    scale,
+    softcap=0.0,
+    carry=(),
+    bounds=(),
+):
+    """Gradients of one block of attention, added to those of earlier blocks.
 
     Args:
-        do_BHSD, q_BHSD: HBM [B, H, S, D], bf16 or fp32; S a multiple of 128, D at most 128.
-        k_BGKD, v_BGKD: HBM [B, G, K, D], q's dtype; K a multiple of 128, G divides H.
+        do_BHSE, q_BHSD: HBM [B, H, S, E] and [B, H, S, D], bf16, fp16 or fp32; any S; D, E at
+            most 256.
+        k_BGKD, v_BGKE: HBM [B, G, K, D] and [B, G, K, E], q's dtype; any K, G divides H.
         lse_BHS1, delta_BHS1: HBM [B, H, S, 1] fp32, of the whole row over all blocks.
-        mask: "full", "causal" or "strict", as in the forward kernel.
-        scale: factor on the scores, a compile-time float.
+        mask: "full", "causal", "strict" (the last two need S == K) or "interval".
+        scale, softcap: as in the forward kernel.
+        carry: () or (dq, dk, dv), HBM fp32, in the shapes of the results.
+        bounds: () or, for mask "interval", two HBM fp32 tensors [B, S, 1]: first and stop key.
 
     Returns:
-        dq [B, H, S, D], dk and dv [B, G, K, D], fp32, summed over the query heads of each group.
+        dq [B, H, S, D], dk [B, G, K, D] and dv [B, G, K, E], fp32, summed over the query heads of
+        each group, the carry included.
     """
     num_batches, num_groups = k_BGKD.shape[0], k_BGKD.shape[1]
-    dq_hbm_BHSD = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
-    dk_hbm_BGKD = nl.ndarray(k_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
-    dv_hbm_BGKD = nl.ndarray(v_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    dq_hbm = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    dk_hbm = nl.ndarray(k_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    dv_hbm = nl.ndarray(v_BGKE.shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    options = {"mask": mask, "scale": scale, "softcap": softcap}
     identity_PP = make_identity(q_BHSD.dtype)
-    rows_hbm = (do_BHSD, q_BHSD, lse_BHS1, delta_BHS1)
-
-    for b in range(num_batches):
-        for g in range(num_groups):
-            keys_and_values = (
-                load_transposed(k_BGKD, b, g, identity_PP),
-                load_transposed(v_BGKD, b, g, identity_PP),
-                load_by_tile(k_BGKD, b, g),
-            )
-            tiles = group_tiles(q_BHSD, num_groups, g)
-            dq_shape = (ROWS, len(tiles), q_BHSD.shape[3])
-            dq_MTD = nl.ndarray(dq_shape, dtype=nl.float32, buffer=nl.sbuf)
-            for key_start in range(0, k_BGKD.shape[2], KEY_TILE):
-                dk_psum_JND, dv_psum_JND = backward_key_tile(
-                    rows_hbm, b, tiles, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP
-                )
-                store_key_gradient(dk_hbm_BGKD, b, g, dk_psum_JND, key_start, scale)
-                store_key_gradient(dv_hbm_BGKD, b, g, dv_psum_JND, key_start, 1.0)
-            for t in range(len(tiles)):
-                h, q_start = tiles[t]
-                dq_rows_hbm = dq_hbm_BHSD[b, h, q_start : q_start + ROWS, :]
-                nisa.dma_copy(dst=dq_rows_hbm, src=dq_MTD[:, t, :])  # DMA
-    return dq_hbm_BHSD, dk_hbm_BGKD, dv_hbm_BGKD
+    items = my_items(num_batches, num_groups)
+    for i in range(len(items)):
+        b, g = items[i]
+        keys = load_keys(k_BGKD, v_BGKE, b, g, identity_PP)
+        units = query_units(q_BHSD.shape[1], num_groups, g, q_BHSD.shape[2])
+        rows = load_query_side(
+            (do_BHSE, q_BHSD, lse_BHS1, delta_BHS1), carry, b, units, identity_PP
+        )
+        limits = ()
+        if len(bounds) > 0:
+            limits = (load_bounds(bounds[0], bounds[1], b), make_indices())
+        for tile in range(len(keys["wide_tiles"])):
+            dk_psum_JND, dv_psum_JNE = key_tile(rows, keys, limits, tile, options, identity_PP)
+            at = (b, g, keys["wide_tiles"][tile])
+            store_key_gradient(dk_hbm, carry[1:2], dk_psum_JND, at, scale)
+            store_key_gradient(dv_hbm, carry[2:3], dv_psum_JNE, at, 1.0)
+        for u in range(len(units)):
+            h, start, count = units[u]
+            dst = dq_hbm[b, h, start : start + count, :]
+            nisa.dma_copy(dst=dst, src=rows["dq"][0:count, u, :])  # DMA
+    return dq_hbm, dk_hbm, dv_hbm
 
 
-def group_tiles(q_BHSD, num_groups, g):
-    """(head, first row) of every 128-row tile of the query heads that share key/value head g."""
-    heads_per_group = q_BHSD.shape[1] // num_groups
-    tiles = []
-    for h in range(g * heads_per_group, (g + 1) * heads_per_group):
-        for q_start in range(0, q_BHSD.shape[2], ROWS):
-            tiles.append((h, q_start))
-    return tiles
+def load_keys(k_BGKD, v_BGKE, b, g, identity_PP):
+    """One head's keys and values: transposed, and the keys also by row tile."""
+    lengths = lengths_of(spans(k_BGKD.shape[2], ROWS))
+    k_JTD = load_rows(k_BGKD, b, g)
+    width = WIDTH
+    if max(k_BGKD.shape[3], v_BGKE.shape[3]) > ROWS:
+        width = WIDTH // 2  # so that dk and dv of a tile still take one PSUM bank each
+    return {
+        "kT": transpose_tiles(k_JTD, lengths, identity_PP),
+        "vT": transpose_tiles(load_rows(v_BGKE, b, g), lengths, identity_PP),
+        "k": k_JTD,
+        "wide_tiles": spans(k_BGKD.shape[2], width),
+        "dims": (k_BGKD.shape[3], v_BGKE.shape[3]),
+    }
 
 
-def backward_key_tile(
-    rows_hbm, b, tiles, keys_and_values, dq_MTD, key_start, mask, scale, identity_PP
-):
-    """Pass all query tiles of one group by one key tile: returns dk, dv in PSUM, adds into dq."""
-    do_BHSD, q_BHSD, lse_BHS1, delta_BHS1 = rows_hbm
-    kT_DK, vT_DK, k_JKD = keys_and_values
-    head_dim, key_tile = kT_DK.shape[0], min(KEY_TILE, kT_DK.shape[1] - key_start)
-    dk_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
-    dv_psum_JND = nl.ndarray((ROWS, key_tile // ROWS, head_dim), dtype=nl.float32, buffer=nl.psum)
-    for t in range(len(tiles)):
-        h, q_start = tiles[t]
-        num_keys = num_visible(mask, q_start, key_start, key_tile)
+def load_query_side(hbm, carry, b, units, identity_PP):
+    """Everything about the queries of one group, resident: rows, transposes, -lse, delta and dq."""
+    do_BHSE, q_BHSD, lse_BHS1, delta_BHS1 = hbm
+    lengths = lengths_of(units)
+    q_MUD = load_units(q_BHSD, b, units, q_BHSD.dtype)
+    do_MUE = load_units(do_BHSE, b, units, q_BHSD.dtype)
+    columns = []
+    total = 0
+    for u in range(len(lengths)):
+        columns.append((total, total + lengths[u]))
+        total += lengths[u]
+    return {
+        "units": units,
+        "columns": columns,
+        "q": q_MUD,
+        "do": do_MUE,
+        "qT": transpose_tiles(q_MUD, lengths, identity_PP),
+        "doT": transpose_tiles(do_MUE, lengths, identity_PP),
+        "bias": negated_lse(load_row_values(lse_BHS1, b, units, EMPTY_LSE)),
+        "delta": load_row_values(delta_BHS1, b, units, 0.0),
+        "dq": first_query_gradient(carry, b, units, q_BHSD.shape[3]),
+    }
+
+
+def negated_lse(lse_MU):
+    """-lse, the bias of exp; where a row saw nothing -1e30, so that its p is 0. VectorE."""
+    empty_MU = nl.ndarray(lse_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(
+        dst=empty_MU,
+        data=lse_MU,
+        op0=nl.less_equal,
+        operand0=EMPTY_LSE_LIMIT,
+        op1=nl.multiply,
+        operand1=-4.0e30,
+    )
+    bias_MU = nl.ndarray(lse_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.scalar_tensor_tensor(
+        dst=bias_MU, data=lse_MU, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=empty_MU
+    )
+    return bias_MU
+
+
+def first_query_gradient(carry, b, units, head_dim):
+    """dq of the units in fp32, [128, units, D]: that of earlier blocks, or zero."""
+    if len(carry) > 0:
+        return load_units(carry[0], b, units, nl.float32)
+    dq_MUD = nl.ndarray((ROWS, len(units), head_dim), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=dq_MUD, value=0.0)
+    return dq_MUD
+
+
+def key_tile(rows, keys, limits, tile, options, identity_PP):
+    """Pass all units by one key tile: returns dk and dv in PSUM, adds into dq."""
+    key_start, length = keys["wide_tiles"][tile]
+    head_dim, value_dim = keys["dims"]
+    num_tiles = len(spans(length, ROWS))
+    dk_psum_JND = nl.ndarray((ROWS, num_tiles, head_dim), dtype=nl.float32, buffer=nl.psum)
+    dv_psum_JNE = nl.ndarray((ROWS, num_tiles, value_dim), dtype=nl.float32, buffer=nl.psum)
+    for u in range(len(rows["units"])):
+        _, start, count = rows["units"][u]
+        num_keys = reachable(options["mask"], start + count, key_start, length)
         if num_keys > 0:
-            q_MD = load_rows(q_BHSD, b, h, q_start)
-            do_MD = load_rows(do_BHSD, b, h, q_start)
-            lse_M1 = load_rows(lse_BHS1, b, h, q_start)
-            delta_M1 = load_rows(delta_BHS1, b, h, q_start)
-            kT_DN = kT_DK[:, key_start : key_start + num_keys]
-            vT_DN = vT_DK[:, key_start : key_start + num_keys]
-            p_MN = recompute_p(q_MD, kT_DN, lse_M1, scale, identity_PP)
-            if has_diagonal(mask, q_start, key_start, num_keys):
-                mask_diagonal(p_MN[:, num_keys - ROWS : num_keys], mask, 0.0)
-            ds_MN = score_gradient(do_MD, vT_DN, p_MN, delta_M1, identity_PP)
-            add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD)
-            add_query_gradient(dq_MTD[:, t, :], ds_MN, k_JKD, key_start, scale, identity_PP)
-    return dk_psum_JND, dv_psum_JND
+            key_span = (key_start, key_start + num_keys)
+            p_MN, slope_MN = recompute_p(rows, u, keys, key_span, limits, options)
+            ds_MN = score_gradient(rows, u, keys, key_span, p_MN, slope_MN)
+            add_key_gradients(dk_psum_JND, dv_psum_JNE, p_MN, ds_MN, rows, u)
+            add_query_gradient(rows, u, keys, key_start, ds_MN, options["scale"], identity_PP)
+    return dk_psum_JND, dv_psum_JNE
 
 
-def recompute_p(q_MD, kT_DN, lse_M1, scale, identity_PP):
-    """p [128, N] = exp(scale * q k^T - lse) in the input dtype, unmasked."""
-    num_keys = kT_DN.shape[1]
-    qT_DM = nl.ndarray((q_MD.shape[1], ROWS), dtype=q_MD.dtype, buffer=nl.sbuf)
-    transpose(qT_DM, q_MD, identity_PP)
-    s_psum_MN = nl.ndarray((ROWS, num_keys), dtype=nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(dst=s_psum_MN, stationary=qT_DM, moving=kT_DN)  # TensorE  DM,DN->MN
-    bias_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=bias_M1, data=lse_M1, op0=nl.multiply, operand0=-1.0)  # VectorE
-    p_MN = nl.ndarray((ROWS, num_keys), dtype=q_MD.dtype, buffer=nl.sbuf)
-    nisa.activation(dst=p_MN, op=nl.exp, data=s_psum_MN, bias=bias_M1, scale=scale)  # ScalarE
+def recompute_p(rows, u, keys, key_span, limits, options):
+    """p [M, N] = exp(x - lse) in the input dtype, and p * (1 - t^2) in fp32 with a cap, else p."""
+    count = rows["units"][u][2]
+    shape = (count, key_span[1] - key_span[0])
+    s_psum_MN = nl.ndarray(shape, dtype=nl.float32, buffer=nl.psum)
+    contract(s_psum_MN, rows["qT"], rows["columns"][u], keys["kT"], key_span)
+    x_MN, factor, softcap = s_psum_MN, options["scale"], options["softcap"]
+    if softcap != 0.0:
+        t_MN = nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf)
+        nisa.activation(dst=t_MN, op=nl.tanh, data=s_psum_MN, scale=factor / softcap)  # ScalarE
+        x_MN, factor = t_MN, softcap
+    p_MN = masked_exp(x_MN, factor, rows, u, key_span[0], limits, options["mask"])
+    if softcap == 0.0:
+        return p_MN, p_MN
+    slope_MN = nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=slope_MN, data1=t_MN, data2=t_MN, op=nl.multiply)  # VectorE
+    nisa.tensor_scalar(  # VectorE
+        dst=slope_MN, data=slope_MN, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=1.0
+    )
+    nisa.tensor_tensor(dst=slope_MN, data1=slope_MN, data2=p_MN, op=nl.multiply)  # VectorE
+    return p_MN, slope_MN
+
+
+def masked_exp(x_MN, factor, rows, u, key_start, limits, mask):
+    """exp(factor * x - lse) in the input dtype, 0 where the row does not see the key."""
+    _, start, count = rows["units"][u]
+    num_keys = x_MN.shape[1]
+    if mask == "interval":
+        first_MT, stop_MT = limits[0]
+        t = start // ROWS
+        first_M1, stop_M1 = first_MT[0:count, t : t + 1], stop_MT[0:count, t : t + 1]
+        if not is_gen2():
+            kept_MN = nl.ndarray(x_MN.shape, dtype=nl.float32, buffer=nl.sbuf)
+            keep_inside(kept_MN, x_MN, first_M1, stop_M1, key_start)
+            x_MN = kept_MN
+    p_MN = nl.ndarray(x_MN.shape, dtype=rows["q"].dtype, buffer=nl.sbuf)
+    bias_M1 = rows["bias"][0:count, u : u + 1]
+    nisa.activation(dst=p_MN, op=nl.exp, data=x_MN, bias=bias_M1, scale=factor)  # ScalarE
+    if mask == "interval" and is_gen2():
+        seen_MN = nl.ndarray(x_MN.shape, dtype=nl.uint8, buffer=nl.sbuf)
+        inside(seen_MN, limits[1][0:count, 0:num_keys], first_M1, stop_M1, key_start)
+        kept_MN = nl.ndarray(x_MN.shape, dtype=p_MN.dtype, buffer=nl.sbuf)
+        nisa.memset(dst=kept_MN, value=0.0)
+        nisa.tensor_copy_predicated(dst=kept_MN, src=p_MN, predicate=seen_MN)  # VectorE
+        return kept_MN
+    if on_diagonal(mask, start, key_start, num_keys):
+        square = max(0, start - key_start)
+        triangle_MN = p_MN[:, square:num_keys]
+        cut_future_keys(triangle_MN, mask, start - key_start - square, 0.0)
     return p_MN
 
 
-def score_gradient(do_MD, vT_DN, p_MN, delta_M1, identity_PP):
-    """ds [128, N] = p * (do v^T - delta), without the scale, in the input dtype."""
-    doT_DM = nl.ndarray((do_MD.shape[1], ROWS), dtype=do_MD.dtype, buffer=nl.sbuf)
-    transpose(doT_DM, do_MD, identity_PP)
+def score_gradient(rows, u, keys, key_span, p_MN, slope_MN):
+    """ds [M, N] = p * (do v^T - delta), without the scale, in the input dtype."""
+    _, _, count = rows["units"][u]
     dp_psum_MN = nl.ndarray(p_MN.shape, dtype=nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(dst=dp_psum_MN, stationary=doT_DM, moving=vT_DN)  # TensorE  DM,DN->MN
+    contract(dp_psum_MN, rows["doT"], rows["columns"][u], keys["vT"], key_span)
     ds_MN = nl.ndarray(p_MN.shape, dtype=p_MN.dtype, buffer=nl.sbuf)
     nisa.scalar_tensor_tensor(  # VectorE
         dst=ds_MN,
         data=dp_psum_MN,
         op0=nl.subtract,
-        operand0=delta_M1,
+        operand0=rows["delta"][0:count, u : u + 1],
         op1=nl.multiply,
-        operand1=p_MN,
+        operand1=slope_MN,
     )
     return ds_MN
 
 
-def add_key_gradients(dk_psum_JND, dv_psum_JND, p_MN, ds_MN, q_MD, do_MD):
-    """dv += p^T do and dk += ds^T q, per 128 keys, accumulated in PSUM over all query tiles."""
-    for j in range(p_MN.shape[1] // ROWS):
-        p_MJ = p_MN[:, j * ROWS : (j + 1) * ROWS]
-        ds_MJ = ds_MN[:, j * ROWS : (j + 1) * ROWS]
-        nisa.nc_matmul(  # TensorE  MJ,MD->JD
-            dst=dv_psum_JND[:, j, :], stationary=p_MJ, moving=do_MD
-        )
-        nisa.nc_matmul(  # TensorE  MJ,MD->JD
-            dst=dk_psum_JND[:, j, :], stationary=ds_MJ, moving=q_MD
-        )
+def add_key_gradients(dk_psum_JND, dv_psum_JNE, p_MN, ds_MN, rows, u):
+    """dv += p^T do and dk += ds^T q, per 128 keys, accumulated in PSUM over all units."""
+    count = p_MN.shape[0]
+    q_MD = rows["q"][0:count, u, :]
+    do_ME = rows["do"][0:count, u, :]
+    tiles = spans(p_MN.shape[1], ROWS)
+    for j in range(len(tiles)):
+        first, num_keys = tiles[j]
+        p_MJ = p_MN[:, first : first + num_keys]
+        ds_MJ = ds_MN[:, first : first + num_keys]
+        dv_psum_JE = dv_psum_JNE[0:num_keys, j, :]
+        dk_psum_JD = dk_psum_JND[0:num_keys, j, :]
+        nisa.nc_matmul(dst=dv_psum_JE, stationary=p_MJ, moving=do_ME)  # TensorE  MJ,ME->JE
+        nisa.nc_matmul(dst=dk_psum_JD, stationary=ds_MJ, moving=q_MD)  # TensorE  MJ,MD->JD
 
 
-def add_query_gradient(dq_MD, ds_MN, k_JKD, key_start, scale, identity_PP):
-    """dq += scale * ds k; the first key tile writes, the later ones add."""
-    dq_psum_MD = nl.ndarray(dq_MD.shape, dtype=nl.float32, buffer=nl.psum)
-    for j in range(ds_MN.shape[1] // ROWS):
-        dsT_JM = nl.ndarray((ROWS, ROWS), dtype=ds_MN.dtype, buffer=nl.sbuf)
-        transpose(dsT_JM, ds_MN[:, j * ROWS : (j + 1) * ROWS], identity_PP)
-        k_JD = k_JKD[:, key_start // ROWS + j, :]
-        nisa.nc_matmul(  # TensorE  JM,JD->MD
-            dst=dq_psum_MD, stationary=dsT_JM, moving=k_JD
-        )
-    if key_start == 0:
-        nisa.tensor_scalar(dst=dq_MD, data=dq_psum_MD, op0=nl.multiply, operand0=scale)  # VectorE
-    else:
-        nisa.scalar_tensor_tensor(  # VectorE
-            dst=dq_MD, data=dq_psum_MD, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=dq_MD
-        )
+def add_query_gradient(rows, u, keys, key_start, ds_MN, scale, identity_PP):
+    """dq += scale * ds k, summed over the tile in PSUM and over the tiles in SBUF."""
+    count = ds_MN.shape[0]
+    dq_psum_MD = nl.ndarray((count, keys["dims"][0]), dtype=nl.float32, buffer=nl.psum)
+    tiles = spans(ds_MN.shape[1], ROWS)
+    for j in range(len(tiles)):
+        first, num_keys = tiles[j]
+        dsT_JM = nl.ndarray((num_keys, count), dtype=ds_MN.dtype, buffer=nl.sbuf)
+        transpose(dsT_JM, ds_MN[:, first : first + num_keys], identity_PP)
+        k_JD = keys["k"][0:num_keys, (key_start + first) // ROWS, :]
+        nisa.nc_matmul(dst=dq_psum_MD, stationary=dsT_JM, moving=k_JD)  # TensorE  JM,JD->MD
+    dq_MD = rows["dq"][0:count, u, :]
+    nisa.scalar_tensor_tensor(  # VectorE
+        dst=dq_MD, data=dq_psum_MD, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=dq_MD
+    )
 
 
-def store_key_gradient(d_hbm_BGKD, b, g, d_psum_JND, key_start, factor):
-    """Write factor * d of one key tile from PSUM through SBUF to HBM."""
-    for j in range(d_psum_JND.shape[1]):
-        d_JD = nl.ndarray((ROWS, d_psum_JND.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
-        d_psum_JD = d_psum_JND[:, j, :]
-        nisa.tensor_scalar(dst=d_JD, data=d_psum_JD, op0=nl.multiply, operand0=factor)  # VectorE
-        start = key_start + j * ROWS
-        nisa.dma_copy(dst=d_hbm_BGKD[b, g, start : start + ROWS, :], src=d_JD)  # DMA
+def store_key_gradient(d_hbm, carried, d_psum_JND, at, factor):
+    """Write factor * d of one key tile, plus what came before, through SBUF to HBM."""
+    b, g, wide_tile = at
+    tiles = spans(wide_tile[1], ROWS)
+    for j in range(len(tiles)):
+        first, num_keys = tiles[j]
+        start = wide_tile[0] + first
+        d_JD = nl.ndarray((num_keys, d_psum_JND.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
+        d_psum_JD = d_psum_JND[0:num_keys, j, :]
+        if len(carried) > 0:
+            nisa.dma_copy(dst=d_JD, src=carried[0][b, g, start : start + num_keys, :])  # DMA
+            nisa.scalar_tensor_tensor(  # VectorE
+                dst=d_JD,
+                data=d_psum_JD,
+                op0=nl.multiply,
+                operand0=factor,
+                op1=nl.add,
+                operand1=d_JD,
+            )
+        else:
+            nisa.tensor_scalar(
+                dst=d_JD, data=d_psum_JD, op0=nl.multiply, operand0=factor
+            )  # VectorE
+        nisa.dma_copy(dst=d_hbm[b, g, start : start + num_keys, :], src=d_JD)  # DMA

@@ -1,184 +1,479 @@
-"""Flash attention forward over one rectangle of scores: q, k, v -> o, lse.
+"""Flash attention forward over one rectangle of scores: q, k, v and a carry -> o, lse.
 
-Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim;
-in a tile M = 128 query rows, N <= 512 keys, J = 128 keys; T row tiles of a head.
+Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim of q and k,
+E head dim of v; in a tile M <= 128 query rows, J <= 128 keys, N <= 512 query rows of up to four
+units (a unit: one row tile of one head; query heads of a group share a block); C <= 128 of D.
 
-The recurrence over key tiles, per query row (online softmax, Milakov and Gimelshein 2018;
-FlashAttention-2, Dao 2023):
+The mathematics, per query row, with a shift c that is known before the sum begins:
 
-    m'  = max(m, max_n s_n)                     s = q k^T, before the scale
-    p_n = exp(scale * s_n - scale * m')
-    a   = exp(scale * m - scale * m')
-    l   = a * l + sum_n p_n
-    acc = a * acc + sum_n p_n v_n               at the end o = acc / l,  lse = scale * m + log l
+    x_j = q k_j  (or tanh(scale * q k_j / softcap)),  f = scale (or softcap)
+    c   = max over the visible keys of x_j                         shift "row_max"; 0 for "none"
+    p_j = exp(f * (x_j - c)),  l = sum_j p_j,  acc = sum_j p_j v_j
+    w   = max(f * c, lse_in),  L = exp(f * c - w) l + exp(lse_in - w)
+    o   = (exp(f * c - w) acc + exp(lse_in - w) o_in) / L,   lse = w + log L
 
-Precision: q, k, v and p are in the input dtype (bf16 or fp32); scores, m, l, acc, o and lse are
-fp32. A row that sees nothing leaves with o = 0 and lse = scale * EMPTY_ROW_MAX.
+(o_in, lse_in) is the carry, the merged result of earlier hops: one more key, whose score is lse_in
+and whose value is o_in. A learnable sink is the carry (0, sink).
 
-Not here: windows, documents, lengths that are no multiple of 128, head dim over 128.
+Scores are transposed, [keys, queries], because exp's output is then at once the stationary operand
+of p v, and l comes out of the same matmul through a column of ones beside v: no transpose, no
+rescaling and no row maximum between the two matmuls. The shift cannot be a bias there (it lies on
+the free axis), so one more matmul subtracts it in PSUM: c as three bf16 pieces, which carry all
+24 bits of an fp32, times rows of ones. "row_max" finds c in a pass of its own over q k^T in the
+other orientation. It is exact, so that p <= 1 for every finite score: no bound on norms could
+promise that exp neither overflows nor loses a row whole. "none" is for callers who know that
+|f * x| <= 32 (QK-norm); it needs neither the pass nor the matmul.
+
+Precision: matmul operands and p are in the input dtype (bf16, fp16 or fp32); scores, c, l, acc, o
+and lse are fp32. l is the sum of the rounded p, the same that weigh v. A row that has seen nothing
+leaves with o = 0 and lse = EMPTY_LSE, and may come so as carry.
 """
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from .tiles import (
-    EMPTY_ROW_MAX,
-    KEY_TILE,
+from .masks import (
     MASKED_SCORE,
-    ROW_SUM_FLOOR,
-    ROWS,
-    has_diagonal,
-    load_by_tile,
-    load_rows,
-    load_transposed,
-    make_identity,
-    mask_diagonal,
-    num_visible,
-    transpose,
+    cut_future_keys,
+    cut_past_queries,
+    inside,
+    keep_inside,
+    load_bounds,
+    make_indices,
+    on_diagonal,
+    reachable,
 )
+from .tiles import (
+    EMPTY_LSE,
+    ROWS,
+    WIDTH,
+    contract,
+    is_gen2,
+    lengths_of,
+    load_row_values,
+    load_rows,
+    load_units,
+    make_identity,
+    my_items,
+    query_units,
+    spans,
+    store_row_values,
+    transpose,
+    transpose_tiles,
+)
+
+UNITS = 4  # row tiles of one block: 512 columns of scores, and four accumulators in PSUM
+FAR_BELOW = -1.0e31  # f * c of a row that saw nothing: below every lse and EMPTY_LSE
 
 
 @nki.jit
-def flash_fwd(q_BHSD, k_BGKD, v_BGKD, mask, scale):
-    """Attention of every query row over one block of keys.
+def flash_fwd(
+    q_BHSD, k_BGKD, v_BGKE, mask, scale, softcap=0.0, shift="row_max", carry=(), bounds=()
+):
+    """Attention of every query row over one block of keys, merged into what came before.
 
     Args:
-        q_BHSD: HBM [B, H, S, D], bf16 or fp32; S a multiple of 128, D at most 128.
-        k_BGKD, v_BGKD: HBM [B, G, K, D], q's dtype; K a multiple of 128, G divides H.
-        mask: "full", "causal" (row i sees keys 0..i) or "strict" (row i sees keys 0..i-1);
-            the last two need S == K.
-        scale: factor on the scores, a compile-time float.
+        q_BHSD: HBM [B, H, S, D], bf16, fp16 or fp32; any S, D at most 256.
+        k_BGKD, v_BGKE: HBM [B, G, K, D] and [B, G, K, E], q's dtype; any K, E at most 256,
+            G divides H.
+        mask: "full", "causal", "strict" (the last two need S == K) or "interval".
+        scale: factor on the scores; softcap: 0.0 for none, or the cap. Compile-time floats.
+        shift: "row_max", or "none" where the caller knows that |scaled score| <= 32.
+        carry: () or (o [B, H, S, E], lse [B, H, S, 1]) of earlier blocks, HBM fp32.
+        bounds: () or, for mask "interval", four HBM fp32 tensors: first and stop key of every
+            query [B, S, 1] twice, first and stop query of every key [B, K, 1] twice.
 
     Returns:
-        o [B, H, S, D] fp32, normalised, and lse [B, H, S, 1] fp32, the natural logarithm with the
-        scale included.
+        o [B, H, S, E] fp32, normalised, and lse [B, H, S, 1] fp32, the natural logarithm with the
+        scale included; both over the carry and this block.
     """
     num_batches, num_heads, num_rows = q_BHSD.shape[0], q_BHSD.shape[1], q_BHSD.shape[2]
-    num_groups = k_BGKD.shape[1]
-    heads_per_group = num_heads // num_groups
-    o_hbm_BHSD = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
-    lse_hbm_BHS1 = nl.ndarray(
+    num_groups, value_dim = k_BGKD.shape[1], v_BGKE.shape[3]
+    o_hbm = nl.ndarray(
+        (num_batches, num_heads, num_rows, value_dim), dtype=nl.float32, buffer=nl.shared_hbm
+    )
+    lse_hbm = nl.ndarray(
         (num_batches, num_heads, num_rows, 1), dtype=nl.float32, buffer=nl.shared_hbm
     )
-    identity_PP = make_identity(q_BHSD.dtype)
-
-    for b in range(num_batches):
-        for g in range(num_groups):
-            kT_DK = load_transposed(k_BGKD, b, g, identity_PP)
-            v_JKD = load_by_tile(v_BGKD, b, g)
-            for h in range(g * heads_per_group, (g + 1) * heads_per_group):
-                m_MT = nl.ndarray((ROWS, num_rows // ROWS), dtype=nl.float32, buffer=nl.sbuf)
-                l_MT = nl.ndarray((ROWS, num_rows // ROWS), dtype=nl.float32, buffer=nl.sbuf)
-                nisa.memset(dst=m_MT, value=EMPTY_ROW_MAX)
-                nisa.memset(dst=l_MT, value=0.0)
-                for t in range(num_rows // ROWS):
-                    q_MD = load_rows(q_BHSD, b, h, t * ROWS)
-                    m_M1 = m_MT[:, t : t + 1]
-                    l_M1 = l_MT[:, t : t + 1]
-                    acc_MD = attend_rows(
-                        q_MD, kT_DK, v_JKD, m_M1, l_M1, t * ROWS, mask, scale, identity_PP
-                    )
-                    o_MD = normalise(acc_MD, l_M1)
-                    nisa.dma_copy(dst=o_hbm_BHSD[b, h, t * ROWS : (t + 1) * ROWS, :], src=o_MD)
-                store_lse(lse_hbm_BHS1, b, h, m_MT, l_MT, scale)
-    return o_hbm_BHSD, lse_hbm_BHS1
+    options = {"mask": mask, "scale": scale, "softcap": softcap, "shift": shift}
+    eyes = (make_identity(q_BHSD.dtype), make_identity(nl.bfloat16))
+    items = my_items(num_batches, num_groups)
+    for i in range(len(items)):
+        b, g = items[i]
+        keys = load_keys(k_BGKD, v_BGKE, b, g, eyes[0])
+        limits = load_limits(bounds, b)
+        units = query_units(num_heads, num_groups, g, num_rows)
+        top_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+        sum_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+        blocks = spans(len(units), UNITS)
+        for j in range(len(blocks)):
+            first, count = blocks[j]
+            queries = load_queries(q_BHSD, b, units[first : first + count], eyes[0])
+            results = (o_hbm, top_MT, sum_MT, first)
+            attend_block(queries, keys, limits, carry, b, results, options, eyes[1])
+        store_lse(lse_hbm, b, units, top_MT, sum_MT)
+    return o_hbm, lse_hbm
 
 
-def attend_rows(q_MD, kT_DK, v_JKD, m_M1, l_M1, q_start, mask, scale, identity_PP):
-    """128 query rows over all their visible keys: updates m and l, returns acc [128, D] fp32."""
-    head_dim, num_keys = kT_DK.shape
-    qT_DM = nl.ndarray((head_dim, ROWS), dtype=q_MD.dtype, buffer=nl.sbuf)
-    transpose(qT_DM, q_MD, identity_PP)
-    acc_MD = nl.ndarray((ROWS, head_dim), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=acc_MD, value=0.0)
-
-    for key_start in range(0, num_keys, KEY_TILE):
-        tile_keys = num_visible(mask, q_start, key_start, min(KEY_TILE, num_keys - key_start))
-        if tile_keys > 0:
-            s_MN = score_tile(
-                qT_DM, kT_DK[:, key_start : key_start + tile_keys], q_start, key_start, mask
-            )
-            p_MN, alpha_M1 = update_softmax(s_MN, m_M1, l_M1, scale, q_MD.dtype)
-            accumulate_output(acc_MD, p_MN, alpha_M1, v_JKD, key_start // ROWS, identity_PP)
-    return acc_MD
+def attend_block(queries, keys, limits, carry, b, results, options, identity_PP):
+    """One block of queries from its shift to its output. Its tiles in PSUM live here only."""
+    c_MU, shift = find_shift(queries, keys, limits, options, identity_PP)
+    acc = attend(queries, keys, limits, shift, options)
+    finish(acc, c_MU, carry, b, queries["units"], results, options)
 
 
-def score_tile(qT_DM, kT_DN, q_start, key_start, mask):
-    """Scores [128, N] fp32 before the scale: in PSUM, or in SBUF with the diagonal masked."""
-    num_keys = kT_DN.shape[1]
-    s_psum_MN = nl.ndarray((ROWS, num_keys), dtype=nl.float32, buffer=nl.psum)
-    nisa.nc_matmul(dst=s_psum_MN, stationary=qT_DM, moving=kT_DN)  # TensorE  DM,DN->MN
-    if not has_diagonal(mask, q_start, key_start, num_keys):
-        return s_psum_MN
-    s_MN = nl.ndarray((ROWS, num_keys), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_copy(dst=s_MN, src=s_psum_MN)  # VectorE: GpSimdE, which masks, cannot read PSUM
-    mask_diagonal(s_MN[:, num_keys - ROWS : num_keys], mask, MASKED_SCORE)
-    return s_MN
+def load_keys(k_BGKD, v_BGKE, b, g, identity_PP):
+    """One head's keys as [C, K] pieces, and its values with a column of ones, [128, tiles, E + 1].
+
+    The last tile of keys may be short; its missing partitions are never read.
+    """
+    tiles = spans(k_BGKD.shape[2], ROWS)
+    kT_CK = transpose_tiles(load_rows(k_BGKD, b, g), lengths_of(tiles), identity_PP)
+    value_dim = v_BGKE.shape[3]
+    v1_JTE = nl.ndarray((ROWS, len(tiles), value_dim + 1), dtype=v_BGKE.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=v1_JTE[:, :, value_dim : value_dim + 1], value=1.0)
+    for t in range(len(tiles)):
+        start, rows = tiles[t]
+        src = v_BGKE[b, g, start : start + rows, :]
+        nisa.dma_copy(dst=v1_JTE[0:rows, t, 0:value_dim], src=src)  # DMA
+    return {"kT": kT_CK, "v1": v1_JTE, "tiles": tiles, "count": k_BGKD.shape[2]}
 
 
-def update_softmax(s_MN, m_M1, l_M1, scale, dtype):
-    """Fold one score tile into the running m and l; returns p [128, N] and alpha [128, 1] fp32."""
-    tile_max_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_reduce(dst=tile_max_M1, op=nl.maximum, data=s_MN, axis=1)  # VectorE
-    nisa.tensor_tensor(dst=tile_max_M1, data1=tile_max_M1, data2=m_M1, op=nl.maximum)  # VectorE
-    bias_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=bias_M1, data=tile_max_M1, op0=nl.multiply, operand0=-scale)  # VectorE
-
-    p_MN = nl.ndarray(s_MN.shape, dtype=dtype, buffer=nl.sbuf)
-    p_sum_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(  # ScalarE: p = exp(scale * s - scale * m'), and its row sum before rounding
-        dst=p_MN,
-        op=nl.exp,
-        data=s_MN,
-        bias=bias_M1,
-        scale=scale,
-        reduce_op=nl.add,
-        reduce_res=p_sum_M1,
-        reduce_cmd=nisa.reduce_cmd.reset_reduce,
+def load_limits(bounds, b):
+    """The bounds of one batch element: (first, stop) per query, per key, and gen2's indices."""
+    if len(bounds) == 0:
+        return ()
+    return (
+        load_bounds(bounds[0], bounds[1], b),
+        load_bounds(bounds[2], bounds[3], b),
+        make_indices(),
     )
-    alpha_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=alpha_M1, op=nl.exp, data=m_M1, bias=bias_M1, scale=scale)  # ScalarE
-    nisa.scalar_tensor_tensor(  # VectorE: l = alpha * l + sum p
-        dst=l_M1, data=l_M1, op0=nl.multiply, operand0=alpha_M1, op1=nl.add, operand1=p_sum_M1
+
+
+def load_queries(q_BHSD, b, block, identity_PP):
+    """The queries of a block as [C, N] pieces, with the columns at which each unit lies."""
+    q_MUD = load_units(q_BHSD, b, block, q_BHSD.dtype)
+    lengths = lengths_of(block)
+    columns = []
+    total = 0
+    for u in range(len(lengths)):
+        columns.append((total, total + lengths[u]))
+        total += lengths[u]
+    qT_CN = transpose_tiles(q_MUD, lengths, identity_PP)
+    return {"qT": qT_CN, "units": block, "columns": columns, "dtype": q_BHSD.dtype}
+
+
+def find_shift(queries, keys, limits, options, identity_PP):
+    """c of every row, fp32 [128, units], and -c as three bf16 rows [3, N] (none: 0 and nothing)."""
+    num_units = len(queries["units"])
+    c_MU = nl.ndarray((ROWS, num_units), dtype=nl.float32, buffer=nl.sbuf)
+    if options["shift"] == "none":
+        nisa.memset(dst=c_MU, value=0.0)
+        return c_MU, ()
+    nisa.memset(dst=c_MU, value=MASKED_SCORE)
+    for u in range(num_units):
+        row_maximum(c_MU, u, queries, keys, limits, options["mask"])
+    nisa.tensor_scalar(dst=c_MU, data=c_MU, op0=nl.maximum, operand0=MASKED_SCORE)  # VectorE
+    softcap = options["softcap"]
+    if softcap != 0.0:
+        nisa.activation(dst=c_MU, op=nl.tanh, data=c_MU, scale=options["scale"] / softcap)
+    return c_MU, split_shift(c_MU, queries, identity_PP)
+
+
+def row_maximum(c_MU, u, queries, keys, limits, mask):
+    """c = max of q k^T over the keys that each row of unit u sees."""
+    _, start, rows = queries["units"][u]
+    tiles = []
+    wide_tiles = spans(keys["count"], WIDTH)
+    for t in range(len(wide_tiles)):
+        key_start, length = wide_tiles[t]
+        num_keys = reachable(mask, start + rows, key_start, length)
+        if num_keys > 0:
+            tiles.append((key_start, num_keys))
+    max_MT = nl.ndarray((rows, len(tiles)), dtype=nl.float32, buffer=nl.sbuf)
+    for t in range(len(tiles)):
+        key_start, num_keys = tiles[t]
+        s_psum_MN = nl.ndarray((rows, num_keys), dtype=nl.float32, buffer=nl.psum)
+        key_span = (key_start, key_start + num_keys)
+        contract(s_psum_MN, queries["qT"], queries["columns"][u], keys["kT"], key_span)
+        visible_maximum(max_MT[:, t : t + 1], s_psum_MN, start, key_start, limits, mask)
+    nisa.tensor_reduce(dst=c_MU[0:rows, u : u + 1], op=nl.maximum, data=max_MT, axis=1)  # VectorE
+
+
+def visible_maximum(max_M1, s_psum_MN, row_start, key_start, limits, mask):
+    """The maximum of a score tile [queries, keys] over what each row sees of it. VectorE."""
+    rows, num_keys = s_psum_MN.shape
+    if mask == "interval":
+        first_MT, stop_MT = limits[0]
+        t = row_start // ROWS
+        first_M1, stop_M1 = first_MT[0:rows, t : t + 1], stop_MT[0:rows, t : t + 1]
+        s_MN = nl.ndarray((rows, num_keys), dtype=nl.float32, buffer=nl.sbuf)
+        if is_gen2():
+            seen_MN = nl.ndarray((rows, num_keys), dtype=nl.uint8, buffer=nl.sbuf)
+            indices_MN = limits[2][0:rows, 0:num_keys]
+            inside(seen_MN, indices_MN, first_M1, stop_M1, key_start)
+            nisa.memset(dst=s_MN, value=MASKED_SCORE)
+            nisa.tensor_copy_predicated(dst=s_MN, src=s_psum_MN, predicate=seen_MN)
+        else:
+            keep_inside(s_MN, s_psum_MN, first_M1, stop_M1, key_start)
+        nisa.tensor_reduce(dst=max_M1, op=nl.maximum, data=s_MN, axis=1)
+    elif on_diagonal(mask, row_start, key_start, num_keys):
+        s_MN = nl.ndarray((rows, num_keys), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.tensor_copy(dst=s_MN, src=s_psum_MN)  # GpSimdE, which masks, cannot read PSUM
+        square = max(0, row_start - key_start)
+        triangle_MN = s_MN[:, square:num_keys]
+        cut_future_keys(triangle_MN, mask, row_start - key_start - square, MASKED_SCORE)
+        nisa.tensor_reduce(dst=max_M1, op=nl.maximum, data=s_MN, axis=1)
+    else:
+        nisa.tensor_reduce(dst=max_M1, op=nl.maximum, data=s_psum_MN, axis=1)
+
+
+def split_shift(c_MU, queries, identity_PP):
+    """-c as three rows [3, N] in bf16 whose sum is exact: 3 x 8 bits of mantissa."""
+    units, columns = queries["units"], queries["columns"]
+    rest_MU = nl.ndarray(c_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(dst=rest_MU, data=c_MU, op0=nl.multiply, operand0=-1.0)  # VectorE
+    pieces_MU3 = nl.ndarray((ROWS, len(units), 3), dtype=nl.bfloat16, buffer=nl.sbuf)
+    for i in range(3):
+        piece_MU = pieces_MU3[:, :, i]
+        nisa.tensor_copy(dst=piece_MU, src=rest_MU)  # VectorE, rounds
+        nisa.tensor_tensor(dst=rest_MU, data1=rest_MU, data2=piece_MU, op=nl.subtract)  # VectorE
+    shift_3N = nl.ndarray((3, columns[len(units) - 1][1]), dtype=nl.bfloat16, buffer=nl.sbuf)
+    for u in range(len(units)):
+        _, _, rows = units[u]
+        first, stop = columns[u]
+        transpose(shift_3N[:, first:stop], pieces_MU3[0:rows, u, :], identity_PP)
+    ones_3J = nl.ndarray((3, ROWS), dtype=nl.bfloat16, buffer=nl.sbuf)
+    nisa.memset(dst=ones_3J, value=1.0)
+    return shift_3N, ones_3J
+
+
+def attend(queries, keys, limits, shift, options):
+    """One accumulator [M, E + 1] in PSUM per unit: p v and, in the last column, the sum of p.
+
+    Key tiles run backwards, so that GpSimdE's work on the diagonal hides behind the others.
+    """
+    units, tiles, mask = queries["units"], keys["tiles"], options["mask"]
+    value_columns = keys["v1"].shape[2]
+    acc = []
+    for u in range(len(units)):
+        acc.append(nl.ndarray((units[u][2], value_columns), dtype=nl.float32, buffer=nl.psum))
+    for t in range(len(tiles) - 1, -1, -1):
+        key_start, num_keys = tiles[t]
+        seeing = units_that_reach(units, mask, key_start)
+        if len(seeing) > 0:
+            pT_JN = probabilities(queries, keys, limits, shift, options, t, seeing[0])
+            v1_JE = keys["v1"][0:num_keys, t, :]
+            origin = queries["columns"][seeing[0]][0]
+            for i in range(len(seeing)):
+                u = seeing[i]
+                first, stop = queries["columns"][u]
+                pT_JM = pT_JN[:, first - origin : stop - origin]
+                nisa.nc_matmul(dst=acc[u], stationary=pT_JM, moving=v1_JE)  # TensorE  JM,JE->ME
+    return acc
+
+
+def units_that_reach(units, mask, key_start):
+    """Indices of the units that can see a key tile: the last ones, as rows ascend."""
+    seeing = []
+    for u in range(len(units)):
+        _, start, rows = units[u]
+        if reachable(mask, start + rows, key_start, 1) > 0:
+            seeing.append(u)
+    return seeing
+
+
+def probabilities(queries, keys, limits, shift, options, t, first_unit):
+    """pT [J, N] = exp(f * (x - c)) of one key tile for the columns of first_unit and later.
+
+    In the input dtype, 0 where a query does not see a key. Masked scores may be far above c: they
+    are replaced, never multiplied by zero.
+    """
+    key_start, num_keys = keys["tiles"][t]
+    columns = queries["columns"]
+    first, stop = columns[first_unit][0], columns[len(columns) - 1][1]
+    s_psum_JN = nl.ndarray((num_keys, stop - first), dtype=nl.float32, buffer=nl.psum)
+    key_span = (key_start, key_start + num_keys)
+    contract(s_psum_JN, keys["kT"], key_span, queries["qT"], (first, stop))
+    x_JN, factor = s_psum_JN, options["scale"]
+    if options["softcap"] != 0.0:
+        x_JN, factor = capped(s_psum_JN, shift, (first, stop), options)
+    elif len(shift) > 0:
+        subtract_shift(s_psum_JN, shift, (first, stop))
+    if options["mask"] == "interval" and not is_gen2():
+        x_JN = select_interval(x_JN, queries, limits, t, first_unit)
+    pT_JN = nl.ndarray((num_keys, stop - first), dtype=queries["dtype"], buffer=nl.sbuf)
+    nisa.activation(dst=pT_JN, op=nl.exp, data=x_JN, scale=factor)  # ScalarE
+    if options["mask"] == "interval" and is_gen2():
+        return choose_interval(pT_JN, queries, limits, t, first_unit)
+    cut_diagonals(pT_JN, queries, options["mask"], key_start, first_unit)
+    return pT_JN
+
+
+def subtract_shift(dst_psum_JN, shift, column_span):
+    """dst -= c, one number per column, as a matmul of ones with the pieces of -c."""
+    shift_3N, ones_3J = shift
+    num_keys = dst_psum_JN.shape[0]
+    ones_piece = ones_3J[:, 0:num_keys]
+    shift_piece = shift_3N[:, column_span[0] : column_span[1]]
+    nisa.nc_matmul(  # TensorE  3J,3N->JN
+        dst=dst_psum_JN, stationary=ones_piece, moving=shift_piece
     )
-    nisa.tensor_copy(dst=m_M1, src=tile_max_M1)  # VectorE
-    return p_MN, alpha_M1
 
 
-def accumulate_output(acc_MD, p_MN, alpha_M1, v_JKD, first_sub_tile, identity_PP):
-    """acc = alpha * acc + p v, 128 keys at a time: the transposed p is the stationary operand."""
-    num_keys = p_MN.shape[1]
-    o_psum_MD = nl.ndarray(acc_MD.shape, dtype=nl.float32, buffer=nl.psum)
-    for j in range(num_keys // ROWS):
-        pT_JM = nl.ndarray((ROWS, ROWS), dtype=p_MN.dtype, buffer=nl.sbuf)
-        transpose(pT_JM, p_MN[:, j * ROWS : (j + 1) * ROWS], identity_PP)
-        v_JD = v_JKD[:, first_sub_tile + j, :]
-        nisa.nc_matmul(  # TensorE  JM,JD->MD
-            dst=o_psum_MD, stationary=pT_JM, moving=v_JD
+def capped(s_psum_JN, shift, column_span, options):
+    """x = tanh(scale * s / softcap), less its shift: fp32 in SBUF; and the factor in the exp."""
+    softcap = options["softcap"]
+    x_JN = nl.ndarray(s_psum_JN.shape, dtype=nl.float32, buffer=nl.sbuf)
+    ratio = options["scale"] / softcap
+    nisa.activation(dst=x_JN, op=nl.tanh, data=s_psum_JN, scale=ratio)  # ScalarE
+    if len(shift) > 0:
+        c_psum_JN = nl.ndarray(s_psum_JN.shape, dtype=nl.float32, buffer=nl.psum)
+        subtract_shift(c_psum_JN, shift, column_span)
+        nisa.tensor_tensor(dst=x_JN, data1=c_psum_JN, data2=x_JN, op=nl.add)  # VectorE
+    return x_JN, softcap
+
+
+def select_interval(x_JN, queries, limits, t, first_unit):
+    """x where the query is one that sees the key, else the least fp32; from gen3. VectorE."""
+    num_keys = x_JN.shape[0]
+    first_JT, stop_JT = limits[1]
+    first_J1, stop_J1 = first_JT[0:num_keys, t : t + 1], stop_JT[0:num_keys, t : t + 1]
+    kept_JN = nl.ndarray(x_JN.shape, dtype=nl.float32, buffer=nl.sbuf)
+    units, columns = queries["units"], queries["columns"]
+    origin = columns[first_unit][0]
+    for u in range(first_unit, len(units)):
+        _, start, _ = units[u]
+        first, stop = columns[u][0] - origin, columns[u][1] - origin
+        keep_inside(kept_JN[:, first:stop], x_JN[:, first:stop], first_J1, stop_J1, start)
+    return kept_JN
+
+
+def choose_interval(pT_JN, queries, limits, t, first_unit):
+    """pT where the query is one that sees the key, else 0; gen2. VectorE."""
+    num_keys = pT_JN.shape[0]
+    first_JT, stop_JT = limits[1]
+    first_J1, stop_J1 = first_JT[0:num_keys, t : t + 1], stop_JT[0:num_keys, t : t + 1]
+    seen_JN = nl.ndarray(pT_JN.shape, dtype=nl.uint8, buffer=nl.sbuf)
+    units, columns = queries["units"], queries["columns"]
+    origin = columns[first_unit][0]
+    for u in range(first_unit, len(units)):
+        _, start, rows = units[u]
+        first, stop = columns[u][0] - origin, columns[u][1] - origin
+        indices_JM = limits[2][0:num_keys, 0:rows]
+        inside(seen_JN[:, first:stop], indices_JM, first_J1, stop_J1, start)
+    kept_JN = nl.ndarray(pT_JN.shape, dtype=pT_JN.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=kept_JN, value=0.0)
+    nisa.tensor_copy_predicated(dst=kept_JN, src=pT_JN, predicate=seen_JN)
+    return kept_JN
+
+
+def cut_diagonals(pT_JN, queries, mask, key_start, first_unit):
+    """Zero what lies past the diagonal in the columns of every unit whose diagonal crosses."""
+    units, columns = queries["units"], queries["columns"]
+    origin = columns[first_unit][0]
+    for u in range(first_unit, len(units)):
+        _, start, _ = units[u]
+        if on_diagonal(mask, start, key_start, pT_JN.shape[0]):
+            first, stop = columns[u][0] - origin, columns[u][1] - origin
+            cut_past_queries(pT_JN[:, first:stop], mask, start - key_start, 0.0)
+
+
+def finish(acc, c_MU, carry, b, block, results, options):
+    """Merge the accumulators of a block with the carry and write o; keep w and L for the lse."""
+    o_hbm, top_MT, sum_MT, first_unit = results
+    factor = options["scale"]
+    if options["softcap"] != 0.0:
+        factor = options["softcap"]
+    num_units = len(block)
+    l_MU = sums(acc, block)
+    seen_MU = seen_top(c_MU, l_MU, factor)
+    carried_MU = carried_lse(carry, b, block)
+    top_MU = top_MT[:, first_unit : first_unit + num_units]
+    sum_MU = sum_MT[:, first_unit : first_unit + num_units]
+    nisa.tensor_tensor(dst=top_MU, data1=seen_MU, data2=carried_MU, op=nl.maximum)  # VectorE
+    new_MU = exp_difference(seen_MU, top_MU)
+    old_MU = exp_difference(carried_MU, top_MU)
+    nisa.tensor_tensor(dst=sum_MU, data1=new_MU, data2=l_MU, op=nl.multiply)  # VectorE
+    nisa.tensor_tensor(dst=sum_MU, data1=sum_MU, data2=old_MU, op=nl.add)  # VectorE
+    inverse_MU = nl.ndarray((ROWS, num_units), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.reciprocal(dst=inverse_MU, data=sum_MU)  # VectorE
+    nisa.tensor_tensor(dst=new_MU, data1=new_MU, data2=inverse_MU, op=nl.multiply)  # VectorE
+    nisa.tensor_tensor(dst=old_MU, data1=old_MU, data2=inverse_MU, op=nl.multiply)  # VectorE
+    for u in range(num_units):
+        h, start, rows = block[u]
+        weights = (new_MU[0:rows, u : u + 1], old_MU[0:rows, u : u + 1])
+        o_ME = merged_output(acc[u], weights, carry, (b, h, start, rows))
+        nisa.dma_copy(dst=o_hbm[b, h, start : start + rows, :], src=o_ME)  # DMA
+
+
+def sums(acc, block):
+    """l of every row of a block, out of the last columns of the accumulators, [128, units]."""
+    l_MU = nl.ndarray((ROWS, len(block)), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=l_MU, value=1.0)
+    for u in range(len(block)):
+        _, _, rows = block[u]
+        last = acc[u].shape[1] - 1
+        nisa.tensor_copy(dst=l_MU[0:rows, u : u + 1], src=acc[u][:, last : last + 1])  # VectorE
+    return l_MU
+
+
+def seen_top(c_MU, l_MU, factor):
+    """f * c, or far below everything where l = 0: such a row saw nothing in this block. VectorE."""
+    empty_MU = nl.ndarray(c_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_scalar(
+        dst=empty_MU,
+        data=l_MU,
+        op0=nl.less_equal,
+        operand0=0.0,
+        op1=nl.multiply,
+        operand1=FAR_BELOW,
+    )
+    seen_MU = nl.ndarray(c_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.scalar_tensor_tensor(
+        dst=seen_MU, data=c_MU, op0=nl.multiply, operand0=factor, op1=nl.add, operand1=empty_MU
+    )
+    return seen_MU
+
+
+def carried_lse(carry, b, block):
+    """lse of the carry, [128, units]; EMPTY_LSE without one."""
+    if len(carry) > 0:
+        return load_row_values(carry[1], b, block, EMPTY_LSE)
+    carried_MU = nl.ndarray((ROWS, len(block)), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=carried_MU, value=EMPTY_LSE)
+    return carried_MU
+
+
+def exp_difference(a_MU, top_MU):
+    """exp(a - top), fp32."""
+    difference_MU = nl.ndarray(a_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_tensor(dst=difference_MU, data1=a_MU, data2=top_MU, op=nl.subtract)  # VectorE
+    weight_MU = nl.ndarray(a_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=weight_MU, op=nl.exp, data=difference_MU)  # ScalarE
+    return weight_MU
+
+
+def merged_output(acc_psum, weights, carry, place):
+    """o of one unit: the new part, and the carried one where there is a carry. VectorE."""
+    b, h, start, rows = place
+    value_dim = acc_psum.shape[1] - 1
+    o_ME = nl.ndarray((rows, value_dim), dtype=nl.float32, buffer=nl.sbuf)
+    part_psum = acc_psum[:, 0:value_dim]
+    nisa.tensor_scalar(dst=o_ME, data=part_psum, op0=nl.multiply, operand0=weights[0])
+    if len(carry) > 0:
+        old_ME = nl.ndarray((rows, value_dim), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.dma_copy(dst=old_ME, src=carry[0][b, h, start : start + rows, :])  # DMA
+        nisa.scalar_tensor_tensor(
+            dst=o_ME, data=old_ME, op0=nl.multiply, operand0=weights[1], op1=nl.add, operand1=o_ME
         )
-    nisa.scalar_tensor_tensor(  # VectorE
-        dst=acc_MD, data=acc_MD, op0=nl.multiply, operand0=alpha_M1, op1=nl.add, operand1=o_psum_MD
-    )
+    return o_ME
 
 
-def normalise(acc_MD, l_M1):
-    """o = acc / l; a row that saw nothing has acc = 0 and l = 0, and l gets its floor in place."""
-    nisa.tensor_scalar(dst=l_M1, data=l_M1, op0=nl.maximum, operand0=ROW_SUM_FLOOR)  # VectorE
-    inverse_M1 = nl.ndarray((ROWS, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.reciprocal(dst=inverse_M1, data=l_M1)  # VectorE
-    o_MD = nl.ndarray(acc_MD.shape, dtype=nl.float32, buffer=nl.sbuf)
-    nisa.tensor_scalar(dst=o_MD, data=acc_MD, op0=nl.multiply, operand0=inverse_M1)  # VectorE
-    return o_MD
-
-
-def store_lse(lse_hbm_BHS1, b, h, m_MT, l_MT, scale):
-    """lse = scale * m + log l for a whole head: only here does ScalarE change from exp to log."""
-    lse_MT = nl.ndarray(l_MT.shape, dtype=nl.float32, buffer=nl.sbuf)
-    nisa.activation(dst=lse_MT, op=nl.log, data=l_MT)  # ScalarE
-    nisa.scalar_tensor_tensor(  # VectorE
-        dst=lse_MT, data=m_MT, op0=nl.multiply, operand0=scale, op1=nl.add, operand1=lse_MT
-    )
-    for t in range(lse_MT.shape[1]):
-        rows_hbm = lse_hbm_BHS1[b, h, t * ROWS : (t + 1) * ROWS, :]
-        nisa.dma_copy(dst=rows_hbm, src=lse_MT[:, t : t + 1])  # DMA
+def store_lse(lse_hbm, b, units, top_MT, sum_MT):
+    """lse = w + log L of all units: only here does ScalarE change from exp to log."""
+    lse_MT = nl.ndarray(top_MT.shape, dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=lse_MT, op=nl.log, data=sum_MT)  # ScalarE
+    nisa.tensor_tensor(dst=lse_MT, data1=lse_MT, data2=top_MT, op=nl.add)  # VectorE
+    store_row_values(lse_hbm, b, units, lse_MT)

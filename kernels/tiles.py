@@ -1,30 +1,78 @@
-"""What the kernels share: tile sizes, the stand-in for minus infinity, and the on-chip transpose.
+"""What the kernels share: tile sizes, sentinels, loads, on-chip transposes, and who does what.
 
-Letters: P partitions, F free elements per partition; B batch, H heads, S rows, D head dim; in a
-tile M = 128 query rows, N keys, J = 128 keys.
+Letters: P partitions, F free elements per partition; B batch, H query heads, G key/value heads,
+S query rows, K keys, D head dim of q and k, E head dim of v; in a tile M <= 128 query rows,
+J <= 128 keys, N <= 512 of either; C <= 128 of D or E (one contraction).
 
 Everything here is inlined into the kernel that calls it. Only NKI that versions 0.2 to 0.6 share
-is used; so no slice is sliced again (0.2 cannot), and HBM tensors are passed whole with indices.
+is used; so no slice is sliced again (0.2 cannot), and tensors are passed whole with indices. A tile
+that is cut short at the end of a sequence has fewer partitions: nothing is padded.
 """
 
 import nki.isa as nisa
 import nki.language as nl
 
-ROWS = 128  # query rows of one tile, and keys of one sub-tile: the partition count of SBUF and PSUM
-KEY_TILE = 512  # keys of one score tile: one PSUM bank of fp32, the widest moving operand
+ROWS = 128  # the partition count of SBUF and PSUM: rows of one tile, and the longest contraction
+WIDTH = 512  # the widest moving operand, and one PSUM bank of fp32
 
-# A masked score. It lives in fp32 tiles only and is finite, so that no NaN can arise from it.
-MASKED_SCORE = -1.0e30
-# Where the running row maximum starts: so far above a masked score that exp() of one is exactly 0
-# even in a row that has seen nothing yet, and far below every real score.
-EMPTY_ROW_MAX = -1.0e29
-# Floor of the row sum before log and reciprocal; a row that saw a key has a sum near 1 or above.
-ROW_SUM_FLOOR = 2.0**-40
+# lse of a row that has seen nothing, in both directions: minus infinity without its NaN.
+EMPTY_LSE = -1.0e30
+# At or below this an lse counts as EMPTY_LSE.
+EMPTY_LSE_LIMIT = -1.0e29
+
+
+def spans(total, size):
+    """(start, length) of the pieces of `total` elements, `size` at a time."""
+    pieces = []
+    for start in range(0, total, size):
+        pieces.append((start, min(size, total - start)))
+    return pieces
+
+
+def my_items(num_batches, num_groups):
+    """(batch, key/value head) pairs of this core: all of them, or its half on two cores (LNC2).
+
+    Both cores follow the same control flow, so with two the number of pairs is even (host).
+    """
+    items_per_core = num_batches * num_groups // nl.num_programs(0)
+    items = []
+    for step in range(items_per_core):
+        item = nl.program_id(0) * items_per_core + step
+        items.append((item // num_groups, item % num_groups))
+    return items
+
+
+def query_units(num_heads, num_groups, g, num_rows):
+    """(head, first row, rows) of every row tile of the query heads that share key/value head g.
+
+    By row, then by head: neighbours can be one wide operand, at a similar distance to the diagonal.
+    """
+    heads_per_group = num_heads // num_groups
+    units = []
+    tiles = spans(num_rows, ROWS)
+    for t in range(len(tiles)):
+        start, rows = tiles[t]
+        for h in range(g * heads_per_group, (g + 1) * heads_per_group):
+            units.append((h, start, rows))
+    return units
+
+
+def lengths_of(tiles):
+    """The last number of every tile or unit: its rows."""
+    lengths = []
+    for t in range(len(tiles)):
+        lengths.append(tiles[t][-1])
+    return lengths
+
+
+def is_gen2():
+    """Whether this is NeuronCore-v2: no range_select, no transpose mode."""
+    return nisa.get_nc_version() == nisa.nc_version.gen2
 
 
 def make_identity(dtype):
     """The [128, 128] identity that gen2's transpose multiplies by; later chips need none."""
-    if nisa.get_nc_version() == nisa.nc_version.gen2:
+    if is_gen2():
         return nl.shared_identity_matrix(ROWS, dtype=dtype)
     return None
 
@@ -36,71 +84,88 @@ def transpose(dst_FP, data_PF, identity_PP):
     and spreads NaN and Inf along rows. From gen3 it is bit-exact and keeps the dtype.
     """
     num_rows, num_cols = data_PF.shape
-    if nisa.get_nc_version() == nisa.nc_version.gen2:
+    if is_gen2():
         t_psum_FP = nl.ndarray((num_cols, num_rows), dtype=nl.float32, buffer=nl.psum)
-        nisa.nc_matmul(dst=t_psum_FP, stationary=data_PF, moving=identity_PP)  # TensorE  PF,PP->FP
+        eye_PP = identity_PP[0:num_rows, 0:num_rows]
+        nisa.nc_matmul(dst=t_psum_FP, stationary=data_PF, moving=eye_PP)  # TensorE  PF,PP->FP
     else:
         t_psum_FP = nl.ndarray((num_cols, num_rows), dtype=data_PF.dtype, buffer=nl.psum)
         nisa.nc_transpose(dst=t_psum_FP, data=data_PF)  # TensorE
-    nisa.tensor_copy(dst=dst_FP, src=t_psum_FP)  # VectorE or ScalarE
+    nisa.tensor_copy(dst=dst_FP, src=t_psum_FP)  # VectorE
 
 
-def load_rows(hbm_BHSD, b, h, start):
-    """Load rows start to start + 128 of one head to a fresh SBUF tile, rows on partitions."""
-    tile_MD = nl.ndarray((ROWS, hbm_BHSD.shape[3]), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=tile_MD, src=hbm_BHSD[b, h, start : start + ROWS, :])  # DMA
-    return tile_MD
-
-
-def load_transposed(hbm_BHSD, b, h, identity_PP):
-    """Load one head [S, D] as [D, S]: every 128-row tile is loaded and transposed on chip."""
+def load_rows(hbm_BHSD, b, h):
+    """Load one head [S, D] as [128, tiles, D]: row t * 128 + p on partition p, index t."""
     num_rows, head_dim = hbm_BHSD.shape[2], hbm_BHSD.shape[3]
-    out_DS = nl.ndarray((head_dim, num_rows), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
-    for start in range(0, num_rows, ROWS):
-        tile_MD = load_rows(hbm_BHSD, b, h, start)
-        transpose(out_DS[:, start : start + ROWS], tile_MD, identity_PP)
-    return out_DS
+    tiles = spans(num_rows, ROWS)
+    out_PTD = nl.ndarray((ROWS, len(tiles), head_dim), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
+    for t in range(len(tiles)):
+        start, rows = tiles[t]
+        src = hbm_BHSD[b, h, start : start + rows, :]
+        nisa.dma_copy(dst=out_PTD[0:rows, t, :], src=src)  # DMA
+    return out_PTD
 
 
-def load_by_tile(hbm_BHSD, b, h):
-    """Load one head [S, D] as [128, S / 128, D]: row j * 128 + p on partition p, index j."""
-    num_tiles, head_dim = hbm_BHSD.shape[2] // ROWS, hbm_BHSD.shape[3]
-    out_JND = nl.ndarray((ROWS, num_tiles, head_dim), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
-    for j in range(num_tiles):
-        nisa.dma_copy(dst=out_JND[:, j, :], src=hbm_BHSD[b, h, j * ROWS : (j + 1) * ROWS, :])
-    return out_JND
+def load_units(hbm_BHSD, b, units, dtype):
+    """Load the rows of some units as [128, units, D]."""
+    head_dim = hbm_BHSD.shape[3]
+    out_MUD = nl.ndarray((ROWS, len(units), head_dim), dtype=dtype, buffer=nl.sbuf)
+    for u in range(len(units)):
+        h, start, rows = units[u]
+        src = hbm_BHSD[b, h, start : start + rows, :]
+        nisa.dma_copy(dst=out_MUD[0:rows, u, :], src=src)  # DMA
+    return out_MUD
 
 
-def num_visible(mask, q_start, key_start, num_keys):
-    """How many keys of the tile that starts at key_start the 128 queries from q_start can reach.
+def load_row_values(hbm_BHS1, b, units, fill):
+    """Load one fp32 number per row of some units as [128, units]; `fill` past a ragged end."""
+    out_MU = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=out_MU, value=fill)
+    for u in range(len(units)):
+        h, start, rows = units[u]
+        src = hbm_BHS1[b, h, start : start + rows, :]
+        nisa.dma_copy(dst=out_MU[0:rows, u : u + 1], src=src)  # DMA
+    return out_MU
 
-    full: all of them. causal and strict: up to and including the 128-key sub-tile on the diagonal,
-    whose own triangle `mask_diagonal` cuts. Zero or less: nothing to compute.
+
+def store_row_values(hbm_BHS1, b, units, values_MU):
+    """Write one fp32 number per row of some units."""
+    for u in range(len(units)):
+        h, start, rows = units[u]
+        dst = hbm_BHS1[b, h, start : start + rows, :]
+        nisa.dma_copy(dst=dst, src=values_MU[0:rows, u : u + 1])  # DMA
+
+
+def transpose_tiles(rows_PTD, lengths, identity_PP):
+    """[C, sum of lengths] of every 128 of D: the transposed tiles side by side.
+
+    rows_PTD: [128, tiles, D] in SBUF; lengths: rows of each tile.
     """
-    if mask == "full":
-        return num_keys
-    return min(num_keys, q_start + ROWS - key_start)
+    pieces = []
+    total = 0
+    for t in range(len(lengths)):
+        total += lengths[t]
+    chunks = spans(rows_PTD.shape[2], ROWS)
+    for i in range(len(chunks)):
+        first, count = chunks[i]
+        out_CS = nl.ndarray((count, total), dtype=rows_PTD.dtype, buffer=nl.sbuf)
+        column = 0
+        for t in range(len(lengths)):
+            rows = lengths[t]
+            tile_PC = rows_PTD[0:rows, t, first : first + count]
+            transpose(out_CS[:, column : column + rows], tile_PC, identity_PP)
+            column += rows
+        pieces.append(out_CS)
+    return pieces
 
 
-def has_diagonal(mask, q_start, key_start, num_keys):
-    """True if the last 128 of these num_keys keys are the queries' own positions."""
-    return mask != "full" and key_start + num_keys == q_start + ROWS
-
-
-def mask_diagonal(tile_MN, mask, fill):
-    """Fill the invisible triangle of a [128, 128] diagonal sub-tile in SBUF, in place. GpSimdE.
-
-    Row m keeps column n where m - n >= 0 (causal) or m - n >= 1 (strict).
-    """
-    offset = 0
-    if mask == "strict":
-        offset = -1
-    nisa.affine_select(
-        dst=tile_MN,
-        pattern=[[-1, ROWS]],
-        offset=offset,
-        channel_multiplier=1,
-        on_true_tile=tile_MN,
-        on_false_value=fill,
-        cmp_op=nl.greater_equal,
-    )
+def contract(dst_psum, stationary_pieces, stationary_span, moving_pieces, moving_span):
+    """dst (+)= stationary^T moving over all pieces of the head dim; spans are column ranges."""
+    s0, s1 = stationary_span
+    m0, m1 = moving_span
+    for c in range(len(stationary_pieces)):
+        stationary_CM = stationary_pieces[c][:, s0:s1]
+        moving_CN = moving_pieces[c][:, m0:m1]
+        nisa.nc_matmul(  # TensorE  CM,CN->MN
+            dst=dst_psum, stationary=stationary_CM, moving=moving_CN
+        )

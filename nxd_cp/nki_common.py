@@ -215,6 +215,7 @@ LANGUAGE = frozenset(
         "shared_identity_matrix",
         "static_range",
         "subtract",
+        "tanh",
         "tfloat32",
         "tile_size",
         "uint16",

@@ -194,7 +194,7 @@ def test_plan_command_refuses_a_length_that_does_not_divide():
     [
         (["--seq-len", "100"], "got 100"),
         (["--seq-len", "12"], "multiple of 8"),
-        (["--simulate-seq-len", "304"], "multiple of 128 rows"),
+        (["--simulate-seq-len", "300"], "multiple of 8"),
         (["--simulate-steps", "1"], "0 or at least 2"),
     ],
 )

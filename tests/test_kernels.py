@@ -1,185 +1,123 @@
-"""The NKI kernels in the simulator, block by block and round the ring, against fp64.
+"""The NKI kernels in the simulator: special blocks, rings, and what is refused.
 
-Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim.
+The generated cases and the planted faults are in test_kernel_suite.py.
+Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim of q and k, E of v.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import replace
 
 import pytest
 import torch
 from budgets import (
     FP32_GRADIENT,
     FP32_OUTPUT,
+    HOPS_FACTOR,
     assert_close,
     assert_within_budget,
     error,
 )
 from cases import NAMES, Case, cut, inputs, join_all, one_device, truth
+from kernel_cases import KernelCase, by_kernels, check, exact, problem, rounded
 from torch import Tensor
 
-from nxd_cp import reference
 from nxd_cp.attention import ring_attention
+from nxd_cp.backends import kernel_blocks, kernel_limits
+from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.context import CPContext
-from nxd_cp.simulators.nki_api import record
+from nxd_cp.schedule import Bounded
+from nxd_cp.simulators.nki_api import Log, SimParams, parameters, record
 
 GENERATIONS = ("gen2", "gen3", "gen4")
-MASKS = ("full", "causal", "strict")
+STATIC = ("full", "causal", "strict")
 
 
-@dataclass(frozen=True)
-class Block:
-    """One rectangle; `str` is the test id."""
-
-    generation: str
-    mask: str
-    dtype: torch.dtype = torch.float32
-    S: int = 256
-    K: int = 256
-    Hq: int = 2
-    Hkv: int = 1
-    D: int = 64
-    gain: float = 1.0
-
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.generation}-{self.mask}-{dtype}-S{self.S}-K{self.K}-H{self.Hq}-G{self.Hkv}"
-            f"-D{self.D}-x{self.gain:g}"
-        )
-
-    @property
-    def scale(self) -> float:
-        return self.D**-0.5
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("mask", ["causal", "band"])
+def test_logits_of_thirty_thousand_neither_overflow_nor_lose_a_row(
+    generation: str, mask: str
+) -> None:
+    case = KernelCase(generation, mask, S=300, K=300, gain=9000.0)
+    assert float(exact(case, problem(case))[1].abs().max()) > 3e4
+    check(case)
 
 
-def problem(block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v, do with unit variance, q times the gain, rounded to the block's dtype."""
-    shapes = ((block.Hq, block.S), (block.Hkv, block.K), (block.Hkv, block.K), (block.Hq, block.S))
-    q, k, v, do = (torch.randn(1, h, s, block.D) for h, s in shapes)
-    return tuple(x.to(block.dtype) for x in (q * block.gain, k, v, do))
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_row_that_sees_nothing_is_zero_and_has_zero_gradients(generation: str) -> None:
+    case = KernelCase(generation, "strict", S=128, K=128)
+    o, lse, (dq, dk, dv) = by_kernels(case, problem(case))
+    assert not o[:, :, 0].any()
+    assert not dq[:, :, 0].any()
+    assert bool((lse[:, :, 0] == -torch.inf).all())
+    assert not dk[:, :, -1].any()
+    assert not dv[:, :, -1].any()
 
 
-def kernels(block: Block, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """o, lse, dq, dk, dv by the simulated kernels."""
-    q, k, v, do = tensors
-    backend = KernelBackend("simulate", block.generation)
-    o, lse = backend.forward(q, k, v, mask=block.mask, scale=block.scale)
-    delta = (do.float() * o).sum(-1)
-    grads = backend.backward(do, q, k, v, o, lse, delta, mask=block.mask, scale=block.scale)
-    return (o, lse, *grads)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_rows_that_are_empty_in_the_whole_sequence_add_nothing(generation: str) -> None:
+    x = problem(KernelCase(generation, "causal", S=130, K=130))
+    lse = torch.full((1, 2, 130), -torch.inf)
+    grads = KernelBackend("simulate", generation).backward(
+        x.do, x.q, x.k, x.v, x.do, lse, torch.zeros_like(lse), mask="causal", scale=1.0
+    )
+    for found in grads:
+        assert torch.equal(found, torch.zeros_like(found))
 
 
-def exact(block: Block, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """o, lse, dq, dk, dv in fp64."""
-    q, k, v, do = (x.double() for x in tensors)
-    o, lse = reference.attention(q, k, v, mask=block.mask, scale=block.scale)
-    grads = reference.attention_backward(do, q, k, v, mask=block.mask, scale=block.scale)
-    return (o, lse, *grads)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_carry_that_has_seen_nothing_changes_nothing(generation: str) -> None:
+    case = KernelCase(generation, "strict", S=130, K=130)
+    x, backend = problem(case), KernelBackend("simulate", generation)
+    o, lse = backend.forward(x.q, x.k, x.v, mask="strict", scale=case.scale)
+    empty = torch.zeros_like(o), torch.full_like(lse, -torch.inf)
+    again = backend.forward(x.q, x.k, x.v, mask="strict", scale=case.scale, carry=empty)
+    assert torch.equal(again[0], o)
+    assert torch.equal(again[1], lse)
 
 
-def flash(block: Block, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """o, dq, dk, dv by PyTorch's own flash attention in the block's dtype.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_error_does_not_grow_with_the_number_of_hops(generation: str, dtype: torch.dtype) -> None:
+    found = {}
+    for hops in (1, 2, 4, 8, 16):
+        case = KernelCase(generation, dtype=dtype, S=128, K=2048, D=32, E=32, hops=hops)
+        x = problem(case)
+        o, _, (dq, dk, dv) = by_kernels(case, x, before=0.0)
+        o_true, _, true = exact(case, x)
+        pairs = zip((o, dq, dk, dv), (o_true, *true), strict=True)
+        found[hops] = [error(got, expected).relative_rms for got, expected in pairs]
+    for hops in (2, 4, 8, 16):
+        for name, now, one in zip(NAMES, found[hops], found[1], strict=True):
+            assert now <= HOPS_FACTOR * one, f"{name}: {now} after {hops} hops, {one} after one"
 
-    A strict block is a causal one without the first query and the last key.
-    """
-    q, k, v = (x.clone().requires_grad_() for x in tensors[:3])
+
+@pytest.mark.parametrize("mask", ["full", "causal", "strict"])
+def test_the_allowed_error_is_that_of_pytorchs_flash_attention(mask: str) -> None:
+    """The baseline of the suite is no looser than an attention that people use."""
+    case = KernelCase(mask=mask, dtype=torch.bfloat16)
+    x = problem(case)
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
     rows, keys = slice(None), slice(None)
-    if block.mask == "strict":
+    if mask == "strict":
         rows, keys = slice(1, None), slice(None, -1)
     o = torch.zeros_like(q)
     o[:, :, rows] = torch.nn.functional.scaled_dot_product_attention(
         q[:, :, rows],
         k[:, :, keys],
         v[:, :, keys],
-        is_causal=block.mask != "full",
-        scale=block.scale,
+        is_causal=mask != "full",
+        scale=case.scale,
         enable_gqa=True,
     )
-    o.backward(tensors[3])
-    return (o.detach(), q.grad, k.grad, v.grad)
-
-
-def check(block: Block) -> None:
-    """fp32: the absolute bounds. bf16: about as good as PyTorch's bf16 flash attention."""
-    tensors = problem(block)
-    o, lse, *grads = kernels(block, tensors)
-    o_true, lse_true, *grads_true = exact(block, tensors)
-    seen = lse_true > -torch.inf
-    assert torch.equal(lse > -torch.inf, seen)
-    assert_close("lse", lse[seen], lse_true[seen], FP32_OUTPUT)
-    found, expected = (o, *grads), (o_true, *grads_true)
-    if block.dtype == torch.float32:
-        bounds = (FP32_OUTPUT, FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT)
-        for name, x, y, bound in zip(NAMES, found, expected, bounds, strict=True):
-            assert_close(name, x, y, bound)
-        return
-    for name, x, y, z in zip(NAMES, found, expected, flash(block, tensors), strict=True):
-        assert_within_budget(name, x, y, z)
-
-
-BLOCKS = [
-    *(Block(g, m, t) for g, m, t in product(GENERATIONS, MASKS, (torch.float32, torch.bfloat16))),
-    *(Block("gen2", "causal", S=s, K=s, D=32) for s in (128, 384, 640, 1024)),
-    *(Block("gen3", "strict", S=s, K=s, D=32) for s in (128, 384, 640, 1024)),
-    *(Block("gen4", "full", S=s, K=k) for s, k in ((128, 640), (640, 128), (256, 1024))),
-    *(Block("gen3", "causal", torch.bfloat16, D=d) for d in (16, 80, 128)),
-    *(Block("gen2", "causal", Hq=h, Hkv=g, S=128, K=128) for h, g in ((3, 3), (6, 3), (8, 1))),
-    Block("gen4", "strict", torch.bfloat16, S=1024, K=1024, Hq=1, D=128),
-]
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_a_block_and_its_gradients_are_those_of_fp64(block: Block) -> None:
-    check(block)
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("mask", MASKS)
-def test_logits_in_the_thousands_neither_overflow_nor_lose_a_row(
-    generation: str, mask: str
-) -> None:
-    block = Block(generation, mask, S=640, K=640, D=64, gain=3000.0)
-    tensors = problem(block)
-    o, lse, *grads = kernels(block, tensors)
-    _, lse_true, *_ = exact(block, tensors)
-    seen = lse_true > -torch.inf
-    assert lse_true[seen].abs().max() > 5000.0
-    assert torch.isfinite(torch.cat([x.flatten() for x in (o, *grads)])).all()
-    assert torch.equal(lse > -torch.inf, seen)
-    same_maths = reference.attention(*tensors[:3], mask=mask, scale=block.scale)[1]
-    assert_close(
-        "lse", lse[seen], lse_true[seen], 2 * error(same_maths[seen], lse_true[seen]).max_abs
-    )
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_a_row_that_sees_nothing_is_zero_and_has_zero_gradients(generation: str) -> None:
-    block = Block(generation, "strict", S=128, K=128)
-    o, lse, dq, dk, dv = kernels(block, problem(block))
-    assert torch.equal(o[:, :, 0], torch.zeros_like(o[:, :, 0]))
-    assert torch.equal(dq[:, :, 0], torch.zeros_like(dq[:, :, 0]))
-    assert bool((lse[:, :, 0] == -torch.inf).all())
-    assert torch.equal(dk[:, :, -1], torch.zeros_like(dk[:, :, -1]))
-    assert torch.equal(dv[:, :, -1], torch.zeros_like(dv[:, :, -1]))
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_rows_that_are_empty_in_the_whole_sequence_add_nothing(generation: str) -> None:
-    block = Block(generation, "causal", S=128, K=128)
-    q, k, v, do = problem(block)
-    lse = torch.full((1, block.Hq, block.S), -torch.inf)
-    grads = KernelBackend("simulate", generation).backward(
-        do, q, k, v, torch.zeros_like(q), lse, torch.zeros_like(lse), mask="causal", scale=1.0
-    )
-    for x in grads:
-        assert torch.equal(x, torch.zeros_like(x))
+    o.backward(x.do)
+    ours, (o_true, _, true) = rounded(case, x), exact(case, x)
+    baseline, accepted = (ours[0], *ours[2]), (o.detach(), q.grad, k.grad, v.grad)
+    for low, flash, expected in zip(baseline, accepted, (o_true, *true), strict=True):
+        assert error(low, expected).relative_rms <= 1.2 * error(flash, expected).relative_rms
 
 
 RINGS = [
@@ -227,89 +165,149 @@ def test_a_ring_of_simulated_kernels_is_fp64_attention(
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_only_gen2_transposes_with_the_identity(generation: str) -> None:
-    block = Block(generation, "causal", S=128, K=128)
+    case = KernelCase(generation, "causal", S=128, K=128)
     with record() as log:
-        kernels(block, problem(block))
+        by_kernels(case, problem(case))
     opcodes = log.counts()
     assert ("nc_transpose" in opcodes) == (generation != "gen2")
     assert opcodes["nc_matmul"] > 0
 
 
-# Faults planted in the kernels: what each one changes, and why the suite must see it.
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_another_packing_is_the_same_program(generation: str) -> None:
+    """Interval masks are data: the instructions do not depend on them."""
+    programs = []
+    for low in (-10, -100):
+        case = KernelCase(generation, S=200, K=200)
+        x, backend = problem(case), KernelBackend("simulate", generation)
+        with record() as log:
+            backend.forward(x.q, x.k, x.v, mask=Bounded(low, 0), scale=1.0)
+        programs.append([(r.opcode, r.dst, r.sources, r.flags) for r in log])
+    assert programs[0] == programs[1]
 
 
-def swap_key_gradients(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module.add_key_gradients
-    monkeypatch.setattr(
-        module, "add_key_gradients", lambda dk, dv, p, ds, q, do: right(dv, dk, p, ds, q, do)
-    )
+def test_a_static_mask_issues_nothing_for_tiles_that_nobody_sees() -> None:
+    counts = {}
+    for mask in ("full", "causal"):
+        x = problem(KernelCase("gen3", mask, S=1024, K=1024, Hq=1))
+        with record() as log:
+            KernelBackend("simulate", "gen3").forward(x.q, x.k, x.v, mask=mask, scale=1.0)
+        counts[mask] = log.counts()["nc_matmul"]
+    assert counts["causal"] < 0.7 * counts["full"]
 
 
-def forget_the_diagonal(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "mask_diagonal", lambda tile, mask, fill: None)
+# How a rectangle is cut into launches.
 
 
-def shift_the_diagonal(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module.mask_diagonal
-    monkeypatch.setattr(
-        module, "mask_diagonal", lambda tile, mask, fill: right(tile, "strict", fill)
-    )
+@pytest.mark.parametrize("mask", ["full", "causal", "strict", "window", "band", "offset"])
+def test_a_rectangle_cut_into_many_launches_is_the_same(
+    mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_limits, "SBUF_BYTES", 40 * 1024)
+    monkeypatch.setattr(kernel_blocks, "MAX_INSTRUCTIONS", 700)
+    monkeypatch.setattr(kernel_limits, "MAX_INSTRUCTIONS", 700)
+    keys = 640 if mask in ("causal", "strict") else 900
+    case = KernelCase("gen3", mask, B=2, Hq=6, Hkv=2, S=640, K=keys, D=32, E=48, sink=True)
+    launch = Launch(3, 640, keys, 32, 48, 4, mask if mask in STATIC else "interval")
+    blocks = kernel_blocks.split(launch, 4)
+    assert len(blocks) >= 12
+    assert len({(b.rows.start, b.keys.start) for b in blocks}) > 2
+    check(case)
 
 
-def forget_to_rescale(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "update_softmax", keep_alpha_at_one(module))
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("mask", ["full", "causal", "strict"])
+@pytest.mark.parametrize("size", [5, 128, 700, 3000])
+def test_the_blocks_of_a_rectangle_hold_every_visible_pair_once(
+    heads: int, mask: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_limits, "SBUF_BYTES", 20 * 1024)
+    count = torch.zeros(2, heads, size, size, dtype=torch.int)
+    for block in kernel_blocks.split(Launch(heads, size, size, 32, 32, 2, mask), 2):
+        part = torch.ones(block.rows.stop - block.rows.start, block.keys.stop - block.keys.start)
+        if block.mask != "full":
+            assert part.shape[0] == part.shape[1], "a static mask is square"
+            part = part.tril(0 if block.mask == "causal" else -1)
+        count[block.groups, block.heads, block.rows, block.keys] += part.int()
+    expected = torch.ones(size, size)
+    if mask != "full":
+        expected = expected.tril(0 if mask == "causal" else -1)
+    assert torch.equal(count, expected.int().expand_as(count))
 
 
-def keep_alpha_at_one(module: object) -> Callable[..., object]:
-    right = module.update_softmax
-
-    def wrong(s: object, m: object, l: object, scale: float, dtype: object) -> object:
-        p, alpha = right(s, m, l, scale, dtype)
-        module.nisa.memset(dst=alpha, value=1.0)
-        return p, alpha
-
-    return wrong
-
-
-def scale_twice(module: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = module.store_key_gradient
-    monkeypatch.setattr(
-        module,
-        "store_key_gradient",
-        lambda hbm, b, g, psum, at, f: right(hbm, b, g, psum, at, f * f),
-    )
-
-
-FAULTS = [
-    ("flash_bwd", swap_key_gradients),
-    ("flash_fwd", forget_the_diagonal),
-    ("flash_bwd", forget_the_diagonal),
-    ("flash_fwd", shift_the_diagonal),
-    ("flash_fwd", forget_to_rescale),
-    ("flash_bwd", scale_twice),
+LONG = [
+    Launch(1, 32768, 32768, 128, 128, 2, "causal"),
+    Launch(8, 32768, 32768, 128, 128, 2, "causal"),
+    Launch(1, 32768, 32768, 128, 128, 4, "interval"),
+    Launch(16, 1000, 32768, 256, 256, 4, "full"),
+    Launch(128, 4096, 4096, 192, 128, 2, "strict"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("file", "plant"), FAULTS, ids=lambda x: x if isinstance(x, str) else x.__name__
-)
-def test_a_fault_planted_in_a_kernel_is_caught(
-    file: str, plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from nxd_cp.simulators.nki_api import load
+@pytest.mark.parametrize("launch", LONG, ids=str)
+def test_long_blocks_are_cut_until_a_launch_fits(launch: Launch) -> None:
+    cut = kernel_blocks.cut_to_fit(launch)
+    assert kernel_limits.fits(cut)
+    assert not kernel_limits.fits(launch)
+    doubled = replace(cut, rows=2 * cut.rows, keys=2 * cut.keys, heads=2 * cut.heads)
+    assert not kernel_limits.fits(doubled), "no smaller than needed"
 
-    block = Block("gen3", "causal", S=640, K=640, D=32)
-    check(block)
-    plant(getattr(load("nxd_cp.kernels", generation="gen3"), file), monkeypatch)
-    with pytest.raises(AssertionError, match=r"expected max|lse"):
-        check(block)
+
+SHORT = [
+    Launch(2, 300, 300, 64, 64, 4, "causal"),
+    Launch(1, 1, 1, 16, 16, 2, "full"),
+    Launch(3, 1024, 1024, 128, 128, 2, "causal"),
+    Launch(4, 513, 700, 192, 256, 2, "interval", softcap=True),
+]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("launch", SHORT, ids=str)
+def test_the_estimates_of_a_launch_hold_and_are_not_far_off(
+    launch: Launch, generation: str
+) -> None:
+    found = run_shapes(launch, generation)
+    for name, estimate in (("forward", FORWARD), ("backward", BACKWARD)):
+        instructions, used = found[name]
+        assert instructions <= estimate[0](launch) <= 2 * instructions + 100, name
+        assert used <= estimate[1](launch), name
+
+
+FORWARD = kernel_limits.forward_instructions, kernel_limits.forward_bytes
+BACKWARD = kernel_limits.backward_instructions, kernel_limits.backward_bytes
+
+
+def run_shapes(launch: Launch, generation: str) -> dict[str, tuple[int, int]]:
+    """Instructions and largest SBUF use in bytes per partition, of a shape-only run."""
+    dtype = torch.bfloat16 if launch.itemsize == 2 else torch.float32
+    mask = Bounded(-launch.rows, 0) if launch.mask == "interval" else launch.mask
+    q = torch.zeros(1, launch.heads, launch.rows, launch.head_dim, dtype=dtype)
+    k = torch.zeros(1, 1, launch.keys, launch.head_dim, dtype=dtype)
+    v = torch.zeros(1, 1, launch.keys, launch.value_dim, dtype=dtype)
+    do = torch.zeros(1, launch.heads, launch.rows, launch.value_dim, dtype=dtype)
+    row = torch.zeros(1, launch.heads, launch.rows)
+    backend = KernelBackend("simulate", generation)
+    options = {"mask": mask, "scale": 1.0, "softcap": 10.0 if launch.softcap else None}
+    found = {}
+    with parameters(SimParams(values=False)):
+        with record() as log:
+            backend.forward(q, k, v, **options)
+        found["forward"] = len(log), sbuf_bytes(log)
+        with record() as log:
+            backend.backward(do, q, k, v, do, row, row, **options)
+        found["backward"] = len(log), sbuf_bytes(log)
+    return found
+
+
+def sbuf_bytes(log: Log) -> int:
+    """Bytes per partition between the lowest and the highest that were ever in use."""
+    tiles = [b for b in log.buffers if b.space == "sbuf"]
+    return max(b.address + b.row_bytes for b in tiles) - min(b.address for b in tiles)
 
 
 REFUSED = [
-    ({"dtype": torch.float16}, "bfloat16 or all float32"),
-    ({"D": 160}, "head dim of at most 128"),
-    ({"S": 192}, "multiple of 128 rows, got 192"),
-    ({"S": 16384, "Hq": 8, "Hkv": 1, "D": 128}, "bytes of SBUF per partition"),
+    ({"dtype": torch.float64}, "float32, bfloat16 or float16"),
+    ({"D": 264}, "head dim of at most 256"),
 ]
 
 
@@ -332,6 +330,46 @@ def test_what_the_kernels_cannot_take_is_refused_before_any_message(
         assert "expected" in text
         assert "got" in text
         assert messages == 0
+
+
+LIMITS = [
+    ({}, {"softcap": -1.0}, "softcap above 0 and at most 1000000.0, got -1.0"),
+    ({}, {"scale": 1e-9}, "scale from 1e-06 to 1000000.0, got 1e-09"),
+    ({"cores": 2}, {"generation": "gen2"}, "cores=1, or 2 from gen3 .trn2., got 2 on gen2"),
+    ({"cores": 3}, {}, "cores=1, or 2 from gen3 .trn2., got 3"),
+    ({"cores": 2, "Hq": 3}, {}, "multiple of the 2 cores of a launch, got 1 and 3"),
+    ({"score_bound": 60.0}, {}, "score_bound above 0 and at most 32.0, got 60.0"),
+    ({"score_bound": 8.0, "dtype": torch.float16}, {}, "no score_bound with float16"),
+    ({"dtype": torch.float64}, {}, "all float32, got q in torch.float64; cast it"),
+    ({"E": 300}, {}, "at most 256 .two contractions of 128., got 300 for v"),
+]
+
+
+@pytest.mark.parametrize(("change", "options", "message"), LIMITS, ids=lambda x: str(x)[:30])
+def test_every_limit_names_itself_the_value_and_the_way_out(
+    change: dict[str, object], options: dict[str, object], message: str
+) -> None:
+    shape = {"Hq": 2, "D": 64, "E": 64, "dtype": torch.float32, "cores": 1, **change}
+    dtype, generation = shape["dtype"], options.pop("generation", "gen3")
+    q, k, v = (
+        torch.zeros(1, heads, 8, dim, dtype=dtype)
+        for heads, dim in ((shape["Hq"], shape["D"]), (1, shape["D"]), (1, shape["E"]))
+    )
+    with pytest.raises(ValueError, match=message):
+        KernelBackend(
+            "simulate", generation, cores=shape["cores"], score_bound=shape.get("score_bound")
+        ).forward(q, k, v, mask="full", **{"scale": 1.0, **options})
+
+
+def test_more_rows_than_fp32_can_count_are_refused_under_an_interval_mask() -> None:
+    with pytest.raises(ValueError, match=r"fewer than 16777216 rows and keys .* use more ranks"):
+        kernel_limits.check_lengths("nki", 2**24, 128)
+
+
+def test_dropout_is_refused_with_the_reason() -> None:
+    x = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(ValueError, match="no generator gives equal masks"):
+        ring_attention(x, x, x, dropout_p=0.1, backend="simulate")
 
 
 SIMULATED_NKI = """

@@ -76,26 +76,33 @@ def _no_slice_of_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_slice_of_a_slice")
-@pytest.mark.parametrize("mask", ["full", "causal", "strict"])
+@pytest.mark.parametrize("mask", ["full", "causal", "strict", "interval"])
 @pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
 def test_our_kernels_never_slice_a_slice(generation: str, mask: str) -> None:
     package = load("nxd_cp.kernels", generation=generation)
-    x, row = np.zeros((2, 2, 256, 64), np.float32), np.zeros((2, 2, 256, 1), np.float32)
-    o, _ = package.flash_fwd.flash_fwd(x, x, x, mask, 1.0)
-    dq, _, _ = package.flash_bwd.flash_bwd(x, x, x, x, row, row, mask, 1.0)
-    assert o.shape == dq.shape == x.shape
+    x, row = np.zeros((2, 2, 200, 160), np.float32), np.zeros((2, 2, 200, 1), np.float32)
+    bounds = tuple(np.full((2, 200, 1), value, np.float32) for value in (0, 100, 0, 100))
+    bounds = bounds if mask == "interval" else ()
+    options = {"softcap": 20.0, "bounds": bounds}
+    o, lse = package.flash_fwd.flash_fwd(x, x, x, mask, 1.0, carry=(x, row), **options)
+    again = package.flash_fwd.flash_fwd(x, x, x, mask, 1.0, shift="none", bounds=bounds)
+    options["bounds"] = bounds[:2]
+    dq, _, _ = package.flash_bwd.flash_bwd(
+        x, x, x, x, lse, row, mask, 1.0, carry=(x, x, x), **options
+    )
+    assert o.shape == again[0].shape == dq.shape == x.shape
 
 
 @pytest.mark.usefixtures("_no_slice_of_a_slice")
 def test_a_slice_of_a_slice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     package = load("nxd_cp.kernels", generation="gen3")
-    right = package.flash_fwd.load_by_tile
+    right = package.flash_fwd.load_rows
 
     def planted(hbm: NkiTensor, b: int, h: int) -> NkiTensor:
         hbm[b, h, :, :][0:128, :]
         return right(hbm, b, h)
 
-    monkeypatch.setattr(package.flash_fwd, "load_by_tile", planted)
+    monkeypatch.setattr(package.flash_fwd, "load_rows", planted)
     x = np.zeros((1, 2, 128, 64), np.float32)
     with pytest.raises(AssertionError, match="a slice of a slice"):
         package.flash_fwd.flash_fwd(x, x, x, "full", 1.0)

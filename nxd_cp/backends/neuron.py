@@ -1,9 +1,11 @@
 """The NKI kernels as a backend: "nki" on a Neuron device, "simulate" on a CPU, the same source.
 
-Checks on the host everything that the kernels assume, so that a kernel never sees a shape it
-cannot take. Not here: which block to compute (the schedule), merging blocks (ring.py).
+Does: check on the host everything that the kernels assume, turn masks into what they read, cut a
+rectangle into launches that fit, and join the results. Does not: choose the rectangles (the
+schedule), or merge those of different hops, unless it is given a carry.
 
-Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim.
+Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim of q and k,
+E head dim of v; P (batch, key/value head) pairs and N query heads of each, as the kernels see them.
 """
 
 from __future__ import annotations
@@ -14,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nxd_cp.backends import kernel_limits as limits
 from nxd_cp.backends.base import BlockMask
-from nxd_cp.schedule import Plan, Tile
+from nxd_cp.backends.kernel_blocks import Block, split
+from nxd_cp.backends.kernel_masks import KernelMask, kernel_mask
+from nxd_cp.schedule import Plan
 
-ROWS = 128  # one tile of the kernels: lengths are multiples of it
-MAX_HEAD_DIM = 128  # the contraction of one matmul: the partition count
-DTYPES = (torch.bfloat16, torch.float32)
-SBUF_BYTES = 160 * 1024  # per partition, for the tiles that stay; gen2 has 176 KiB in all
+Pair = tuple[Tensor, Tensor]
+Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class KernelBackend:
@@ -30,11 +33,25 @@ class KernelBackend:
         name: "simulate" or "nki".
         generation: chip that "simulate" imitates, "gen2" (trn1, inf2), "gen3" (trn2) or "gen4"
             (trn3); default the one named by NEURON_PLATFORM_TARGET_OVERRIDE, or else gen4.
+        cores: physical cores per launch (LNC), 1, or 2 from gen3; they share the heads.
+        score_bound: a promise that every scaled score lies within +-score_bound, at most 32 (as
+            with normalised queries and keys); the forward then needs no pass for row maxima.
     """
 
-    def __init__(self, name: str, generation: str | None = None) -> None:
-        self.name = name
-        self._fwd, self._bwd = _load_kernels(name, generation)
+    def __init__(
+        self,
+        name: str,
+        generation: str | None = None,
+        *,
+        cores: int = 1,
+        score_bound: float | None = None,
+    ) -> None:
+        limits.check_cores(name, generation, cores)
+        limits.check_score_bound(name, score_bound, None)
+        self.name, self.cores, self.score_bound = name, cores, score_bound
+        self._fwd, self._bwd, tiles = _load_kernels(name, generation)
+        self._empty_lse: float = tiles.EMPTY_LSE
+        self._empty_lse_limit: float = tiles.EMPTY_LSE_LIMIT
 
     def validate(
         self,
@@ -49,58 +66,16 @@ class KernelBackend:
     ) -> None:
         """Raise ValueError for anything that the kernels cannot take.
 
-        q: [B, H, S, D]; k, v: [B, G, S, D]; every tile of `plan.tiles(rank)` will be executed.
+        q: [B, H, S, D]; k: [B, G, K, D]; v: [B, G, K, E]; every tile of `plan.tiles(rank)` will be
+        executed, within documents where `documents` says so.
         """
-        for label, given in (("softcap", softcap is not None), ("documents", documents)):
-            if given:
-                raise ValueError(
-                    f'backend "{self.name}": expected no {label}, got some; use backend="torch"'
-                )
-        for label, x in (("q", q), ("k", k), ("v", v)):
-            if x.dtype not in DTYPES or x.dtype != q.dtype:
-                raise ValueError(
-                    f'backend "{self.name}": expected q, k and v all bfloat16 or all float32, '
-                    f"got {label} in {x.dtype}; cast it"
-                )
-        dims = (q.shape[-1], v.shape[-1])
-        if dims[0] > MAX_HEAD_DIM or dims[0] != dims[1]:
-            raise ValueError(
-                f'backend "{self.name}": expected one head dim of at most {MAX_HEAD_DIM} for q, k '
-                f'and v, got {dims[0]} and {dims[1]}; use backend="torch"'
-            )
-        if plan.window is not None:
-            raise ValueError(
-                f'backend "{self.name}": expected causal or full attention, got window='
-                f'{plan.window}; use backend="torch"'
-            )
+        limits.check_tensors(self.name, q, k, v)
+        limits.check_score_bound(self.name, self.score_bound, q.dtype)
+        limits.check_numbers(self.name, 1.0, softcap)
+        limits.shares(self.name, self.cores, q.shape[0] * k.shape[1], q.shape[1] // k.shape[1])
         for tile in plan.tiles(rank):
-            self._validate_tile(q, k, tile)
-
-    def _validate_tile(self, q: Tensor, k: Tensor, tile: Tile) -> None:
-        """A mask that has a name, whole rows of tiles, and room in SBUF for what stays there.
-
-        The backward keeps three copies of one head's keys and values, and dq of one group in fp32.
-        """
-        if not isinstance(tile.mask, str):
-            raise ValueError(
-                f'backend "{self.name}": expected rectangles that are full, causal or strict, got '
-                f'{tile}; use as many keys as queries, or backend="torch"'
-            )
-        for label, length in (("query", tile.q_len), ("key", tile.k_len)):
-            if length % ROWS:
-                raise ValueError(
-                    f'backend "{self.name}": expected {label} blocks of a multiple of {ROWS} rows, '
-                    f'got {length}; pad the sequence or use backend="torch"'
-                )
-        heads_per_group = q.shape[1] // k.shape[1]
-        key_bytes = 3 * tile.k_len * q.element_size()
-        dq_bytes = heads_per_group * (tile.q_len // ROWS) * q.shape[-1] * 4
-        if key_bytes + dq_bytes > SBUF_BYTES:
-            raise ValueError(
-                f'backend "{self.name}": expected at most {SBUF_BYTES} bytes of SBUF per partition '
-                f"for one group of query heads, got {key_bytes + dq_bytes} ({tile.k_len} keys, "
-                f"{heads_per_group} heads x {tile.q_len} rows); use more ranks"
-            )
+            if documents or not isinstance(tile.mask, str):
+                limits.check_lengths(self.name, tile.q_len, tile.k_len)
 
     def forward(
         self,
@@ -111,13 +86,40 @@ class KernelBackend:
         mask: BlockMask,
         scale: float,
         softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One block: o [B, H, S, D] and lse [B, H, S], both fp32; empty rows give 0 and -inf."""
-        inputs = (x.contiguous() for x in (q, k, v))
-        o, lse = self._fwd.flash_fwd(*inputs, mask, scale)
-        lse = lse.squeeze(-1)
-        empty = lse < 0.5 * scale * self._fwd.EMPTY_ROW_MAX
-        return o, lse.masked_fill(empty, float("-inf"))
+        carry: Pair | None = None,
+    ) -> Pair:
+        """One block: o [B, H, S, E] and lse [B, H, S], both fp32; empty rows give 0 and -inf.
+
+        carry: (o, lse) over other keys of the same rows; the result is then over both. A learnable
+        sink is the carry (0, sink).
+        """
+        cut = self._prepare(q, k, v, mask, scale, softcap)
+        q_P, k_P, v_P = cut.queries(q), cut.keys(k), cut.keys(v)
+        empty = self._empty_lse
+        if carry is None:
+            o = q.new_zeros((*q_P.shape[:-1], v.shape[-1]), dtype=torch.float32)
+            lse = o.new_full((*q_P.shape[:-1], 1), empty)
+        else:
+            o = cut.queries(carry[0].float().clone())
+            lse = cut.queries(carry[1].float().clamp_min(empty).unsqueeze(-1))
+        kernel = self._fwd.flash_fwd if self.cores == 1 else self._fwd.flash_fwd[self.cores]
+        begun = None
+        for block in cut.blocks():
+            at = block.groups, block.heads, block.rows
+            before = (o[at], lse[at]) if carry is not None or begun == at else ()
+            inputs = (q_P[at], k_P[block.groups, :, block.keys], v_P[block.groups, :, block.keys])
+            o[at], lse[at] = kernel(
+                *_dense(inputs),
+                block.mask,
+                scale,
+                softcap=softcap or 0.0,
+                shift="row_max" if self.score_bound is None else "none",
+                carry=_dense(before),
+                bounds=cut.bounds(block),
+            )
+            begun = at
+        o, lse = o.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
+        return o, lse.masked_fill(lse <= self._empty_lse_limit, float("-inf"))
 
     def backward(
         self,
@@ -132,11 +134,110 @@ class KernelBackend:
         mask: BlockMask,
         scale: float,
         softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One block: dq [B, H, S, D], dk and dv [B, G, K, D], all fp32; `o` is not read."""
-        lse = lse.masked_fill(lse == float("-inf"), self._bwd.EMPTY_ROW_LSE)
-        inputs = (do.to(q.dtype), q, k, v, lse.unsqueeze(-1), delta.unsqueeze(-1))
-        return self._bwd.flash_bwd(*(x.contiguous() for x in inputs), mask, scale)
+        carry: Triple | None = None,
+    ) -> Triple:
+        """One block: dq [B, H, S, D], dk [B, G, K, D] and dv [B, G, K, E], fp32; `o` is not read.
+
+        lse, delta [B, H, S] are those of whole rows, sinks included. carry: gradients of other
+        blocks, in the shapes of the results, to which these are added.
+        """
+        cut = self._prepare(q, k, v, mask, scale, softcap)
+        q_P, do_P, k_P, v_P = cut.queries(q), cut.queries(do.to(q.dtype)), cut.keys(k), cut.keys(v)
+        lse_P = cut.queries(lse.clamp_min(self._empty_lse).unsqueeze(-1))
+        delta_P = cut.queries(delta.unsqueeze(-1))
+        if carry is None:
+            dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q_P, k_P, v_P))
+        else:
+            dq, dk, dv = cut.queries(carry[0]).clone(), cut.shared(carry[1]), cut.shared(carry[2])
+        blocks = cut.blocks()
+        adds = carry is not None or len(blocks) > 1
+        kernel = self._bwd.flash_bwd if self.cores == 1 else self._bwd.flash_bwd[self.cores]
+        for block in blocks:
+            at, keys = (
+                (block.groups, block.heads, block.rows),
+                (block.groups, slice(None), block.keys),
+            )
+            rows = (do_P[at], q_P[at], k_P[keys], v_P[keys], lse_P[at], delta_P[at])
+            dq[at], dk[keys], dv[keys] = kernel(
+                *_dense(rows),
+                block.mask,
+                scale,
+                softcap=softcap or 0.0,
+                carry=_dense((dq[at], dk[keys], dv[keys])) if adds else (),
+                bounds=cut.bounds(block)[:2],
+            )
+        return dq.reshape(q.shape), cut.sum_keys(dk, k), cut.sum_keys(dv, v)
+
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, softcap: float | None
+    ) -> _Cut:
+        limits.check_tensors(self.name, q, k, v)
+        limits.check_numbers(self.name, scale, softcap)
+        limits.check_score_bound(self.name, self.score_bound, q.dtype)
+        num_pairs, heads = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
+        shares = limits.shares(self.name, self.cores, num_pairs, heads)
+        return _Cut(q, k, v, kernel_mask(mask, q, k), shares, self.cores, softcap is not None)
+
+
+class _Cut:
+    """A rectangle as the kernels see it, one key/value head at a time, and its launches.
+
+    shares: how many pairs a key/value head is repeated as, so that two cores have an even number.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: KernelMask,
+        shares: int,
+        cores: int,
+        softcap: bool,
+    ) -> None:
+        self.mask, self.shares, self.cores = mask, shares, cores
+        self.num_pairs = q.shape[0] * k.shape[1] * shares
+        self.launch = limits.Launch(
+            heads=q.shape[1] // k.shape[1] // shares,
+            rows=q.shape[2],
+            keys=k.shape[2],
+            head_dim=q.shape[3],
+            value_dim=v.shape[3],
+            itemsize=q.element_size(),
+            mask=mask.word,
+            softcap=softcap,
+        )
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, H, S, ...] as [P, N, S, ...]; a key/value head's query heads lie together."""
+        return x.reshape(self.num_pairs, self.launch.heads, *x.shape[2:])
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, G, K, ...] as [P, 1, K, ...]."""
+        return x.flatten(0, 1).repeat_interleave(self.shares, dim=0).unsqueeze(1)
+
+    def shared(self, x: Tensor) -> Tensor:
+        """As `keys`, a new tensor whose shares of a head add up to it."""
+        return self.keys(x) / self.shares
+
+    def sum_keys(self, x: Tensor, like: Tensor) -> Tensor:
+        """[P, 1, K, ...] back as [B, G, K, ...], summed over the shares of a head."""
+        return x.reshape(*like.shape[:2], self.shares, *like.shape[2:]).sum(2)
+
+    def blocks(self) -> list[Block]:
+        """The launches, without those in which nothing is visible."""
+        bounds = self.mask.bounds
+        found = split(self.launch, self.num_pairs, self.cores)
+        return [b for b in found if bounds is None or not bounds.is_empty(b, self.num_pairs)]
+
+    def bounds(self, block: Block) -> tuple[Tensor, ...]:
+        """What the kernels take as `bounds`: four tensors, or nothing."""
+        bounds = self.mask.bounds
+        return () if bounds is None else bounds.within(block, self.num_pairs)
+
+
+def _dense(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)
 
 
 def has_nki() -> bool:
@@ -148,13 +249,13 @@ def has_nki() -> bool:
     return hasattr(nki, "jit") and not getattr(nki, "__simulated__", False)
 
 
-def _load_kernels(name: str, generation: str | None) -> tuple[Any, Any]:
-    """The modules of the forward and the backward kernel, bound to the device or the simulator."""
+def _load_kernels(name: str, generation: str | None) -> tuple[Any, Any, Any]:
+    """The modules of both kernels and of what they share, bound to the device or the simulator."""
     if name == "simulate":
         from nxd_cp.simulators.nki_api import load
 
         kernels = load("nxd_cp.kernels", generation=generation)
-        return kernels.flash_fwd, kernels.flash_bwd
+        return kernels.flash_fwd, kernels.flash_bwd, kernels.tiles
     if generation is not None:
         raise ValueError(
             f'expected no generation for backend "{name}", got {generation!r}: the device has its '
@@ -166,6 +267,6 @@ def _load_kernels(name: str, generation: str | None) -> tuple[Any, Any]:
             'here (the package of that name on PyPI is a placeholder); use backend="simulate" '
             'or backend="torch"'
         )
-    fwd = importlib.import_module("nxd_cp.kernels.flash_fwd")
-    bwd = importlib.import_module("nxd_cp.kernels.flash_bwd")
-    return fwd, bwd
+    names = ("flash_fwd", "flash_bwd", "tiles")
+    fwd, bwd, tiles = (importlib.import_module(f"nxd_cp.kernels.{name}") for name in names)
+    return fwd, bwd, tiles
