@@ -44,15 +44,15 @@ from .tiles import (
     contract,
     is_gen2,
     lengths_of,
-    load_row_values,
     load_rows,
-    load_units,
     make_identity,
+    make_pieces,
     my_items,
     query_units,
     spans,
     transpose,
     transpose_tiles,
+    transpose_unit,
 )
 
 
@@ -97,21 +97,18 @@ def flash_bwd(
         b, g = items[i]
         keys = load_keys(k_BGKD, v_BGKE, b, g, identity_PP)
         units = query_units(q_BHSD.shape[1], num_groups, g, q_BHSD.shape[2])
-        rows = load_query_side(
-            (do_BHSE, q_BHSD, lse_BHS1, delta_BHS1), carry, b, units, identity_PP
-        )
+        rows = make_query_side(do_BHSE, q_BHSD, units)
         limits = ()
         if len(bounds) > 0:
             limits = (load_bounds(bounds[0], bounds[1], b), make_indices())
+        query_hbm = (do_BHSE, q_BHSD, lse_BHS1, delta_BHS1, carry[0:1], dq_hbm)
         for tile in range(len(keys["wide_tiles"])):
-            dk_psum_JND, dv_psum_JNE = key_tile(rows, keys, limits, tile, options, identity_PP)
+            dk_psum_JND, dv_psum_JNE = key_tile(
+                query_hbm, b, rows, keys, limits, tile, options, identity_PP
+            )
             at = (b, g, keys["wide_tiles"][tile])
             store_key_gradient(dk_hbm, carry[1:2], dk_psum_JND, at, scale)
             store_key_gradient(dv_hbm, carry[2:3], dv_psum_JNE, at, 1.0)
-        for u in range(len(units)):
-            h, start, count = units[u]
-            dst = dq_hbm[b, h, start : start + count, :]
-            nisa.dma_copy(dst=dst, src=rows["dq"][0:count, u, :])  # DMA
     return dq_hbm, dk_hbm, dv_hbm
 
 
@@ -127,62 +124,78 @@ def load_keys(k_BGKD, v_BGKE, b, g, identity_PP):
         "vT": transpose_tiles(load_rows(v_BGKE, b, g), lengths, identity_PP),
         "k": k_JTD,
         "wide_tiles": spans(k_BGKD.shape[2], width),
+        "count": k_BGKD.shape[2],
         "dims": (k_BGKD.shape[3], v_BGKE.shape[3]),
     }
 
 
-def load_query_side(hbm, carry, b, units, identity_PP):
-    """Everything about the queries of one group, resident: rows, transposes, -lse, delta and dq."""
-    do_BHSE, q_BHSD, lse_BHS1, delta_BHS1 = hbm
-    lengths = lengths_of(units)
-    q_MUD = load_units(q_BHSD, b, units, q_BHSD.dtype)
-    do_MUE = load_units(do_BHSE, b, units, q_BHSD.dtype)
-    columns = []
+def make_query_side(do_BHSE, q_BHSD, units):
+    """Room for everything about the queries of one group: rows, transposes, -lse, delta and dq."""
+    head_dim, value_dim, dtype = q_BHSD.shape[3], do_BHSE.shape[3], q_BHSD.dtype
+    num_units = len(units)
     total = 0
-    for u in range(len(lengths)):
-        columns.append((total, total + lengths[u]))
-        total += lengths[u]
+    columns = []
+    for u in range(num_units):
+        columns.append((total, total + units[u][2]))
+        total += units[u][2]
     return {
         "units": units,
         "columns": columns,
-        "q": q_MUD,
-        "do": do_MUE,
-        "qT": transpose_tiles(q_MUD, lengths, identity_PP),
-        "doT": transpose_tiles(do_MUE, lengths, identity_PP),
-        "bias": negated_lse(load_row_values(lse_BHS1, b, units, EMPTY_LSE)),
-        "delta": load_row_values(delta_BHS1, b, units, 0.0),
-        "dq": first_query_gradient(carry, b, units, q_BHSD.shape[3]),
+        "q": nl.ndarray((ROWS, num_units, head_dim), dtype=dtype, buffer=nl.sbuf),
+        "do": nl.ndarray((ROWS, num_units, value_dim), dtype=dtype, buffer=nl.sbuf),
+        "qT": make_pieces(head_dim, total, dtype),
+        "doT": make_pieces(value_dim, total, dtype),
+        "bias": nl.ndarray((ROWS, num_units), dtype=nl.float32, buffer=nl.sbuf),
+        "delta": nl.ndarray((ROWS, num_units), dtype=nl.float32, buffer=nl.sbuf),
+        "dq": nl.ndarray((ROWS, num_units, head_dim), dtype=nl.float32, buffer=nl.sbuf),
     }
 
 
-def negated_lse(lse_MU):
-    """-lse, the bias of exp; where a row saw nothing -1e30, so that its p is 0. VectorE."""
-    empty_MU = nl.ndarray(lse_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
+def load_unit(query_hbm, b, rows, u, identity_PP):
+    """Load one unit; done when the first key tile comes to it, so that work begins at once."""
+    do_BHSE, q_BHSD, lse_BHS1, delta_BHS1, dq_carry, _ = query_hbm
+    h, start, count = rows["units"][u]
+    stop = start + count
+    q_MUD, do_MUE, dq_MUD = rows["q"], rows["do"], rows["dq"]
+    nisa.dma_copy(dst=q_MUD[0:count, u, :], src=q_BHSD[b, h, start:stop, :])  # DMA
+    nisa.dma_copy(dst=do_MUE[0:count, u, :], src=do_BHSE[b, h, start:stop, :])  # DMA
+    transpose_unit(rows["qT"], q_MUD, u, rows["columns"][u], identity_PP)
+    transpose_unit(rows["doT"], do_MUE, u, rows["columns"][u], identity_PP)
+    lse_M1 = nl.ndarray((count, 1), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=lse_M1, src=lse_BHS1[b, h, start:stop, :])  # DMA
+    negate_lse(rows["bias"][0:count, u : u + 1], lse_M1)
+    delta_M1 = rows["delta"][0:count, u : u + 1]
+    nisa.dma_copy(dst=delta_M1, src=delta_BHS1[b, h, start:stop, :])  # DMA
+    if len(dq_carry) > 0:
+        nisa.dma_copy(dst=dq_MUD[0:count, u, :], src=dq_carry[0][b, h, start:stop, :])  # DMA
+    else:
+        nisa.memset(dst=dq_MUD[0:count, u, :], value=0.0)
+
+
+def negate_lse(bias_M1, lse_M1):
+    """-lse, the bias of exp; far below 0 where a row saw nothing, so that its p is 0. VectorE."""
+    empty_M1 = nl.ndarray(lse_M1.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_scalar(
-        dst=empty_MU,
-        data=lse_MU,
+        dst=empty_M1,
+        data=lse_M1,
         op0=nl.less_equal,
         operand0=EMPTY_LSE_LIMIT,
         op1=nl.multiply,
-        operand1=-4.0e30,
+        operand1=4.0 * EMPTY_LSE,
     )
-    bias_MU = nl.ndarray(lse_MU.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.scalar_tensor_tensor(
-        dst=bias_MU, data=lse_MU, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=empty_MU
+        dst=bias_M1, data=lse_M1, op0=nl.multiply, operand0=-1.0, op1=nl.add, operand1=empty_M1
     )
-    return bias_MU
 
 
-def first_query_gradient(carry, b, units, head_dim):
-    """dq of the units in fp32, [128, units, D]: that of earlier blocks, or zero."""
-    if len(carry) > 0:
-        return load_units(carry[0], b, units, nl.float32)
-    dq_MUD = nl.ndarray((ROWS, len(units), head_dim), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=dq_MUD, value=0.0)
-    return dq_MUD
+def store_unit(query_hbm, b, rows, u):
+    """Write dq of one unit, after the last key tile that it sees."""
+    dq_hbm = query_hbm[5]
+    h, start, count = rows["units"][u]
+    nisa.dma_copy(dst=dq_hbm[b, h, start : start + count, :], src=rows["dq"][0:count, u, :])  # DMA
 
 
-def key_tile(rows, keys, limits, tile, options, identity_PP):
+def key_tile(query_hbm, b, rows, keys, limits, tile, options, identity_PP):
     """Pass all units by one key tile: returns dk and dv in PSUM, adds into dq."""
     key_start, length = keys["wide_tiles"][tile]
     head_dim, value_dim = keys["dims"]
@@ -192,12 +205,20 @@ def key_tile(rows, keys, limits, tile, options, identity_PP):
     for u in range(len(rows["units"])):
         _, start, count = rows["units"][u]
         num_keys = reachable(options["mask"], start + count, key_start, length)
+        if tile == 0:
+            load_unit(query_hbm, b, rows, u, identity_PP)
         if num_keys > 0:
             key_span = (key_start, key_start + num_keys)
             p_MN, slope_MN = recompute_p(rows, u, keys, key_span, limits, options)
             ds_MN = score_gradient(rows, u, keys, key_span, p_MN, slope_MN)
             add_key_gradients(dk_psum_JND, dv_psum_JNE, p_MN, ds_MN, rows, u)
             add_query_gradient(rows, u, keys, key_start, ds_MN, options["scale"], identity_PP)
+            next_start = key_start + length
+            if (
+                reachable(options["mask"], start + count, next_start, keys["count"] - next_start)
+                <= 0
+            ):
+                store_unit(query_hbm, b, rows, u)
     return dk_psum_JND, dv_psum_JNE
 
 

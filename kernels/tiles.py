@@ -136,26 +136,35 @@ def store_row_values(hbm_BHS1, b, units, values_MU):
         nisa.dma_copy(dst=dst, src=values_MU[0:rows, u : u + 1])  # DMA
 
 
-def transpose_tiles(rows_PTD, lengths, identity_PP):
-    """[C, sum of lengths] of every 128 of D: the transposed tiles side by side.
-
-    rows_PTD: [128, tiles, D] in SBUF; lengths: rows of each tile.
-    """
+def make_pieces(head_dim, num_columns, dtype):
+    """Room for [head_dim, columns], cut along head_dim into pieces of at most 128 partitions."""
     pieces = []
+    chunks = spans(head_dim, ROWS)
+    for c in range(len(chunks)):
+        pieces.append(nl.ndarray((chunks[c][1], num_columns), dtype=dtype, buffer=nl.sbuf))
+    return pieces
+
+
+def transpose_unit(pieces_CN, rows_PTD, t, columns, identity_PP):
+    """Write tile t of [128, tiles, D] to a range of columns of its transpose, piece by piece."""
+    first, stop = columns
+    chunks = spans(rows_PTD.shape[2], ROWS)
+    for c in range(len(chunks)):
+        start, count = chunks[c]
+        tile_PC = rows_PTD[0 : stop - first, t, start : start + count]
+        transpose(pieces_CN[c][:, first:stop], tile_PC, identity_PP)
+
+
+def transpose_tiles(rows_PTD, lengths, identity_PP):
+    """The transposes of all tiles side by side; lengths: rows of each tile."""
     total = 0
     for t in range(len(lengths)):
         total += lengths[t]
-    chunks = spans(rows_PTD.shape[2], ROWS)
-    for i in range(len(chunks)):
-        first, count = chunks[i]
-        out_CS = nl.ndarray((count, total), dtype=rows_PTD.dtype, buffer=nl.sbuf)
-        column = 0
-        for t in range(len(lengths)):
-            rows = lengths[t]
-            tile_PC = rows_PTD[0:rows, t, first : first + count]
-            transpose(out_CS[:, column : column + rows], tile_PC, identity_PP)
-            column += rows
-        pieces.append(out_CS)
+    pieces = make_pieces(rows_PTD.shape[2], total, rows_PTD.dtype)
+    column = 0
+    for t in range(len(lengths)):
+        transpose_unit(pieces, rows_PTD, t, (column, column + lengths[t]), identity_PP)
+        column += lengths[t]
     return pieces
 
 

@@ -156,14 +156,9 @@ BAD = [
     ({"window": (3, 1)}, r"window: expected \(left, 0\) with causal=True, got \(3, 1\)"),
     ({"window": (-1, 0)}, r"window: expected \(left, right\), each at least 0 or None, got \(-1"),
     ({"window": (4,)}, r"window: expected \(left, right\), each at least 0 or None, got \(4"),
-    ({"window": 4, "backend": "simulate"}, "expected causal or full attention, got window=4"),
     ({"segment_ids": [0, 1]}, "segment_ids: expected an int32 or int64 tensor or None, got list"),
     ({"segment_ids": torch.zeros(1, 8)}, "expected an int32 or int64 tensor or None, got torch.f"),
     ({"segment_ids": torch.zeros(1, 7).long()}, r"segment_ids: expected shape \(1, 8\) on cpu"),
-    (
-        {"segment_ids": torch.zeros(1, 8).long(), "backend": "simulate"},
-        'backend "simulate": expected no documents',
-    ),
     (
         {"segment_ids": torch.zeros(1, 8).long(), "cu_seqlens": torch.tensor([0, 16])},
         "segment_ids and cu_seqlens: expected at most one of them, got both",
@@ -184,7 +179,6 @@ BAD = [
     ({"sinks": torch.zeros(2)}, r"sinks: expected shape \(4,\), one per query head, .*got \(2,\)"),
     ({"softcap": "x"}, "softcap: expected a number or None, got 'x'"),
     ({"softcap": -1.0}, "softcap: expected a positive number .*, got -1.0"),
-    ({"softcap": 30.0, "backend": "simulate"}, 'backend "simulate": expected no softcap'),
     ({"dropout_p": 0.1}, "dropout_p: expected 0.0, got 0.1"),
     ({"backend": "cuda"}, "backend: expected one of"),
 ]
@@ -211,22 +205,22 @@ def test_unsupported_arguments_raise_before_keys_or_values_are_sent(
 
 
 def test_a_compiled_call_asks_the_backend_too() -> None:
-    x = heads(1, 2, 96, 16)
+    x = heads(1, 2, 8, 264)
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(x: Tensor) -> Tensor:
         return ring_attention(x, x, x, backend="simulate")
 
-    with pytest.raises(ValueError, match="multiple of 128 rows, got 96"):
+    with pytest.raises(ValueError, match=r"head dim of at most 256 .*, got 264"):
         compiled(x)
 
 
 def test_the_op_asks_the_backend_before_keys_or_values_are_sent() -> None:
-    x = heads(1, 2, 96, 16)  # a compiled graph begins at the op
+    x = heads(1, 2, 8, 264)  # a compiled graph begins at the op
 
     def work(cp: CPContext) -> int:
         asked = Options(cp.handle, True, None, None, 0.25, None, None, None, "simulate", False)
-        with pytest.raises(ValueError, match="multiple of 128 rows, got 96"):
+        with pytest.raises(ValueError, match=r"head dim of at most 256 .*, got 264"):
             ops.ring_forward(x, x, x, None, None, None, *asked)
         return cp.transport.counters.ring_messages
 

@@ -32,6 +32,11 @@ class Block:
     keys: slice
     mask: str
 
+    @property
+    def corner(self) -> tuple[int, int, int]:
+        """Where its rows begin: blocks with the same corner have the same rows."""
+        return self.groups.start, self.heads.start, self.rows.start
+
 
 def split(launch: Launch, num_groups: int, group_multiple: int = 1) -> list[Block]:
     """Blocks of a rectangle, those of the same rows together and in the order of their keys.

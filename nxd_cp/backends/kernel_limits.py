@@ -16,12 +16,14 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from nxd_cp.validation import MAX_SCALE, MIN_SCALE
+
 ROWS = 128  # partitions: rows of a tile
 WIDTH = 512  # keys of a wide tile
 UNITS = 4  # row tiles of a forward block
 MAX_HEAD_DIM = 256  # two contractions of 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MIN_SCALE, MAX_SCALE = 1e-6, 1e6  # so that no sentinel of the kernels reaches a real score
+
 MAX_SOFTCAP = 1e6
 MAX_INDEX = 2**24  # interval bounds are compared in fp32
 MAX_SCORE_BOUND = 32.0  # so that a sum of exp lies in the documented range of log, 2**-64 to 2**64
@@ -110,7 +112,7 @@ def backward_instructions(launch: Launch) -> int:
     interval = launch.mask == "interval"
     loads = (launch.key_tiles + launch.units) * (2 + 2 * d_parts + 2 * e_parts)
     per_wide = d_parts + e_parts + 4 + (6 if interval else 0) + (4 if launch.softcap else 0)
-    ends = 8 * launch.units + 6 * launch.key_tiles + 16
+    ends = 10 * launch.units + 6 * launch.key_tiles + 16
     return loads + launch.pairs(wide) * per_wide + launch.pairs(ROWS) * 5 + ends
 
 

@@ -1,9 +1,14 @@
 """Masks as the NKI kernels take them: a compile-time word, or bounds that are data.
 
-Does: turn windows into the first and stop key of every query and the first and stop query of every
-key, and cut these to a block. Does not: apply a mask.
+Does: turn windows and documents into the first and stop key of every query and the first and stop
+query of every key, and cut these to a block. Does not: apply a mask.
 
-Letters: P (batch, key/value head) pairs, or 1 where all are equal; S query rows, K keys.
+Letters: B batch; P (batch, key/value head) pairs; S query rows, K keys.
+Note [Documents that come back]
+    The kernels read intervals, and a document is one interval where its tokens follow each other.
+    Ids that come back after another document have several runs. Then every pair of a query run and
+    a key run is a mask of its own, in which each document has one run at most; together they show
+    every visible pair once.
 """
 
 from __future__ import annotations
@@ -14,13 +19,13 @@ import torch
 from torch import Tensor
 
 from nxd_cp.backends.base import BlockMask, Documents
+from nxd_cp.backends.intervals import visible_keys, visible_queries
 from nxd_cp.backends.kernel_blocks import Block
-from nxd_cp.schedule import Bounded
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Visible intervals: keys of every query [P, S] and queries of every key [P, K], fp32."""
+    """Visible intervals: keys of every query [B or 1, S], queries of every key [B or 1, K]."""
 
     first_key: Tensor
     stop_key: Tensor
@@ -28,7 +33,7 @@ class Bounds:
     stop_query: Tensor
 
     def within(self, block: Block, num_pairs: int) -> tuple[Tensor, ...]:
-        """The four bounds in a block's own coordinates, [pairs, length, 1] each."""
+        """The four bounds in a block's own coordinates, fp32 [pairs, length, 1] each."""
         cut = (
             (self.first_key, block.rows, block.keys),
             (self.stop_key, block.rows, block.keys),
@@ -39,6 +44,7 @@ class Bounds:
             _of_pairs(bound, num_pairs)[block.groups, own]
             .sub(other.start)
             .clamp(0, other.stop - other.start)
+            .float()
             .unsqueeze(-1)
             .contiguous()
             for bound, own, other in cut
@@ -60,26 +66,43 @@ class KernelMask:
     bounds: Bounds | None = None
 
 
-def kernel_mask(mask: BlockMask, q: Tensor, k: Tensor) -> KernelMask:
-    """The mask of a rectangle of q [B, H, S, D] and k [B, G, K, D]."""
-    num_rows, num_keys = q.shape[2], k.shape[2]
+def kernel_masks(mask: BlockMask, q: Tensor, k: Tensor) -> list[KernelMask]:
+    """The mask of a rectangle of q [B, H, S, D] and k [B, G, K, D], as disjoint parts."""
     if isinstance(mask, str):
-        return KernelMask(mask)
-    if isinstance(mask, Documents):
-        raise ValueError(
-            'documents: expected a mask without documents for the kernels; use backend="torch"'
+        return [KernelMask(mask)]
+    sizes = q.shape[2], k.shape[2], q.device
+    parts = _one_run_each(mask) if isinstance(mask, Documents) else [mask]
+    return [
+        KernelMask("interval", Bounds(*visible_keys(m, *sizes), *visible_queries(m, *sizes)))
+        for m in parts
+    ]
+
+
+def _one_run_each(mask: Documents) -> list[Documents]:
+    """See Note [Documents that come back]; one part where none does."""
+    q_run, k_run = _run_numbers(mask.q_ids), _run_numbers(mask.k_ids)
+    least = min(int(mask.q_ids.min()), int(mask.k_ids.min()))
+    return [
+        Documents(
+            mask.mask,
+            mask.q_ids.masked_fill(q_run != a, least - 1),
+            mask.k_ids.masked_fill(k_run != b, least - 2),
         )
-    keys = _band(mask, num_rows, num_keys)
-    queries = _band(Bounded(-mask.high, -mask.low), num_keys, num_rows)
-    return KernelMask("interval", Bounds(*keys, *queries))
+        for a in range(int(q_run.max()) + 1)
+        for b in range(int(k_run.max()) + 1)
+    ]
 
 
-def _band(mask: Bounded, num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """First and stop column of every row, [1, rows] fp32; equal where a row sees nothing."""
-    row = torch.arange(num_rows)
-    first = (row + mask.low).clamp(0, num_columns)
-    stop = (row + mask.high + 1).clamp(0, num_columns)
-    return first.float().unsqueeze(0), torch.maximum(first, stop).float().unsqueeze(0)
+def _run_numbers(ids: Tensor) -> Tensor:
+    """[B, S]: how many earlier runs of its own id each token's run has."""
+    starts = torch.ones_like(ids, dtype=torch.bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    numbers = torch.zeros_like(ids)
+    for row, (own, begins) in enumerate(zip(ids, starts, strict=True)):
+        runs = own[begins]
+        earlier = (runs[:, None] == runs[None, :]).tril(-1).sum(1)
+        numbers[row] = earlier[begins.cumsum(0) - 1]
+    return numbers
 
 
 def _of_pairs(bound: Tensor, num_pairs: int) -> Tensor:

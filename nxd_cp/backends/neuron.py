@@ -19,7 +19,7 @@ from torch import Tensor
 from nxd_cp.backends import kernel_limits as limits
 from nxd_cp.backends.base import BlockMask
 from nxd_cp.backends.kernel_blocks import Block, split
-from nxd_cp.backends.kernel_masks import KernelMask, kernel_mask
+from nxd_cp.backends.kernel_masks import Bounds, KernelMask, kernel_masks
 from nxd_cp.schedule import Plan
 
 Pair = tuple[Tensor, Tensor]
@@ -103,10 +103,10 @@ class KernelBackend:
             o = cut.queries(carry[0].float().clone())
             lse = cut.queries(carry[1].float().clamp_min(empty).unsqueeze(-1))
         kernel = self._fwd.flash_fwd if self.cores == 1 else self._fwd.flash_fwd[self.cores]
-        begun = None
-        for block in cut.blocks():
+        begun: set[tuple[int, ...]] = set()
+        for block, bounds in cut.launches():
             at = block.groups, block.heads, block.rows
-            before = (o[at], lse[at]) if carry is not None or begun == at else ()
+            first = carry is None and not begun & {block.corner}
             inputs = (q_P[at], k_P[block.groups, :, block.keys], v_P[block.groups, :, block.keys])
             o[at], lse[at] = kernel(
                 *_dense(inputs),
@@ -114,10 +114,10 @@ class KernelBackend:
                 scale,
                 softcap=softcap or 0.0,
                 shift="row_max" if self.score_bound is None else "none",
-                carry=_dense(before),
-                bounds=cut.bounds(block),
+                carry=() if first else _dense((o[at], lse[at])),
+                bounds=bounds,
             )
-            begun = at
+            begun.add(block.corner)
         o, lse = o.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
         return o, lse.masked_fill(lse <= self._empty_lse_limit, float("-inf"))
 
@@ -149,10 +149,10 @@ class KernelBackend:
             dq, dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (q_P, k_P, v_P))
         else:
             dq, dk, dv = cut.queries(carry[0]).clone(), cut.shared(carry[1]), cut.shared(carry[2])
-        blocks = cut.blocks()
-        adds = carry is not None or len(blocks) > 1
+        launches = cut.launches()
+        adds = carry is not None or len(launches) > 1
         kernel = self._bwd.flash_bwd if self.cores == 1 else self._bwd.flash_bwd[self.cores]
-        for block in blocks:
+        for block, bounds in launches:
             at, keys = (
                 (block.groups, block.heads, block.rows),
                 (block.groups, slice(None), block.keys),
@@ -164,7 +164,7 @@ class KernelBackend:
                 scale,
                 softcap=softcap or 0.0,
                 carry=_dense((dq[at], dk[keys], dv[keys])) if adds else (),
-                bounds=cut.bounds(block)[:2],
+                bounds=bounds[:2],
             )
         return dq.reshape(q.shape), cut.sum_keys(dk, k), cut.sum_keys(dv, v)
 
@@ -176,7 +176,7 @@ class KernelBackend:
         limits.check_score_bound(self.name, self.score_bound, q.dtype)
         num_pairs, heads = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
         shares = limits.shares(self.name, self.cores, num_pairs, heads)
-        return _Cut(q, k, v, kernel_mask(mask, q, k), shares, self.cores, softcap is not None)
+        return _Cut(q, k, v, kernel_masks(mask, q, k), shares, self.cores, softcap is not None)
 
 
 class _Cut:
@@ -190,12 +190,12 @@ class _Cut:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: KernelMask,
+        masks: list[KernelMask],
         shares: int,
         cores: int,
         softcap: bool,
     ) -> None:
-        self.mask, self.shares, self.cores = mask, shares, cores
+        self.masks, self.shares, self.cores = masks, shares, cores
         self.num_pairs = q.shape[0] * k.shape[1] * shares
         self.launch = limits.Launch(
             heads=q.shape[1] // k.shape[1] // shares,
@@ -204,7 +204,7 @@ class _Cut:
             head_dim=q.shape[3],
             value_dim=v.shape[3],
             itemsize=q.element_size(),
-            mask=mask.word,
+            mask=masks[0].word,
             softcap=softcap,
         )
 
@@ -224,15 +224,17 @@ class _Cut:
         """[P, 1, K, ...] back as [B, G, K, ...], summed over the shares of a head."""
         return x.reshape(*like.shape[:2], self.shares, *like.shape[2:]).sum(2)
 
-    def blocks(self) -> list[Block]:
-        """The launches, without those in which nothing is visible."""
-        bounds = self.mask.bounds
-        found = split(self.launch, self.num_pairs, self.cores)
-        return [b for b in found if bounds is None or not bounds.is_empty(b, self.num_pairs)]
+    def launches(self) -> list[tuple[Block, tuple[Tensor, ...]]]:
+        """Blocks and the `bounds` of each, without those in which nothing is visible."""
+        blocks = split(self.launch, self.num_pairs, self.cores)
+        return [
+            (block, self._bounds(mask.bounds, block))
+            for mask in self.masks
+            for block in blocks
+            if mask.bounds is None or not mask.bounds.is_empty(block, self.num_pairs)
+        ]
 
-    def bounds(self, block: Block) -> tuple[Tensor, ...]:
-        """What the kernels take as `bounds`: four tensors, or nothing."""
-        bounds = self.mask.bounds
+    def _bounds(self, bounds: Bounds | None, block: Block) -> tuple[Tensor, ...]:
         return () if bounds is None else bounds.within(block, self.num_pairs)
 
 
