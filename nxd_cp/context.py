@@ -18,10 +18,14 @@ from torch import Tensor
 from nxd_cp.schedule import LAYOUTS
 from nxd_cp.strategies.plan import Strategy
 from nxd_cp.transport import (
+    CollectiveTransport,
     DistributedTransport,
     LocalSession,
     LocalTransport,
+    RingError,
     Transport,
+    XlaTransport,
+    probe,
 )
 from nxd_cp.transport.agreement import check_agreement
 
@@ -79,10 +83,13 @@ class CPContext:
         ring_order: Sequence[int] | None = None,
         strategy: str | Strategy = "ring",
         check_ranks: bool = True,
+        messages: str = "p2p",
     ) -> CPContext:
         """The context of this process in `group`. Every member calls it, with equal arguments, and
         members that make several contexts of one group make them in the same order.
 
+        messages: how hops travel. "p2p" is send and receive; "all_to_all" is for backends without;
+        "probe" tries which of them works on every rank of the job, all of which must call this.
         Raises ValueError for a bad layout or order, and when this process is not in the group.
         """
         import torch.distributed as dist
@@ -92,7 +99,7 @@ class CPContext:
                 f"group: expected a process group that this process is in, got {group!r}; "
                 "pass dist.group.WORLD or the result of dist.new_group"
             )
-        transport = DistributedTransport(group)
+        transport = _transport(group, messages)
         return cls(
             transport,
             layout=layout,
@@ -111,17 +118,28 @@ class CPContext:
         ring_order: Sequence[int] | None = None,
         strategy: str | Strategy = "ring",
         check_ranks: bool = True,
+        messages: str = "p2p",
     ) -> CPContext:
-        """The context of this process along one axis of a device mesh."""
+        """The context of this process along one axis of a device mesh.
+
+        ring_order: default the order of the ranks in the mesh, which need not ascend.
+        """
+        import torch.distributed as dist
+
         names = mesh.mesh_dim_names or ()
         if axis not in names:
             raise ValueError(f"axis: expected one of the mesh's axes {names}, got {axis!r}")
+        group = mesh.get_group(axis)
+        if ring_order is None:
+            ranks = dist.get_process_group_ranks(group)
+            ring_order = [ranks.index(rank) for rank in mesh[axis].mesh.tolist()]
         return cls.from_group(
-            mesh.get_group(axis),
+            group,
             layout=layout,
             ring_order=ring_order,
             strategy=strategy,
             check_ranks=check_ranks,
+            messages=messages,
         )
 
     @classmethod
@@ -146,6 +164,17 @@ class CPContext:
         )
 
     @classmethod
+    def from_xla(
+        cls, groups: Sequence[Sequence[int]], global_rank: int, *, layout: str = "zigzag"
+    ) -> CPContext:
+        """The context of an XLA process (torch-neuronx 2.9). Causal and full rings only; untested
+        on a device.
+
+        groups: the global ranks of every context-parallel group of the world, in ring order.
+        """
+        return cls(XlaTransport(groups, global_rank), layout=layout, check_ranks=False)
+
+    @classmethod
     def local(
         cls,
         size: int,
@@ -160,6 +189,7 @@ class CPContext:
         if size < 1:
             raise ValueError(f"size: expected at least 1 rank, got {size}")
         session = LocalSession(size, timeout_s)
+        session.close()
         contexts = [
             cls(
                 LocalTransport(rank, session),
@@ -203,6 +233,16 @@ class CPContext:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"
 
 
+def _transport(group: ProcessGroup, messages: str) -> Transport:
+    if messages == "probe":
+        messages = probe()
+    if messages == "p2p":
+        return DistributedTransport(group)
+    if messages == "all_to_all":
+        return CollectiveTransport(group)
+    raise ValueError(f"messages: expected p2p, all_to_all or probe, got {messages!r}")
+
+
 class LocalGroup:
     """N contexts in one process; made by `CPContext.local`."""
 
@@ -210,13 +250,25 @@ class LocalGroup:
         self.contexts = contexts
         self.size = len(contexts)
         self._timeout_s = timeout_s
+        self._running = threading.Lock()
 
     def run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
         """Call `fn(ctx)` in one thread per rank; return the results in rank order.
 
         The first error of any rank is raised here; it ends the waits of all others. The group can
-        be used again afterwards.
+        be used again afterwards. Raises RingError when another thread, or `fn` itself, runs it.
         """
+        if not self._running.acquire(blocking=False):
+            raise RingError(
+                "this local group is running already; wait for that run, or make another group "
+                "with CPContext.local"
+            )
+        try:
+            return self._run(fn)
+        finally:
+            self._running.release()
+
+    def _run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
         session = LocalSession(self.size, self._timeout_s)
         num_calls = max(context.transport.num_calls for context in self.contexts)
         for context in self.contexts:
@@ -246,6 +298,7 @@ class LocalGroup:
             thread.start()
         for thread in threads:
             thread.join()
+        session.close()
         if session.failed_rank is not None:
             raise errors[session.failed_rank]
         return [results[rank] for rank in range(self.size)]

@@ -176,6 +176,8 @@ class _Asked:
             self._plan = plan_for(self.context, q.shape[2], k.shape[2], options)
             documents.validate_values(cu_seqlens, self._plan)
             self._work = strategies.plan_for(self.context.strategy, self._plan, q, k)
+            packed = segment_ids is not None or cu_seqlens is not None
+            self.context.transport.validate(self._work.plan, packed=packed)
             self._backend.validate(
                 q,
                 k,
@@ -183,7 +185,7 @@ class _Asked:
                 plan=self._work.plan,
                 rank=self.context.rank,
                 softcap=options.softcap,
-                documents=segment_ids is not None or cu_seqlens is not None,
+                documents=packed,
             )
         except ValueError as error:
             refuse(self.context, str(error), q.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -135,3 +136,33 @@ def test_gloo_collectives_of_unequal_lengths_raise_and_do_not_end_the_process(
 ) -> None:
     for text in ranks.run(gloo_unequal, num_ranks=2):
         assert "shape = (2,) on rank 0, (3,) on rank 1" in text
+
+
+def test_a_local_context_outside_run_says_so_at_once() -> None:
+    group = CPContext.local(2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="used outside `run`"):
+            group.contexts[0].all_gather(torch.ones(1))
+        assert group.run(lambda cp: len(cp.all_gather(torch.ones(1)))) == [2, 2]
+
+
+def test_a_local_group_runs_once_at_a_time_and_says_so() -> None:
+    group = CPContext.local(2)
+
+    def again(cp: CPContext) -> int:
+        if cp.rank == 0:
+            with pytest.raises(RuntimeError, match="this local group is running already"):
+                group.run(lambda cp: 0)
+        return len(cp.all_gather(torch.ones(1)))
+
+    assert group.run(again) == [2, 2]
+    assert group.run(lambda cp: cp.rank) == [0, 1]
+
+
+def test_many_threads_with_groups_of_their_own_do_not_meet() -> None:
+    def one(index: int) -> list[float]:
+        group = CPContext.local(2)
+        return group.run(lambda cp: float(cp.all_reduce(torch.tensor(float(index)))))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(16))) == [[2.0 * index] * 2 for index in range(16)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nxd_cp.schedule import Move
+from nxd_cp.schedule import Move, Plan
 from nxd_cp.transport.call import Call
 from nxd_cp.transport.errors import RingError
 from nxd_cp.transport.parcel import BufferPool, Counters
@@ -22,6 +22,7 @@ class Transport(ABC):
     """One rank's end of a ring. Not shared between ranks; calls are numbered in order."""
 
     verifies_at_once = True  # False where reading a header would stall an accelerator
+    joins_every_hop = False  # True where a hop is a collective, also of ranks without a message
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -39,6 +40,10 @@ class Transport(ABC):
         with self._lock:
             self.num_calls += 1
             return Call(self, kind, self.num_calls)
+
+    def validate(self, plan: Plan, *, packed: bool) -> None:
+        """Raise ValueError for a plan that this transport cannot carry; packed: with documents."""
+        assert plan.size == self.size, f"a plan of {plan.size} ranks in a group of {self.size}"
 
     def next_place(self) -> int:
         """The place of a call that starts its first hop now: 1 for the first."""
@@ -82,7 +87,8 @@ class Transport(ABC):
     def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> Any:
         """Begin to send `out` and to receive into `into`; return what `complete` needs.
 
-        out is None when `move.to` is, into is None when `move.source` is; never both.
+        out is None when `move.to` is, into is None when `move.source` is; both only where
+        `joins_every_hop` is set.
         """
 
     @abstractmethod

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nxd_cp.debugging import debug_enabled
 from nxd_cp.schedule import Move
 from nxd_cp.transport.errors import RingError
 from nxd_cp.transport.parcel import CHANNELS, Parcel
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from nxd_cp.transport.base import Transport
 
 _MAGIC = 0x4E58444350  # "NXDCP"
+_NO_MOVE = Move(None, None, brings=-1)  # of a rank that joins a collective without a message
 _CONTEXT_SHIFT = 32  # the context's number lies above the call's
 
 
@@ -43,6 +45,7 @@ class Hop:
         self._call, self._parcel, self._move, self._into = call, parcel, move, into
         self.sequence = 0
         self.ticket: Any = None
+        self.sent: Tensor | None = None  # in debug mode a copy of what is in flight
 
     def wait(self) -> Tensor:
         """Block until both ends are done; return what is in the receiving parcel now."""
@@ -59,6 +62,7 @@ class Call:
         self._num_started = 0
         self._place = 0  # among the calls of this transport, in the order in which they started
         self._open: list[Hop] = []
+        self._joined: list[Any] = []  # tickets of collectives that carry nothing of ours
         self._parcels: list[Parcel] = []
         self._unverified: list[tuple[Tensor, list[int]]] = []
 
@@ -72,6 +76,8 @@ class Call:
             if self._open:
                 self.transport.fail(f"{self} stopped in mid-ring: {error}")
             return
+        for ticket in self._joined:
+            self.transport.complete(ticket)
         for header, expected in self._unverified:
             self._verify(header.tolist(), expected)
         if self._open:
@@ -100,9 +106,10 @@ class Call:
         """
         into = parcel if into is None else into
         hop, transport = Hop(self, parcel, move, into), self.transport
-        hop.sequence = self.count_hop(parcel.channel)
         if move is None:
+            hop.sequence = self.count_hop(parcel.channel)
             return hop
+        hop.sequence = self._next_hop()
         transport.check_usable()
         leaves = arrives = None
         if move.to is not None:
@@ -111,12 +118,20 @@ class Call:
             transport.counters.size_bytes[parcel.channel] += parcel.size_bytes
         if move.source is not None:
             arrives = into.spare()
+        if debug_enabled() and leaves is not None:
+            hop.sent = leaves.clone()
         self._open.append(hop)
         hop.ticket = transport.post(leaves, arrives, move, parcel.channel)
         return hop
 
     def count_hop(self, channel: str) -> int:
-        """The number of the next hop, also when nothing moves here: it is the same on all ranks."""
+        """The number of the next hop, in which nothing moves here: it is the same on all ranks."""
+        transport = self.transport
+        if transport.joins_every_hop and transport.size > 1:
+            self._joined.append(transport.post(None, None, _NO_MOVE, channel))
+        return self._next_hop()
+
+    def _next_hop(self) -> int:
         self._place = self._place or self.transport.next_place()
         self._num_started += 1
         return self._num_started
@@ -132,6 +147,11 @@ class Call:
                 f"{self}, message {hop.sequence} ({parcel.channel}): {error}"
             ) from error
         self._open.remove(hop)
+        if hop.sent is not None and not torch.equal(hop.sent, parcel.here()):
+            raise self._failed(
+                f"{self}: the buffer of message {hop.sequence} ({parcel.channel} of rank "
+                f"{parcel.owner}) was written while it was in flight; write after hop.wait()"
+            )
         if move.source is None:
             return
         expected = self._header(hop, into, move.source, move.brings)
@@ -141,6 +161,11 @@ class Call:
             self._unverified.append((into.header_received().clone(), expected))
         into.owner = move.brings
         into.swap()
+        if debug_enabled() and into.has_nan():
+            raise self._failed(
+                f"{self}: message {hop.sequence} from rank {move.source} holds NaN "
+                f"({into.channel} of rank {into.owner})"
+            )
 
     def _header(self, hop: Hop, parcel: Parcel, sender: int, owner: int) -> list[int]:
         channel = CHANNELS.index(parcel.channel)

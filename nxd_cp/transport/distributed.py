@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import zlib
 from dataclasses import dataclass
+from typing import NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,7 +28,9 @@ _CONTEXTS_LOCK = threading.Lock()
 
 
 @dataclass
-class _Ticket:
+class Ticket:
+    """A hop that was posted."""
+
     works: list[dist.Work]
     move: Move
     buffers: tuple[Tensor, ...]  # owned until both ends are done
@@ -43,7 +46,7 @@ class DistributedTransport(Transport):
         self._group = group
         self.global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
-    def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> _Ticket:
+    def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> Ticket:
         ends = ((dist.isend, out, move.to), (dist.irecv, into, move.source))
         pair = [
             dist.P2POp(act, x, self.global_ranks[peer], self._group, _tag(channel, x))
@@ -56,9 +59,9 @@ class DistributedTransport(Transport):
             works = dist.batch_isend_irecv(pair)
         except RuntimeError as error:
             self._raise(move, error)
-        return _Ticket(works, move, buffers)
+        return Ticket(works, move, buffers)
 
-    def complete(self, ticket: _Ticket) -> None:
+    def complete(self, ticket: Ticket) -> None:
         for work in ticket.works:
             try:
                 work.wait()
@@ -76,7 +79,7 @@ class DistributedTransport(Transport):
         dist.all_reduce(total, group=self._group)
         return total
 
-    def _raise(self, move: Move, error: RuntimeError) -> None:
+    def _raise(self, move: Move, error: RuntimeError) -> NoReturn:
         raise RingError(
             f"rank {self.rank} lost its neighbours (sends to rank {move.to}, receives from rank "
             f"{move.source}): a rank is gone, late, or in another call: {error}"

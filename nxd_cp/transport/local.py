@@ -41,6 +41,7 @@ class LocalSession:
         self._changed = threading.Condition()
         self._letters: dict[tuple[int, int, int], _Letter] = {}
         self._returned: set[int] = set()
+        self._closed = False
         self.failed_rank: int | None = None
         self._error: BaseException | None = None
 
@@ -56,6 +57,18 @@ class LocalSession:
         with self._changed:
             self._returned.add(rank)
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """No rank runs any more, or yet."""
+        self._closed = True
+
+    def check_open(self, rank: int) -> None:
+        """Raise RingError where nobody can answer, and not after a timeout."""
+        if self._closed:
+            raise RingError(
+                f"rank {rank}: this local context is used outside `run`, where no other rank "
+                "answers; do it, a backward too, in the function given to LocalGroup.run"
+            )
 
     def put(self, source: int, to: int, index: int, letter: _Letter) -> None:
         with self._changed:
@@ -108,6 +121,7 @@ class LocalTransport(Transport):
         self._num_received: defaultdict[int, int] = defaultdict(int)
 
     def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> _Ticket:
+        self._session.check_open(self.rank)
         ticket = _Ticket(move, None, into, index=0)
         if out is not None and move.to is not None:
             ticket.letter = _Letter(out)

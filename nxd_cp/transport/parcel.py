@@ -112,6 +112,14 @@ class Parcel:
             self._here = self._pool.take(self.size_bytes, self._device)
         return self._here
 
+    def here(self) -> Tensor:
+        """The buffer of what is here, header included."""
+        return self._buffer()
+
+    def has_nan(self) -> bool:
+        """Whether what is here holds a NaN; never where it is not floating point."""
+        return self.dtype.is_floating_point and bool(self.payload.isnan().any())
+
     def spare(self) -> Tensor:
         """The buffer that receives."""
         if self._spare is None:
