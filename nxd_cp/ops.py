@@ -21,8 +21,9 @@ from torch import Tensor
 from nxd_cp import documents, ring, strategies
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
+from nxd_cp.debugging import debug_enabled, refuse_nan
 from nxd_cp.options import SCHEMA, Options
-from nxd_cp.schedule import Plan, make_plan
+from nxd_cp.schedule import Plan, make_plan, token_runs
 from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
 from nxd_cp.transport.agreement import announce_refusal, check_agreement
 
@@ -176,6 +177,8 @@ class _Asked:
             self._plan = plan_for(self.context, q.shape[2], k.shape[2], options)
             documents.validate_values(cu_seqlens, self._plan)
             self._work = strategies.plan_for(self.context.strategy, self._plan, q, k)
+            if debug_enabled():
+                self._refuse_nan()
             packed = segment_ids is not None or cu_seqlens is not None
             self.context.transport.validate(self._work.plan, packed=packed)
             self._backend.validate(
@@ -190,6 +193,14 @@ class _Asked:
         except ValueError as error:
             refuse(self.context, str(error), q.device)
             raise
+
+    def _refuse_nan(self) -> None:
+        """Padding may hold anything."""
+        plan, rank = self._plan, self.context.rank
+        runs = token_runs(plan.layout, plan.size, rank, plan.kv_len, plan.num_kv_tokens)
+        keys = slice(0, sum(map(len, runs)))
+        q = self._q[:, :, : plan.local_tokens[rank]]
+        refuse_nan(q=q, k=self._k[:, :, keys], v=self._v[:, :, keys])
 
     def to_run(self, call: Call) -> dict[str, Any]:
         """The keyword arguments of `ring.forward` and `ring.backward`."""
