@@ -17,21 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nxd_cp.nki_common import ISA, LANGUAGE, NDARRAY
+from nxd_cp.nki_constructs import constructs
 
 REMOVED_PARAMETERS = ("mask", "platform_target", "mode")
-REJECTED = {
-    ast.Lambda: "lambda",
-    ast.Yield: "yield",
-    ast.YieldFrom: "yield",
-    ast.Await: "await",
-    ast.AsyncFunctionDef: "async functions",
-    ast.Try: "try",
-    ast.Global: "global",
-    ast.Nonlocal: "nonlocal",
-    ast.While: "while (a device loop in 0.2 to 0.5, deprecated in 0.6)",
-    ast.GeneratorExp: "generator expressions",
-    ast.Starred: "argument unpacking",
-}
 
 
 @dataclass(frozen=True)
@@ -67,19 +55,10 @@ def _visit(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _findings(node: ast.AST) -> Iterator[str]:
-    if type(node) in REJECTED:
-        yield f"{REJECTED[type(node)]}: not in NKI's subset of Python"
-    elif isinstance(node, ast.Compare):
-        if any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
-            yield "`is` and `is not` are rejected since 0.3; write == or !="
-    elif isinstance(node, ast.FunctionDef):
-        yield from _signature(node)
-    elif isinstance(node, ast.ClassDef):
+    yield from (text for _, text in constructs(node))
+    if isinstance(node, ast.ClassDef):
         if [ast.unparse(base) for base in node.bases] not in (["NKIObject"], ["nl.NKIObject"]):
             yield f"class {node.name} must inherit from nl.NKIObject alone"
-    elif isinstance(node, ast.Dict):
-        if any(not (isinstance(k, ast.Constant) and isinstance(k.value, str)) for k in node.keys):
-            yield "dict keys must be strings"
     elif isinstance(node, ast.ImportFrom | ast.Import):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for name in names or [alias.name for alias in node.names]:
@@ -89,14 +68,6 @@ def _findings(node: ast.AST) -> Iterator[str]:
         yield from _call(node)
     elif isinstance(node, ast.Attribute):
         yield from _language_name(node)
-
-
-def _signature(node: ast.FunctionDef) -> Iterator[str]:
-    arguments = node.args
-    if arguments.kwonlyargs or arguments.vararg or arguments.kwarg or arguments.posonlyargs:
-        yield f"{node.name}: `*`, `/`, *args and **kwargs in a signature are rejected since 0.3"
-    if any(isinstance(default, ast.List) for default in arguments.defaults):
-        yield f"{node.name}: list arguments are rejected since 0.3; use a tuple"
 
 
 def _language_name(node: ast.Attribute) -> Iterator[str]:

@@ -1,10 +1,13 @@
 """Conversions are those of ml_dtypes and of the documented rules, for every 8- and 16-bit value."""
 
+import warnings
+
 import ml_dtypes
 import numpy as np
 import pytest
+from nki_sim import load, nisa, nl, run, store
 
-from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning, dtypes
 
 SMALL_FLOATS = [
     dtypes.float16,
@@ -13,6 +16,7 @@ SMALL_FLOATS = [
     dtypes.float8_e4m3fn,
     dtypes.float8_e5m2,
 ]
+EXPONENTS = dtypes.float8_e8m0fnu  # positive powers of two and NaN
 INTEGERS = [dtypes.int8, dtypes.uint8, dtypes.int16, dtypes.uint16, dtypes.int32, dtypes.uint32]
 
 
@@ -54,6 +58,79 @@ def test_rounding_agrees_with_ml_dtypes_at_and_around_every_halfway_point(dtype)
     with np.errstate(all="ignore"):
         expected = values.astype(np.float32).astype(dtype.np_dtype)
     assert _same_bits(_store(values, dtype), expected)
+
+
+def _expected(values, source, target):
+    """The documented conversion: to fp32, then to the target by ml_dtypes or, for integers, to the
+    nearest even integer in range, NaN to 0."""
+    wide = values.astype(np.float32)
+    if target.kind == "f" and target is not dtypes.tfloat32:
+        return wide.astype(target.np_dtype)
+    if target is dtypes.tfloat32:
+        mantissa, exponent = np.frexp(wide.astype(np.float64))
+        kept = np.ldexp(np.rint(np.ldexp(mantissa, 11)), exponent - 11)
+        return np.where(np.isfinite(wide), kept, wide).astype(np.float32)
+    if target.kind == "b":
+        return (wide != 0).astype(np.uint8)
+    info = np.iinfo(target.np_dtype)
+    whole = np.rint(wide.astype(np.float64))
+    whole = np.where(np.isnan(whole), 0, np.clip(whole, info.min, info.max))
+    return whole.astype(target.np_dtype)
+
+
+SMALL = [*SMALL_FLOATS, EXPONENTS, *(d for d in INTEGERS if d.itemsize < 4)]
+
+
+@pytest.mark.parametrize("target", [*dtypes.ALL], ids=str)
+def test_every_8_and_16_bit_value_converts_to_every_type_as_documented(target):
+    for source in SMALL:
+        values = _all_values(source)
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # values beyond float8_e4m3 are the point here
+            expected = _expected(values, source, target)
+            got = np.empty(values.shape, target.np_dtype)
+            dtypes.store_f32(got, dtypes.to_f32(values, source), target)
+        assert _same_bits(got, expected), f"{source} to {target}"
+
+
+@pytest.mark.parametrize("source", [*SMALL_FLOATS, *INTEGERS], ids=str)
+def test_instructions_convert_like_the_tables(source):
+    targets = [d for d in (*SMALL_FLOATS, *INTEGERS, dtypes.float32) if d is not source]
+    values = _all_values(source if source.itemsize < 4 else dtypes.int16)[::17]
+    x = values.astype(source.np_dtype)[: 16 * (len(values) // 16)].reshape(16, -1)
+
+    def kernel(x):
+        found = []
+        for target in targets:
+            for move in (nisa.tensor_copy, nisa.dma_copy):
+                tile = nl.ndarray(x.shape, target)
+                move(tile, load(x))
+                found.append(store(tile))
+            tile = nl.ndarray(x.shape, target)
+            nisa.activation(tile, nl.copy, load(x))
+            found.append(store(tile))
+        return tuple(found)
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = run(kernel, x)
+        for i, target in enumerate(targets):
+            expected = _expected(x, source, target)
+            for got in found[3 * i : 3 * i + 3]:
+                assert _same_bits(got, expected), f"{source} to {target}"
+
+
+def test_a_value_beyond_float8_e4m3_is_reported():
+    def kernel(x):
+        tile = nl.ndarray(x.shape, nl.float8_e4m3)
+        nisa.tensor_copy(tile, load(x))
+        return store(tile)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run(kernel, np.full((2, 2), 247.9, np.float32))[0, 0] == 240
+    with pytest.warns(NkiSimulatorWarning, match=r"rule float8\.range"):
+        assert np.isinf(run(kernel, np.full((2, 2), 248, np.float32)).astype(np.float32)).all()
 
 
 def test_truncation_instead_of_rounding_is_caught():

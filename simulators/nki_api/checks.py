@@ -15,7 +15,7 @@ from .errors import broken, fail
 from .initmap import FRESH, OTHER
 from .memory import HBM, PSUM, SBUF
 from .ops import Op
-from .rules import Rule, documented
+from .rules import Rule, documented, inferred
 from .tensor import NkiTensor
 
 _TILE = documented(
@@ -53,6 +53,12 @@ _OP = documented(
     "operand.op",
     "nki.api.shared, Supported Math Operators",
     "the operator is one that this field of the instruction takes",
+)
+
+_DIVIDE = inferred(
+    "operand.divide",
+    "NKI release notes 0.4.0 (known issues); nki.api.shared, Supported Math Operators",
+    "no engine divides: multiply by the reciprocal",
 )
 
 
@@ -209,6 +215,8 @@ def operator(instr: str, role: str, op: Any, kind: str) -> Op:
     """`op` as an Op that can play `kind` ("binary", "unary", "reduce", "activate")."""
     if type(op) is not Op or getattr(op, kind) is None:
         fail(_OP, instr, f"{role}={op!r} is no {kind} operator", **{role: op})
+    if op.name == "divide":
+        broken(_DIVIDE, instr, f"{role}={op!r}", **{role: op})
     return op
 
 

@@ -17,6 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from .errors import broken
+from .rules import inferred
+
 
 class DType(str):
     """An element type: equal to its name, with `np_dtype`, `itemsize` (bytes) and `kind`."""
@@ -116,7 +119,20 @@ def _float8_codes(dtype: DType) -> Any:
     return upper.view(np.float32).astype(dtype.np_dtype).view(np.uint8)
 
 
+_E4M3_MAX = 240.0  # the largest float8_e4m3
+_RANGE = inferred(
+    "float8.range",
+    "reports by users of trn1 and trn2; ml_dtypes",
+    "values stored as float8_e4m3 are at most 240 in size: beyond, they become infinite",
+)
+
+
 def _store_float8(out: Any, values: Any, dtype: DType) -> None:
+    if dtype is float8_e4m3:
+        size = np.abs(values)
+        largest = np.max(size, where=np.isfinite(size), initial=0.0)
+        if largest >= _E4M3_MAX + 8:  # half a step more, which rounds up
+            broken(_RANGE, "a store of float8_e4m3", f"the value {largest:g}")
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     index = bits >> 16
     index |= (bits & 0xFFFF) != 0

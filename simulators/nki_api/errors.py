@@ -103,6 +103,23 @@ def broken(rule: Rule, instruction: str, detail: str, **operands: Any) -> None:
     warnings.warn_explicit(text, NkiSimulatorWarning, file, line, registry=seen)
 
 
+def report(
+    rule: Rule,
+    instruction: str,
+    detail: str,
+    place: tuple[str, int],
+    registry: dict[Any, Any],
+    strict: bool,
+) -> None:
+    """Warn of a broken inferred rule at (file, line), or raise it if strict."""
+    file, line = place
+    text = f"{instruction}: {detail}\n  rule {rule.id} ({rule.tier}; {rule.source}): {rule.text}"
+    text += f"\n  at {file}:{line}: {linecache.getline(file, line).strip()}"
+    if strict:
+        raise NkiValidationError(text)
+    warnings.warn_explicit(text, NkiSimulatorWarning, file, line, registry=registry)
+
+
 def fail(rule: Rule, instruction: str, detail: str, **operands: Any) -> NoReturn:
     """Raise whatever the tier: for breaches after which nothing sensible can be computed."""
     raise NkiValidationError(message(rule, instruction, detail, operands))

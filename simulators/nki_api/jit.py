@@ -15,8 +15,9 @@ from contextvars import ContextVar
 from typing import Any
 
 from . import chips
+from .front_end import check_kernel, check_nested
 from .ranks.launch import Arguments, launch
-from .runtime import current_or_none
+from .runtime import current_or_none, parameters_in_force
 
 BOUND_GENERATION: ContextVar[str | None] = ContextVar("nki_simulator_generation", default=None)
 
@@ -39,8 +40,11 @@ class Kernel:
         return Kernel(self.function, self.generation, int(degree))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        strict = parameters_in_force().strict
         if current_or_none() is not None:
+            check_nested(self.function, strict)
             return self.function(*args, **kwargs)
+        check_kernel(self.function, args, kwargs, strict)
         generation = chips.generation_name(self.generation)
         return launch(self.function, generation, [Arguments(args, kwargs)], self.lnc)[0]
 

@@ -141,8 +141,8 @@ OPS: dict[str, Op] = {
         Op("max", binary=np.maximum, reduce=np.maximum),
         Op("min", binary=np.minimum, reduce=np.minimum),
         Op("divide", binary=np.divide),
-        Op("fmod", binary=np.fmod),
-        Op("mod", binary=np.mod),
+        Op("fmod"),  # in no engine: nki.language.fmod says so
+        Op("mod"),
         Op("power", binary=np.power),
         Op("abs_max", binary=_of_abs(np.maximum)),
         Op("abs_min", binary=_of_abs(np.minimum)),

@@ -22,8 +22,7 @@ TILE = documented(
 KNOWN_ISSUE = inferred(
     "language.known_issue",
     "NKI release notes 0.4.0 (known issues)",
-    "operands of two-operand functions have one shape, power takes two tiles, and divide is "
-    "written as a product with the reciprocal",
+    "operands of two-operand functions have one shape, and power takes two tiles",
 )
 NOT_ON_DEVICE = documented(
     "language.not_on_device",

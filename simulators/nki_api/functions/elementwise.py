@@ -43,7 +43,7 @@ def apply(op: Op, *args: Any, **kwargs: Any) -> NkiTensor:
         return reduce(op, *args, **kwargs)
     if op.name == "copy":
         return copy(*args, **kwargs)
-    if op.binary is not None:
+    if op.binary is not None or op.name in ("fmod", "mod"):
         return binary(op, *args, **kwargs)
     return unary(op, *args, **kwargs)
 
@@ -66,7 +66,7 @@ def binary(op: Op, x: Any, y: Any, dtype: Any = None) -> NkiTensor:
     if op.name in ("fmod", "mod"):
         fail(NOT_ON_DEVICE, name, "no such instruction", x=x, y=y)
     tiles = [value for value in (x, y) if isinstance(value, NkiTensor)]
-    if op.name == "divide" or (op.name == "power" and len(tiles) < 2):
+    if op.name == "power" and len(tiles) < 2:
         broken(KNOWN_ISSUE, name, "not supported on the device", x=x, y=y)
     if len(tiles) < 2:
         data = tiles[0] if tiles else x

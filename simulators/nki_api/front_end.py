@@ -1,0 +1,94 @@
+"""What a compiler would say about a kernel's Python before anything runs.
+
+The simulator runs any Python; the compilers of NKI 0.3 to 0.6 take a subset. Each kernel function
+is read once, and a construct outside the subset is a warning at its own line (strict: an error):
+AWS's own kernels use `is`, so the documents disagree. Does not read functions that it calls.
+
+Source: nxd_cp/nki_constructs.py; NKI migration guide; NKI language guide.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+from nxd_cp.nki_constructs import constructs
+
+from .errors import report
+from .rules import inferred
+
+_GUIDE = "NKI migration guide, Language restrictions; nki-library@d2ad3a5 uses it"
+_RULES = {
+    "is": inferred("front_end.is", _GUIDE, "kernels compare with == and !=, not with `is`"),
+    "signature": inferred(
+        "front_end.signature",
+        "NKI migration guide, Language restrictions",
+        "a kernel's signature has plain parameters only, without list defaults",
+    ),
+    "dict_keys": inferred(
+        "front_end.dict_keys", "NKI language guide, NKI Values", "keys of dicts are strings"
+    ),
+    "python": inferred(
+        "front_end.python",
+        "NKI language guide; NKI 0.7 takes more",
+        "a kernel stays in NKI's subset of Python",
+    ),
+}
+_LIST = inferred(
+    "front_end.list_argument",
+    "NKI migration guide, Language restrictions",
+    "kernel arguments are tuples, not lists",
+)
+_NESTED = inferred(
+    "front_end.nested_kernel",
+    "NKI migration guide, Remove nki.jit decorator on sub-kernels; nki-library@d2ad3a5 has them",
+    "a kernel that another kernel calls is a plain function",
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _findings(code: CodeType) -> tuple[tuple[str, str, int], ...]:
+    """(kind, sentence, line) in the source of a function; nothing where it cannot be read."""
+    try:
+        lines, first = inspect.getsourcelines(code)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, TypeError, SyntaxError):
+        return ()
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef):
+        return ()  # a lambda or an expression: the statement around it is not the kernel
+    found = [(*item, function.lineno) for item in constructs(function)]
+    for statement in function.body:
+        for node in ast.walk(statement):
+            found += [(*item, getattr(node, "lineno", 1)) for item in constructs(node)]
+    return tuple((kind, text, first + line - 1) for kind, text, line in found)
+
+
+def check_kernel(function: Callable[..., Any], args: Any, kwargs: Any, strict: bool) -> None:
+    """Warn of (strict: reject) what a compiler rejects in this function or call."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return
+    registry = function.__globals__.setdefault("__warningregistry__", {})
+    name = f"nki.jit {function.__name__}"
+    for kind, text, line in _findings(code):
+        report(_RULES[kind], name, text, (code.co_filename, line), registry, strict)
+    if any(isinstance(value, list) for value in (*args, *kwargs.values())):
+        place = (code.co_filename, code.co_firstlineno)
+        report(_LIST, name, "a list as an argument", place, registry, strict)
+
+
+def check_nested(function: Callable[..., Any], strict: bool) -> None:
+    """Warn of a decorated kernel that is called inside another kernel."""
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        registry = function.__globals__.setdefault("__warningregistry__", {})
+        place = (code.co_filename, code.co_firstlineno)
+        report(
+            _NESTED, f"nki.jit {function.__name__}", "called by a kernel", place, registry, strict
+        )

@@ -1,0 +1,103 @@
+"""What compilers reject in a kernel's Python: warnings at the line, errors when strict."""
+
+import warnings
+
+import numpy as np
+import pytest
+from nki_sim import load, nisa, nl, normal, store
+
+from nxd_cp.simulators.nki_api import (
+    Kernel,
+    NkiSimulatorWarning,
+    NkiValidationError,
+    SimParams,
+    parameters,
+)
+
+X = normal(8, 4)
+
+
+def plain(x, scale=2.0, sizes=(1, 2)):
+    tile = load(x)
+    nisa.tensor_scalar(tile, tile, nl.multiply, scale)
+    return store(tile)
+
+
+def identity(x, scale=None):
+    if scale is None:  # bad
+        scale = 2.0
+    return plain(x, scale)
+
+
+def keywords(x, *, scale=2.0):  # bad
+    return plain(x, scale)
+
+
+def lists(x, sizes=[1, 2]):  # noqa: B006  bad
+    return plain(x)
+
+
+def keys(x):
+    names = {1: x}  # bad
+    return plain(names[1])
+
+
+def attempts(x):
+    try:  # bad
+        return plain(x)
+    finally:
+        pass
+
+
+def generates(x):
+    return [plain(t) for t in tuple(t for t in (x,))][0]  # noqa: RUF015  bad
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rule"),
+    [
+        (identity, "front_end.is"),
+        (keywords, "front_end.signature"),
+        (lists, "front_end.signature"),
+        (keys, "front_end.dict_keys"),
+        (attempts, "front_end.python"),
+        (generates, "front_end.python"),
+    ],
+)
+def test_constructs_outside_the_subset_are_reported_at_their_line(kernel, rule):
+    with pytest.warns(NkiSimulatorWarning) as caught:
+        found = Kernel(kernel, "gen3")(X)
+    np.testing.assert_array_equal(found, 2 * X)
+    (text,) = {str(w.message) for w in caught}
+    assert f"rule {rule} " in text
+    assert "bad" in text.splitlines()[-1]
+    assert caught[0].filename == __file__
+    with parameters(SimParams(strict=True)), pytest.raises(NkiValidationError, match=rule):
+        Kernel(kernel, "gen3")(X)
+
+
+def test_a_kernel_inside_the_subset_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Kernel(plain, "gen3")(X, 2.0, sizes=(3, 4))
+
+
+def test_a_list_as_an_argument_is_reported():
+    with pytest.warns(NkiSimulatorWarning, match=r"rule front_end\.list_argument"):
+        Kernel(plain, "gen3")(X, sizes=[3, 4])
+
+
+def test_a_decorated_kernel_inside_a_kernel_is_reported():
+    inner = Kernel(plain, "gen3")
+
+    def outer(x):
+        return inner(x)
+
+    with pytest.warns(NkiSimulatorWarning, match=r"rule front_end\.nested_kernel"):
+        np.testing.assert_array_equal(Kernel(outer, "gen3")(X), 2 * X)
+
+
+def test_a_function_without_source_runs():
+    scope = {"load": load, "store": store}
+    exec("def kernel(x):\n    return store(load(x)) if x is not None else None", scope)
+    np.testing.assert_array_equal(Kernel(scope["kernel"], "gen3")(X), X)
