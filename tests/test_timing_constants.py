@@ -22,6 +22,7 @@ FASTER_WHEN_LARGER = {
     "dma_packet_bytes",
     "dma_transpose_share",
     "dma_compute_share",
+    "collective_rate",
 }
 
 

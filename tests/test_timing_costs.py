@@ -74,7 +74,11 @@ def test_mamba_is_bound_by_vector_and_near_its_published_time_on_trn1():
     assert times.expected_ns == pytest.approx(172_930, rel=0.25)
 
 
-PRIMITIVES = [row for row in rows() if not isinstance(predict(row), str)]
+PRIMITIVES = [
+    row
+    for row in rows()
+    if row.group in ("A6", "A7", "B0", "K2") and not isinstance(predict(row), str)
+]
 
 
 @pytest.mark.parametrize("row", PRIMITIVES, ids=lambda row: f"{row.group} {row.name}"[:70])

@@ -155,7 +155,7 @@ def _clone(tmp_path, kernel, text):
 def test_a_kernel_in_a_clone_is_run_and_takes_the_time_of_its_stream(tmp_path):
     kernel = matmul_kernel("tiled", 128, 128, 512, "bfloat16")
     _clone(tmp_path, kernel, KERNEL)
-    (log,) = run(kernel, tmp_path, "gen3")
+    log = run(kernel, tmp_path, "gen3")
     alone = estimate(matmul("tiled", 128, 128, 512), "gen3")
     assert estimate(log, "gen3").expected_ns == alone.expected_ns
 
@@ -171,7 +171,7 @@ def test_a_kernel_in_a_package_takes_named_arrays_and_options(tmp_path):
         options=(("times", 3),),
     )
     _clone(tmp_path, kernel, PACKAGED)
-    (log,) = run(kernel, tmp_path, "gen2")
+    log = run(kernel, tmp_path, "gen2")
     assert log.counts() == {"dma_copy": 3, "tensor_tensor": 3}
 
 

@@ -10,7 +10,7 @@ Every number is an estimate from public documents and measurements; docs/timing.
 """
 
 from .constants import Constant, Constants, constants_for
-from .estimate import Estimate, estimate
+from .estimate import Estimate, estimate, estimate_cores
 from .machine import Timeline, replay
 from .program import Options, Program
 
@@ -23,5 +23,6 @@ __all__ = [
     "Timeline",
     "constants_for",
     "estimate",
+    "estimate_cores",
     "replay",
 ]

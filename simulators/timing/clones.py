@@ -60,8 +60,8 @@ class Kernel:
         return "/".join([*self.package.split("."), *self.module.split(".")]).strip("/") + ".py"
 
 
-def run(kernel: Kernel, clones: Path, generation: str) -> tuple[Log, ...]:
-    """A log per core; NotRun with the reason when a kernel is not there or does not run."""
+def run(kernel: Kernel, clones: Path, generation: str) -> Log:
+    """Core 0's log; NotRun with the reason when a kernel is not there or does not run."""
     inputs = [_zeros(array) for array in kernel.arrays]
     named = {name: _zeros(array) for name, array in kernel.named}
     with _importable(_folder(kernel, clones)):
@@ -77,7 +77,7 @@ def run(kernel: Kernel, clones: Path, generation: str) -> tuple[Log, ...]:
                 launched(*inputs, **named, **dict(kernel.options))
         except (NkiUnsupportedError, NkiValidationError, ImportError) as error:
             raise NotRun(str(error).splitlines()[0][:80]) from error
-    return tuple(log.cores.values())
+    return log
 
 
 def _folder(kernel: Kernel, clones: Path) -> Path:

@@ -96,6 +96,11 @@ class Constants:
     dma_transpose_share: Constant
     dma_compute_share: Constant
 
+    collective_start: Constant
+    collective_hop: Constant
+    collective_rate: Constant
+    core_barrier: Constant
+
     kernel_start: Constant
     kernel_end: Constant
     loop_iteration: Constant

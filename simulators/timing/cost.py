@@ -72,6 +72,7 @@ _GPSIMD = {
     "nc_n_gather": 1.0,
     "sequence_bounds": 1.0,
     "nonzero_with_count": 1.0,
+    "sendrecv": 1.0,
 }
 _FAST_COPIES = frozenset(("tensor_copy", "tensor_scalar", "memset"))
 
@@ -111,6 +112,12 @@ def instruction_cost(
     c: Values,
 ) -> Cost:
     """The Cost of one instruction on a compute engine; ValueError for an opcode without a rule."""
+    if opcode == "core_barrier":
+        parts = (("core_barrier", c.core_barrier),)
+        return Cost(parts, parts)
+    if engine == "all":  # a register of the sequencer: the rank's number
+        parts = (("semaphore", c.semaphore),)
+        return Cost(parts, parts)
     if engine == "tensor":
         return _tensor(opcode, bits, elements, dst, sources, c)
     if engine == "scalar":

@@ -38,11 +38,14 @@ def critical_path(line: Timeline) -> list[Piece]:
     while record >= 0:
         begin = line.start[record]
         waited, on = line.wait_kind[record], line.wait_on[record]
+        pieces.append(Piece(record, begin, until, kind))
+        if waited == "meeting":  # the other cores; then on with what this one had waited for
+            alone, waited, on = line.meetings[record]
+            pieces.append(Piece(-1, alone, begin, "meeting"))
+            begin = alone
         if on < 0:
-            pieces.append(Piece(record, begin, until, kind))
             pieces.append(Piece(-1, 0.0, begin, "start"))
             break
-        pieces.append(Piece(record, begin, until, kind))
         record, until, kind = on, begin, waited
     return [piece for piece in reversed(pieces) if piece.end_ns > piece.begin_ns]
 
@@ -70,7 +73,8 @@ def guess_share(line: Timeline) -> float:
 def _parts(line: Timeline, piece: Piece) -> Parts:
     """What one piece of the path is made of; scaled to its length by the caller."""
     if piece.record < 0:
-        return ((f"kernel_{piece.kind}", piece.end_ns - piece.begin_ns),)
+        name = "collective_start" if piece.kind == "meeting" else f"kernel_{piece.kind}"
+        return ((name, piece.end_ns - piece.begin_ns),)
     cost = line.program.costs[piece.record]
     if isinstance(cost, Transfer):
         if piece.kind in HELD:
@@ -85,14 +89,15 @@ def _parts(line: Timeline, piece: Piece) -> Parts:
 
 def time_by_line(line: Timeline) -> list[tuple[str, int, float]]:
     """(file, line, ns of the critical path), longest first."""
-    totals: dict[int, float] = defaultdict(float)
+    totals: dict[tuple[str, int], float] = defaultdict(float)
     for piece in critical_path(line):
-        key = -1 if piece.record < 0 else line.program.lines[piece.record]
+        if piece.record >= 0:
+            key = line.program.log.lines[line.program.lines[piece.record]]
+        else:
+            waiting = piece.kind == "meeting"
+            key = ("waiting for other cores" if waiting else "kernel start and end", 0)
         totals[key] += piece.end_ns - piece.begin_ns
-    named = []
-    for key, ns in totals.items():
-        file, number = ("kernel start and end", 0) if key < 0 else line.program.log.lines[key]
-        named.append((file, number, ns))
+    named = [(file, number, ns) for (file, number), ns in totals.items()]
     return sorted(named, key=lambda item: (-item[2], item[0], item[1]))
 
 

@@ -78,7 +78,7 @@ def transfer(
     c: Values,
 ) -> Transfer:
     """The Transfer of one DMA instruction; ValueError for an opcode without a rule."""
-    if opcode not in ("dma_copy", "dma_transpose", "dma_compute"):
+    if opcode not in ("dma_copy", "dma_transpose", "dma_compute", "sendrecv"):
         raise ValueError(f"no cost rule for {opcode} on a DMA queue")
     src = max(sources, key=lambda a: a.size_bytes) if sources else dst
     size = max(dst.size_bytes, src.size_bytes)

@@ -16,7 +16,7 @@ from nxd_cp.simulators.nki_api.log import Log
 from .constants import constants_for
 from .critical import guess_share, time_by_tag
 from .dma import NUM_GROUPS, Transfer
-from .machine import Timeline, replay
+from .machine import Timeline, replay, replay_together
 from .program import Options, Program
 
 
@@ -53,9 +53,34 @@ class Estimate:
         return self.tensor_flops / (peak * self.expected_ns)
 
 
+def estimate_cores(
+    log: Log, generation: str, options: Options | None = None
+) -> dict[tuple[int, int], Estimate]:
+    """Time all ranks and cores of a run; they wait for each other in collectives and barriers.
+
+    log: of any core; (rank, core) name them, as in `log.cores`. Raises as `estimate`.
+    """
+    options = options or Options()
+    table = constants_for(generation)
+    name = table.generation
+    slow = replace(options, order="program", granularity="tensor")
+    logs = log.cores
+
+    def together(level: str, how: Options) -> list[Timeline]:
+        values = table.at(level)
+        return replay_together([Program(one, name, values, how) for one in logs.values()])
+
+    expected, pessimistic = together("expected", options), together("high", slow)
+    return {
+        place: _estimate(one, name, options, line, late.total_ns)
+        for (place, one), line, late in zip(logs.items(), expected, pessimistic, strict=True)
+    }
+
+
 def estimate(log: Log, generation: str, options: Options | None = None) -> Estimate:
     """Time a log on "gen2", "gen3" or "gen4"; ValueError for an unknown generation or opcode.
 
+    One core, alone: a log that meets other cores raises ValueError; see `estimate_cores`.
     `options` apply to the expected time; the pessimistic one keeps only the choice of DMA queues.
     """
     options = options or Options()
@@ -64,6 +89,12 @@ def estimate(log: Log, generation: str, options: Options | None = None) -> Estim
     timeline = replay(Program(log, name, table.at("expected"), options))
     slow = replace(options, order="program", granularity="tensor")
     pessimistic = replay(Program(log, name, table.at("high"), slow)).total_ns
+    return _estimate(log, name, options, timeline, pessimistic)
+
+
+def _estimate(
+    log: Log, name: str, options: Options, timeline: Timeline, pessimistic: float
+) -> Estimate:
     resource, bound = lower_bound(log, name, options)
     expected = timeline.total_ns
     return Estimate(

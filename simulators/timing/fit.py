@@ -133,7 +133,7 @@ def transpose_fit(clones: Path) -> Fit:
     for row in found:
         kernel = getattr(source(row), "kernel", None)
         assert kernel is not None, f"no kernel behind {row.name}"
-        (log,) = run(kernel, clones, row.generation)
+        log = run(kernel, clones, row.generation)
         shares.append(_share(log, row.value * NS_PER[row.unit]))
     listed = ", ".join(f"{share:.3f}" for share in shares)
     return Fit(

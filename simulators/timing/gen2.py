@@ -60,6 +60,12 @@ CONSTANTS = Constants(
     dma_done=Constant(180.0, 310.0, 370.0, "ns", "guess", "gen3's"),
     dma_transpose_share=same(0.5, "share of rate", "guess", "gen3's bound"),
     dma_compute_share=same(0.5, "share of rate", "documented", "ARCH gen4, DMA accumulate before"),
+    collective_start=Constant(500.0, 4000.0, 50000.0, "ns", "guess", "nccom-test.rst, examples"),
+    collective_hop=Constant(
+        1000.0, 1500.0, 2000.0, "ns", "documented", "intranode-collective-comm.rst: 1-2 us"
+    ),
+    collective_rate=Constant(96.0, 37.5, 24.0, "B/ns", "guess", "nccom-test.rst, permute; links"),
+    core_barrier=same(0.0, "ns", "documented", "no pairs of cores on gen2"),
     kernel_start=Constant(5500.0, 6500.0, 8000.0, "ns", "guess", "gen3's"),
     kernel_end=Constant(1800.0, 2100.0, 2500.0, "ns", "guess", "gen3's"),
     loop_iteration=Constant(

@@ -70,6 +70,14 @@ CONSTANTS = Constants(
         0.5, 0.46, 0.37, "share of rate", "derived", "fit: three attention_cte rows; ARCH: <= 0.5"
     ),
     dma_compute_share=same(0.5, "share of rate", "documented", "ARCH gen4, DMA accumulate before"),
+    # Between cores. nccom-test.rst: 8 KiB to 8 ranks in 10 us, 64 KiB to 32 in 8 us, older ones in
+    # 58 to 150 us; 32 MiB permuted by 8 ranks in 894 us. Its instances are not named.
+    collective_start=Constant(500.0, 4000.0, 50000.0, "ns", "guess", "nccom-test.rst, examples"),
+    collective_hop=Constant(
+        1000.0, 1500.0, 2000.0, "ns", "documented", "intranode-collective-comm.rst: 1-2 us"
+    ),
+    collective_rate=Constant(64.0, 37.5, 16.0, "B/ns", "guess", "nccom-test.rst, permute; links"),
+    core_barrier=Constant(100.0, 500.0, 2000.0, "ns", "guess", "two semaphores and a poll"),
     kernel_start=Constant(5500.0, 6500.0, 8000.0, "ns", "derived", "PROF start less host latency"),
     kernel_end=Constant(1800.0, 2100.0, 2500.0, "ns", "measured", "PROF: last DMA to end"),
     loop_iteration=Constant(1000.0, 1400.0, 2000.0, "ns", "guess", "as measured on gen2"),

@@ -13,6 +13,8 @@ clock, halved while it is cold (gen3, gen4).
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .cost import Cost
@@ -26,9 +28,11 @@ class Timeline:
 
     start: the engine takes the instruction. free: the engine or queue may take the next one.
     end: the result may be used (a DMA: data landed). wait_kind and wait_on: what `start` waited
-    for; kinds are start, engine, data, war, waw, bank, space, window, loop, port, generator.
+    for; kinds are start, engine, data, war, waw, bank, space, window, loop, port, generator,
+    meeting (the other cores of a collective or barrier; no record of this core).
     transfer: (first byte, last byte) of DMAs. cold: matmuls at half clock. table_load: ns of
-    exposed function table loads of ScalarE.
+    exposed function table loads of ScalarE. meetings: records that waited for other cores, with the
+    moment from which they did, and the kind and record that they had waited for until then.
     """
 
     program: Program
@@ -41,6 +45,7 @@ class Timeline:
     transfer: dict[int, tuple[float, float]] = field(default_factory=dict)
     cold: set[int] = field(default_factory=set)
     table_load: dict[int, float] = field(default_factory=dict)
+    meetings: dict[int, tuple[float, str, int]] = field(default_factory=dict)
     total_ns: float = 0.0
     resource_busy: dict[str, float] = field(default_factory=dict)
 
@@ -92,31 +97,57 @@ class _Machine:
         self.core = 0.0
         self.busy: dict[str, float] = {}
         self.gen2 = program.generation == "gen2"
+        self.followers, self.missing = self._graph()
+        begin = program.values.kernel_start
+        self.line.ready = [begin] * n
+        self.heap = [(begin, i) for i, m in enumerate(self.missing) if m == 0]
+        heapq.heapify(self.heap)
+        self.met: set[int] = set()
+        self.done = 0
 
-    def run(self) -> Timeline:
-        """Replay everything in the order in which it becomes ready."""
+    @property
+    def next_at(self) -> float:
+        """When the next record is ready; infinity when none is."""
+        return self.heap[0][0] if self.heap else math.inf
+
+    def step(self) -> int | None:
+        """Take the record that is ready first; its number if it has to meet other cores first."""
+        ready, record = heapq.heappop(self.heap)
+        queue = self.program.queues[record]
+        free = self.queue_free.get(queue, 0.0)
+        if free > ready:
+            self._because(record, free, "engine", self.queue_last[queue])
+            heapq.heappush(self.heap, (free, record))
+            return None
+        if record in self.program.meetings and record not in self.met:
+            return record
+        self._commit(record, ready, queue)
+        self.done += 1
+        for follower, kind in self.followers[record]:
+            self._because(follower, self._until(record, kind), kind, record)
+            self.missing[follower] -= 1
+            if self.missing[follower] == 0:
+                heapq.heappush(self.heap, (self.line.ready[follower], follower))
+        return None
+
+    def meet(self, record: int, moment: float) -> None:
+        """All members of the record's meeting are there at `moment`."""
+        line = self.line
+        self.met.add(record)
+        if moment > line.ready[record]:
+            line.meetings[record] = (
+                line.ready[record],
+                line.wait_kind[record],
+                line.wait_on[record],
+            )
+        self._because(record, moment, "meeting", -1)
+        heapq.heappush(self.heap, (moment, record))
+
+    def finish(self) -> Timeline:
+        """The timeline, once every record is placed."""
         program, line = self.program, self.line
-        followers, missing = self._graph()
-        line.ready = [program.values.kernel_start] * len(program)
-        heap = [(program.values.kernel_start, i) for i, m in enumerate(missing) if m == 0]
-        heapq.heapify(heap)
-        done = 0
-        while heap:
-            ready, record = heapq.heappop(heap)
-            queue = program.queues[record]
-            free = self.queue_free.get(queue, 0.0)
-            if free > ready:
-                self._because(record, free, "engine", self.queue_last[queue])
-                heapq.heappush(heap, (free, record))
-                continue
-            self._commit(record, ready, queue)
-            done += 1
-            for follower, kind in followers[record]:
-                self._because(follower, self._until(record, kind), kind, record)
-                missing[follower] -= 1
-                if missing[follower] == 0:
-                    heapq.heappush(heap, (line.ready[follower], follower))
-        assert done == len(program), f"{len(program) - done} records wait for each other"
+        left = len(program) - self.done
+        assert left == 0, f"{left} records wait for each other"
         last = max((max(e, f) for e, f in zip(line.end, line.free, strict=True)), default=0.0)
         line.total_ns = last + program.values.kernel_end
         line.resource_busy = dict(sorted(self.busy.items()))
@@ -132,6 +163,7 @@ class _Machine:
             missing[after] += 1
 
         recent: dict[str, list[int]] = {}
+        meeting: dict[str, int] = {}  # the last one of each queue: nothing overtakes it
         barrier = -1
         since: list[int] = []
         depth = 1 if program.options.order == "program" else program.options.window
@@ -146,10 +178,19 @@ class _Machine:
             if barrier >= 0:
                 edge(barrier, record, "loop")
             since.append(record)
-            mine = recent.setdefault(program.queues[record], [])
-            if len(mine) >= depth:
+            queue = program.queues[record]
+            mine = recent.setdefault(queue, [])
+            if queue in meeting:
+                edge(meeting[queue], record, "engine")
+            if record in program.meetings:
+                for before in mine:
+                    edge(before, record, "engine")
+                meeting[queue], mine[:] = record, []
+            elif len(mine) >= depth:
                 edge(mine[-depth], record, "engine" if depth == 1 else "window")
-            mine.append(record)
+                mine.append(record)
+            else:
+                mine.append(record)
         return followers, missing
 
     def _because(self, record: int, moment: float, kind: str, on: int) -> None:
@@ -268,5 +309,38 @@ class _Machine:
 
 
 def replay(program: Program) -> Timeline:
-    """The timeline of a program."""
-    return _Machine(program).run()
+    """The timeline of a program that runs on one core, alone."""
+    return replay_together([program])[0]
+
+
+def replay_together(programs: Sequence[Program]) -> list[Timeline]:
+    """The timelines of programs on as many cores, all started at once; they meet where logs say.
+
+    Whatever is ready first on any core is placed first, so shared resources stay in order. Raises
+    ValueError when a program meets a core whose log is not among them.
+    """
+    machines = [_Machine(program) for program in programs]
+    waiting: dict[int, list[tuple[_Machine, int]]] = {}
+    while True:
+        machine = min(machines, key=lambda m: m.next_at)
+        now = machine.next_at
+        if now == math.inf:
+            break
+        record = machine.step()
+        if record is None:
+            continue
+        exchange = machine.program.meetings[record]
+        there = waiting.setdefault(exchange.meeting, [])
+        there.append((machine, record))
+        if len(there) == len(exchange.members):
+            for member, its_record in waiting.pop(exchange.meeting):
+                member.meet(its_record, now)
+    for machine in machines:
+        for record in machine.program.meetings:
+            if record not in machine.met:
+                members = machine.program.meetings[record].members
+                raise ValueError(
+                    f"programs: expected those of all {len(members)} members of a meeting, "
+                    f"got {len(machines)}; pass the logs of all cores"
+                )
+    return [machine.finish() for machine in machines]

@@ -11,9 +11,10 @@ from functools import cached_property
 from typing import Literal
 
 from nxd_cp.simulators.nki_api import log as flags
-from nxd_cp.simulators.nki_api.log import NONE, WIDTH, Log
+from nxd_cp.simulators.nki_api.log import NONE, WIDTH, Exchange, Log
 
 from .access import Access, resolve
+from .collective import collective_cost
 from .constants import Values
 from .cost import Cost, instruction_cost
 from .dma import Transfer, transfer
@@ -49,6 +50,7 @@ class Program:
         self.queues: list[str] = []
         self.costs: list[Cost | Transfer] = []
         self.barriers: set[int] = set()
+        self.meetings: dict[int, Exchange] = {e.seq: e for e in log.exchanges}
         self.reads: list[tuple[int, ...]] = []
         self.writes: list[tuple[int, ...]] = []
         self.lines: list[int] = []
@@ -77,6 +79,8 @@ class Program:
                 writes, reads = [*writes, sources[-1]], sources[:-1]
             if bits & flags.ACCUMULATE and dst != NONE:
                 reads = [*reads, dst]
+            if names[opcode] == "core_barrier":
+                writes = [*sources]  # what comes after it in this buffer waits for it
             self.reads.append(tuple(reads))
             self.writes.append(tuple(writes))
             self.lines.append(line)
@@ -99,7 +103,7 @@ class Program:
         record = len(self.queues)
         target = None if dst == NONE else self.accesses[dst]
         given = tuple(self.accesses[s] for s in sources)
-        if engine == "all":
+        if opcode == "loop_iteration":
             self.barriers.add(record)
             self.queues.append("all")
             self.costs.append(
@@ -108,6 +112,10 @@ class Program:
                     (("loop_iteration", self.values.loop_iteration),),
                 )
             )
+            return
+        if engine == "cc":
+            self.costs.append(collective_cost(self.meetings[record], self.values))
+            self.queues.append("collectives")
             return
         key = (opcode, engine, detail, bits, elements, _kind(target), *map(_kind, given))
         cost = self._cost_cache.get(key)
@@ -129,7 +137,11 @@ class Program:
                 )
             self._cost_cache[key] = cost
         self.costs.append(cost)
-        self.queues.append(engine if engine != "dma" else self._dma_queue(target, line, detail))
+        if engine == "all":
+            self.queues.append("sync")
+        else:
+            on_dma = engine == "dma"
+            self.queues.append(self._dma_queue(target, line, detail) if on_dma else engine)
 
     def _dma_queue(self, target: Access | None, line: int, detail: str) -> str:
         if ":" in detail:

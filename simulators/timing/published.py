@@ -17,7 +17,7 @@ from typing import Literal
 
 from .catalog import Source, source
 from .clones import NotRun, run
-from .estimate import Estimate, estimate, matmul_flops
+from .estimate import Estimate, estimate, estimate_cores, matmul_flops
 from .profile import hbm_bytes
 from .streams.primitives import Primitive, primitive
 
@@ -137,8 +137,8 @@ def _estimate(found: Source, generation: str, clones: Path | None) -> tuple[Esti
         try:
             if clones is None:
                 raise NotRun("its public kernel needs clones")
-            logs = run(found.kernel, clones, generation)
-            cores = [estimate(log, generation, found.options) for log in logs]
+            log = run(found.kernel, clones, generation)
+            cores = estimate_cores(log, generation, found.options).values()
             return max(cores, key=lambda times: times.expected_ns), "public kernel"
         except NotRun as error:
             ran = f"stream; {error}" if clones is not None else ran

@@ -18,7 +18,7 @@ from .access import Access
 from .dma import Transfer
 from .machine import Timeline
 
-LANES = ("tensor", "vector", "scalar", "gpsimd", "sync")
+LANES = ("tensor", "vector", "scalar", "gpsimd", "sync", "collectives")
 RATE_WINDOW_NS = 1000.0
 
 
@@ -84,6 +84,13 @@ def _slice(
         args["wait_on"] = waited
     if record in line.cold:
         args["cold"] = True
+    exchange = program.meetings.get(record)
+    if exchange is not None:
+        since = line.meetings.get(record, (line.start[record], "", -1))[0]
+        args["members"] = [f"rank {rank} core {core}" for rank, core in exchange.members]
+        args["group"] = list(exchange.group)
+        args["bytes"] = exchange.bytes_sent
+        args["waited_ns"] = round(line.start[record] - since, 3)
     return _complete(
         opcode, queue, line.start[record], line.free[record], pid, lanes[queue], args, offset
     )
