@@ -71,6 +71,7 @@ setup(
         "console_scripts": [
             "nxd-cp = nxd_cp.cli:main",
             "nki-sim = nxd_cp.simulators.nki_api.cli:main",
-        ]
+        ],
+        "pytest11": ["nki-simulator = nxd_cp.simulators.nki_api.pytest_plugin"],
     },
 )

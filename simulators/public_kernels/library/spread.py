@@ -40,7 +40,8 @@ def cost(row: str) -> float:
 
 
 def spread(items: Sequence[Any], limit: int) -> list[Any]:
-    """All `items`, those to run first at the front: `limit` of them, spread over the cheap half.
+    """All `items`, those to run first at the front: `limit` of them, spread over the cheap half,
+    cheapest first.
 
     Behind them the other cheap ones, to take the place of rows that turn out to be skipped, then
     the rest, cheapest first.
@@ -51,7 +52,7 @@ def spread(items: Sequence[Any], limit: int) -> list[Any]:
     cheap = set(map(id, ranked[: max(limit, len(ranked) // 2)]))
     candidates = [i for i in able if id(i) in cheap]
     step = max(1, len(candidates) // limit)
-    chosen = candidates[::step][:limit]
+    chosen = sorted(candidates[::step][:limit], key=lambda item: cost(row_name(item)))
     first = set(map(id, chosen))
     others = [i for i in candidates if id(i) not in first]
     dear = [i for i in ranked if id(i) not in cheap]

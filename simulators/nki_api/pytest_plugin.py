@@ -1,0 +1,175 @@
+"""pytest plugin `nki-simulator`: test your own NKI kernels on the simulator.
+
+With `nki_simulator = true` in the ini file (or --nki-simulator), `import nki` in tests is the
+simulator, for the generations of `nki_generations` and with the checks that the options choose.
+Without it, nothing changes but that the fixture `nki_simulator` exists. Refuses to hide a real
+nki. Does not time anything.
+
+Source of the hooks: pytest's plugin reference.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from . import chips
+from .errors import NkiValidationError
+from .jit import Kernel, simulate, simulate_ranks
+from .loading import install
+from .log import Log
+from .runtime import SimParams, parameters, record
+
+
+@dataclass
+class Simulator:
+    """The fixture `nki_simulator`: runs kernels for one generation.
+
+    generation: "gen2", "gen3" or "gen4". params: the checks. log: the last run's instructions.
+    """
+
+    generation: str
+    params: SimParams
+    log: Log = field(default_factory=Log)
+
+    def run(self, kernel: Any, *args: Any, lnc: int | None = None, **kwargs: Any) -> Any:
+        """Call a kernel (or a plain function as one) on `lnc` cores; its outputs.
+
+        args: NumPy arrays or torch tensors. Raises NkiValidationError for a broken rule.
+        """
+        made = simulate(kernel)
+        with parameters(self.params), record() as self.log:
+            return Kernel(made.function, self.generation, lnc or made.lnc)(*args, **kwargs)
+
+    def run_ranks(
+        self,
+        kernel: Any,
+        arguments: Sequence[Sequence[Any] | Mapping[str, Any]],
+        *,
+        lnc: int | None = None,
+    ) -> list[Any]:
+        """Call a kernel on len(arguments) ranks at once; the outputs of each rank."""
+        with parameters(self.params):
+            return simulate_ranks(kernel, arguments, lnc=lnc, generation=self.generation)
+
+    @contextmanager
+    def rejects(self, rule: str) -> Iterator[None]:
+        """The block must break the rule of this id (docs/simulator_rules.md), else the test fails.
+
+        Rules of the inferred tier count, too, because they raise inside the block.
+        """
+        before = self.params
+        self.params = SimParams(strict=True, values=before.values, adversarial=before.adversarial)
+        try:
+            with parameters(self.params):
+                yield
+        except NkiValidationError as error:
+            if f"rule {rule} " not in str(error):
+                raise
+        else:
+            pytest.fail(f"expected the kernel to break rule {rule}; it broke none")
+        finally:
+            self.params = before
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of the command line and of the ini file; the command line wins."""
+    group = parser.getgroup("nki", "NKI simulator")
+    group.addoption("--nki-simulator", action="store_true", help="import nki is the simulator")
+    group.addoption(
+        "--nki-generation", action="append", default=[], metavar="CHIP", help="gen2, trn2, ..."
+    )
+    group.addoption("--nki-strict", action="store_true", help="rules of the inferred tier raise")
+    group.addoption("--nki-shape-only", action="store_true", help="check, compute no values")
+    group.addoption(
+        "--nki-adversarial", type=int, metavar="SEED", help="the worst legal order of cores"
+    )
+    parser.addini("nki_simulator", "import nki is the simulator", type="bool", default=False)
+    parser.addini("nki_generations", "generations to test for", type="args", default=[])
+    parser.addini("nki_strict", "rules of the inferred tier raise", type="bool", default=False)
+
+
+def _enabled(config: pytest.Config) -> bool:
+    return bool(config.getoption("nki_simulator") or config.getini("nki_simulator"))
+
+
+def _generations(config: pytest.Config) -> list[str]:
+    given = config.getoption("nki_generation") or config.getini("nki_generations") or [None]
+    try:
+        return list(dict.fromkeys(chips.generation_name(name) for name in given))
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _params(config: pytest.Config) -> SimParams:
+    return SimParams(
+        strict=config.getoption("nki_strict") or config.getini("nki_strict"),
+        values=not config.getoption("nki_shape_only"),
+        adversarial=config.getoption("nki_adversarial"),
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the simulator under `nki`, if asked to."""
+    config.addinivalue_line(
+        "markers", "nki_generations(name, ...): the generations that this test is for"
+    )
+    _generations(config)
+    if _enabled(config):
+        before = set(sys.modules)
+        try:
+            install()
+        except RuntimeError as error:
+            raise pytest.UsageError(str(error)) from error
+        ours = [m for m in set(sys.modules) - before if m == "nki" or m.startswith("nki.")]
+        config.add_cleanup(lambda: [sys.modules.pop(name, None) for name in ours])
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """What `import nki` is in this run."""
+    if not _enabled(config):
+        return None
+    checks = "strict" if _params(config).strict else "default checks"
+    return f"nki: simulated, not timed ({', '.join(_generations(config))}; {checks})"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test per generation for tests that use the fixture."""
+    if "nki_simulator" in metafunc.fixturenames:
+        wanted = _generations(metafunc.config)
+        for mark in metafunc.definition.iter_markers("nki_generations"):
+            allowed = {chips.generation_name(name) for name in mark.args}
+            wanted = [name for name in wanted if name in allowed]
+        metafunc.parametrize("_nki_generation", wanted, indirect=True)
+
+
+@pytest.fixture
+def _nki_generation(request: pytest.FixtureRequest) -> str:
+    """The generation of this test."""
+    return str(request.param)
+
+
+@pytest.fixture
+def nki_simulator(request: pytest.FixtureRequest, _nki_generation: str) -> Simulator:
+    """Runs kernels for one generation; the test is repeated for each one chosen."""
+    return Simulator(_nki_generation, _params(request.config))
+
+
+@pytest.fixture(autouse=True)
+def _nki_defaults(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Kernels that a test calls itself see the options, too."""
+    if not _enabled(request.config):
+        yield
+        return
+    if not os.environ.get(chips.TARGET_VARIABLE) or request.config.getoption("nki_generation"):
+        monkeypatch.setenv(chips.TARGET_VARIABLE, _generations(request.config)[0])
+    with parameters(_params(request.config)):
+        yield
