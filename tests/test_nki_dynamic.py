@@ -86,6 +86,17 @@ def test_one_scalar_moves_the_whole_view(as_register):
     np.testing.assert_array_equal(one, X[7:8])
 
 
+def test_one_scalar_offset_may_lie_on_any_partition_but_must_be_written():
+    def kernel(x, rows, first=0):
+        index, out = sbuf((32, 1), nl.int32), sbuf((1, 48))
+        nisa.dma_copy(index[first:32], rows[first:32])
+        nisa.dma_copy(out, _at(x, 1, scalar_offset=index[5:6], indirect_dim=0))  # bad
+        return store(out)
+
+    np.testing.assert_array_equal(run(kernel, X, ROWS), X[ROWS[5]])
+    rejects("memory.uninitialised", lambda x, rows: kernel(x, rows, 6), X, ROWS)
+
+
 def test_rules_of_run_time_addresses():
     def on_an_engine(x, rows):
         view = load(x).ap([[48, 64], [1, 8]], scalar_offset=load(rows[0:1]), indirect_dim=1)

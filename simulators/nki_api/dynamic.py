@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from . import dtypes
-from .checks import source
+from .checks import check_written, source
 from .errors import fail, unsupported
 from .memory import HBM, SBUF
 from .registers import Register
@@ -77,12 +77,21 @@ class IndirectTensor(NkiTensor):
         if type(self.index) is Register:
             indices = [self.index.value or 0]
         else:
-            values = source(instr, "offset", self.index)
+            values = self._index_values(instr)
             flat = values.reshape(len(values), -1).T.reshape(-1)  # column by column
             flat = flat[: self.shape[0]] if self.vector else flat
             indices = flat.tolist() if run.values else [0] * len(flat)
         shape = (1, *self.shape[1:]) if self.vector else self.shape
         return [self._piece(index, shape) for index in indices]
+
+    def _index_values(self, instr: str) -> Any:
+        """The index tile. One scalar may lie on any partition: no engine's lanes read it."""
+        tile = self.index
+        if self.vector or type(tile) is not NkiTensor or tile.space == HBM:
+            return source(instr, "offset", tile)
+        if tile.storage.init.uniform <= 0:
+            check_written(instr, "offset", tile)
+        return tile.array
 
     def _piece(self, index: int, shape: tuple[int, ...]) -> NkiTensor | None:
         at = self.offset + index * self.index_stride
