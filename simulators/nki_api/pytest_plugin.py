@@ -10,6 +10,7 @@ Source of the hooks: pytest's plugin reference.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -128,7 +129,12 @@ def pytest_configure(config: pytest.Config) -> None:
         except RuntimeError as error:
             raise pytest.UsageError(str(error)) from error
         ours = [m for m in set(sys.modules) - before if m == "nki" or m.startswith("nki.")]
-        config.add_cleanup(lambda: [sys.modules.pop(name, None) for name in ours])
+        config.add_cleanup(functools.partial(_forget, ours))
+
+
+def _forget(names: list[str]) -> None:
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
