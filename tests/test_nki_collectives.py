@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from nki_sim import load, nisa, nl, normal, own_rows, sbuf, store
 
-from nxd_cp.simulators.nki_api import SimParams, parameters, record, simulate_ranks
+from nxd_cp.simulators.nki_api import (
+    NkiSimulatorWarning,
+    SimParams,
+    parameters,
+    record,
+    simulate_ranks,
+)
 from nxd_cp.simulators.nki_api import collectives as ncc
 
 # In some kernels both cores of a rank write the same bytes; test_nki_races.py has the rules.
@@ -227,6 +233,20 @@ def test_rank_id_selects_a_row():
         return out
 
     assert [int(o[0, 0]) for o in on_ranks(kernel, [table] * N)] == [0, 1, 2, 3]
+
+
+def test_register_arithmetic_works_with_a_warning():
+    table = np.arange(2 * N, dtype=np.int32).reshape(1, 2 * N)
+
+    def kernel(x):
+        out, index = hbm((1, 1), x.dtype, ""), sbuf((1, 1), x.dtype)
+        at = 1 + (ncc.rank_id() * 2 - 2) % 8
+        nisa.dma_copy(index, x.ap([[1, 1], [1, 1]], scalar_offset=at, indirect_dim=1))
+        nisa.dma_copy(out, index)
+        return out
+
+    with pytest.warns(NkiSimulatorWarning, match=r"rule register\.arithmetic "):
+        assert [int(o[0, 0]) for o in on_ranks(kernel, [table] * N)] == [7, 1, 3, 5]
 
 
 COUNTS = np.array([[1, 2, 3, 0], [0, 1, 4, 2], [2, 2, 0, 1], [3, 0, 1, 4]], np.uint32)

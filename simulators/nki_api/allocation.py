@@ -156,8 +156,10 @@ def shared_constant(constant: Any, dtype: Any = None) -> NkiTensor:
     if not isinstance(constant, np.ndarray):
         unsupported(f"nki.language.shared_constant of {type(constant).__name__}")
     kind = dtypes.dtype_of(constant.dtype if dtype is None else dtype)
-    flat = np.array(constant, dtype=kind.np_dtype, order="C", copy=True).reshape(-1).view(np.uint8)
-    storage = run.new_hbm(flat.size, kind, MemoryRegion.shared_hbm, "constant", flat)
+    wide = not run.core.precise and kind in dtypes.LOW_PRECISION
+    dense = np.array(constant, np.float32 if wide else kind.np_dtype, order="C", copy=True)
+    flat, num_bytes = dense.reshape(-1).view(np.uint8), dense.size * kind.itemsize
+    storage = run.new_hbm(num_bytes, kind, MemoryRegion.shared_hbm, "constant", flat)
     shape = tuple(constant.shape) or (1,)
     return NkiTensor(storage, shape, row_major(shape), 0, kind)
 

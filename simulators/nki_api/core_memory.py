@@ -49,12 +49,18 @@ _ALIGNMENT = inferred(
 class Core:
     """SBUF and PSUM of one NeuronCore. Byte arrays are pooled between runs."""
 
-    def __init__(self, chip: chips.Chip) -> None:
+    def __init__(self, chip: chips.Chip, precise: bool = True) -> None:
         self.chip = chip
+        self.precise = precise
+        self.scale = 1 if precise else 4  # of placed tensors: room for any type as float32
         self.values = True  # False in shape-only mode
         self.epoch = 0
-        self.sbuf = np.empty((chips.NUM_PARTITIONS, chip.sbuf_bytes + ROW_PAD), np.uint8)
-        self.psum = np.empty((chips.NUM_PARTITIONS, chips.PSUM_BYTES + ROW_PAD), np.uint8)
+        self.sbuf = np.empty(
+            (chips.NUM_PARTITIONS, chip.sbuf_bytes * self.scale + ROW_PAD), np.uint8
+        )
+        self.psum = np.empty(
+            (chips.NUM_PARTITIONS, chips.PSUM_BYTES * self.scale + ROW_PAD), np.uint8
+        )
         self.spare: dict[int, list[Any]] = {}  # arrays of automatic tensors, by size
         self.reset()
 
@@ -94,16 +100,19 @@ class Core:
         if address is None:
             if at is None or space in self.lifetimes:
                 self._overflow(space, free, number, padded, at is not None, asked)
-            spare = self.spare.get(shape[0] * padded)
-            data = spare.pop() if spare else np.empty(shape[0] * padded, np.uint8)
-            place = (data, 0, padded)
+            scale = 1 if self.precise else dtypes.wide_scale(dtype)
+            pitch = padded * scale
+            spare = self.spare.get(shape[0] * pitch)
+            data = spare.pop() if spare else np.empty(shape[0] * pitch, np.uint8)
+            place = (data, 0, pitch)
             if at is not None:
                 self.live[number] = (space, at, label, padded)
         else:
             assert at is not None, "an address is checked, not searched"
             memory = self.sbuf if space == SBUF else self.psum
-            place = (memory, address[0] * memory.shape[1] + at, memory.shape[1])
-        storage = Storage(space, region, *place, shape[0], row_bytes, dtype, name)
+            scale = self.scale
+            place = (memory, address[0] * memory.shape[1] + at * scale, memory.shape[1])
+        storage = Storage(space, region, *place, shape[0], row_bytes, dtype, name, scale)
         storage.number, storage.core, storage.epoch = number, self, self.epoch
         storage.address = at or 0
         storage.silent = not self.values
@@ -216,19 +225,19 @@ class CorePool:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: dict[str, list[Core]] = {}
+        self._idle: dict[tuple[str, bool], list[Core]] = {}
 
-    def borrow(self, chip: chips.Chip) -> Core:
+    def borrow(self, chip: chips.Chip, precise: bool = True) -> Core:
         """A core with nothing in it."""
         with self._lock:
-            idle = self._idle.get(chip.generation)
+            idle = self._idle.get((chip.generation, precise))
             core = idle.pop() if idle else None
         if core is None:
-            return Core(chip)
+            return Core(chip, precise)
         core.reset()
         return core
 
     def give_back(self, core: Core) -> None:
         """Hand a core back; its tensors must not be used any more."""
         with self._lock:
-            self._idle.setdefault(core.chip.generation, []).append(core)
+            self._idle.setdefault((core.chip.generation, core.precise), []).append(core)

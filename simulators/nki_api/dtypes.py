@@ -69,6 +69,9 @@ ALL = (
     float8_e5m2,
     float8_e8m0fnu,
 )
+# Types that NKI_PRECISE_FP=0 stores as float32 (nki_simulator guide).
+LOW_PRECISION = frozenset((bfloat16, float8_e4m3, float8_e4m3fn, float8_e5m2))
+_F32 = np.dtype(np.float32)
 FLOAT8 = frozenset((float8_e4m3, float8_e4m3fn, float8_e5m2))
 # Four elements to a word, for the MX instructions: names to compare with, no tensors.
 PACKED = tuple(
@@ -99,10 +102,17 @@ def dtype_of(value: Any) -> DType:
     return found
 
 
+def wide_scale(dtype: DType) -> int:
+    """Stored bytes per byte of the type when low-precision types are stored as float32."""
+    return 4 // dtype.itemsize if dtype in LOW_PRECISION else 1
+
+
 def to_f32(array: Any, dtype: DType) -> Any:
     """`array` as float32: the same array for float32, a converted copy for every other type."""
     if dtype is float32 or dtype is tfloat32:
         return array
+    if array.dtype == _F32:  # stored wide
+        return array.copy()
     if dtype.itemsize == 1 and dtype.kind == "f":
         return _float8_values(dtype)[array.view(np.uint8)]
     return array.astype(np.float32)
@@ -179,7 +189,10 @@ _STORERS = {dtype: _storer(dtype) for dtype in ALL}
 
 def store_f32(out: Any, values: Any, dtype: DType) -> None:
     """Write float32 `values` (same shape or broadcastable) into `out`, rounded to `dtype`."""
-    _STORERS[dtype](out, values, dtype)
+    if out.dtype == _F32 and dtype is not tfloat32:
+        out[...] = values
+    else:
+        _STORERS[dtype](out, values, dtype)
 
 
 def fill_unwritten(array: Any, dtype: DType) -> None:

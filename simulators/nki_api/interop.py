@@ -103,8 +103,11 @@ def _new_input(run: Run, value: Any, name: str, after: list[Callable[[], None]])
     array = as_numpy(value)
     dtype = dtypes.dtype_of(array.dtype)
     shared = run.rank.copies.get(id(value))
-    usable = shared is None and array.flags.c_contiguous and array.flags.writeable
-    dense = array if usable else np.array(array, order="C", copy=True) if shared is None else shared
+    wide = not run.core.precise and dtype in dtypes.LOW_PRECISION
+    usable = shared is None and array.flags.c_contiguous and array.flags.writeable and not wide
+    dense = array if shared is None else shared
+    if not usable:
+        dense = np.array(dense, np.float32 if wide else array.dtype, order="C", copy=True)
     if not usable and (array.flags.writeable or shared is not None):
         before = dense.copy()
 
@@ -120,7 +123,8 @@ def _new_input(run: Run, value: Any, name: str, after: list[Callable[[], None]])
 
         after.append(copy_back)
     flat = dense.reshape(-1).view(np.uint8)
-    storage = run.new_hbm(flat.size, dtype, MemoryRegion.shared_hbm, name, flat)
+    num_bytes = dense.size * dtype.itemsize
+    storage = run.new_hbm(num_bytes, dtype, MemoryRegion.shared_hbm, name, flat)
     storage.io = True
     shape = tuple(array.shape) or (1,)
     return NkiTensor(storage, shape, row_major(shape), 0, dtype)
@@ -151,7 +155,7 @@ def to_host(value: Any, as_torch: bool) -> Any:
             broken(_UNWRITTEN, "nki.jit", "part of an output was never written", output=value)
         array = value.array
         if value.storage.silent:
-            array = np.empty(value.shape, value.dtype.np_dtype)
+            array = np.empty(value.shape, value.storage.stored_as(value.dtype))
             fill_unwritten(array, value.dtype)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import dtypes
+from .errors import unsupported
 from .initmap import FRESH, OTHER, InitMap
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Storage:
 
     `row_bytes` is its size per partition (HBM: its whole size), `base` the byte offset of its
     first element in `data`, `pitch` the bytes from one partition to the next, `address` where it
-    starts within a partition of the memory.
+    starts within a partition of the memory. `scale` is stored bytes per byte of the device.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Storage:
         "pitch",
         "region",
         "row_bytes",
+        "scale",
         "silent",
         "site",
         "space",
@@ -79,8 +81,10 @@ class Storage:
         row_bytes: int,
         dtype: dtypes.DType,
         name: str,
+        scale: int = 1,
     ) -> None:
         self.space = space
+        self.scale = scale
         self.region = region
         self.data = data
         self.base = base
@@ -109,8 +113,21 @@ class Storage:
             return
         item = self.dtype.itemsize
         shape = (self.partitions, self.row_bytes // item)
-        view = np.ndarray(shape, self.dtype.np_dtype, self.data, self.base, (self.pitch, item))
+        steps = (self.pitch, item * self.scale)
+        view = np.ndarray(shape, self.stored_as(self.dtype), self.data, self.base, steps)
         dtypes.fill_unwritten(view, self.dtype)
+
+    def stored_as(self, dtype: dtypes.DType) -> Any:
+        """The NumPy type of elements read as `dtype`."""
+        if self.scale == 1:
+            return dtype.np_dtype
+        mixed = dtype is not self.dtype and {dtype, self.dtype} & dtypes.LOW_PRECISION
+        if mixed or dtype.itemsize != self.dtype.itemsize:
+            unsupported(
+                f"reading {self.dtype} memory as {dtype} under NKI_PRECISE_FP=0",
+                "low-precision types are stored as float32 in this mode",
+            )
+        return np.dtype(np.float32) if dtype in dtypes.LOW_PRECISION else dtype.np_dtype
 
     def __del__(self) -> None:
         core = self.core
@@ -119,11 +136,16 @@ class Storage:
 
 
 def hbm_storage(
-    num_bytes: int, dtype: dtypes.DType, region: MemoryRegion, name: str, data: Any = None
+    num_bytes: int,
+    dtype: dtypes.DType,
+    region: MemoryRegion,
+    name: str,
+    data: Any = None,
+    scale: int = 1,
 ) -> Storage:
     """An HBM buffer: fresh, or over `data` (a flat uint8 array), which then counts as written."""
     fresh = data is None
-    flat = np.empty(num_bytes, np.uint8) if fresh else data
-    storage = Storage(HBM, region, flat, 0, num_bytes, 1, num_bytes, dtype, name)
+    flat = np.empty(num_bytes * scale, np.uint8) if fresh else data
+    storage = Storage(HBM, region, flat, 0, num_bytes, 1, num_bytes, dtype, name, scale)
     storage.init.uniform = FRESH if fresh else OTHER
     return storage

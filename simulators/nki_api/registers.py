@@ -8,6 +8,8 @@ Source: nki.isa.register_alloc and its neighbours.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,14 @@ _GEN2 = inferred(
 )
 
 
+_ARITHMETIC = inferred(
+    "register.arithmetic",
+    "compiler errors for mod and mul, in aws-neuron/nki-library@d2ad3a5, test_collectives.py",
+    "no Python arithmetic on registers, although nki.collectives speaks of it; look the result up "
+    "in a table by scalar_offset",
+)
+
+
 class Register:
     """A virtual register: an integer known on the device only, None before it is written."""
 
@@ -55,6 +65,29 @@ class Register:
 
     def __repr__(self) -> str:
         return f"<register {self.value}>"
+
+    def _calculate(self, other: Any, function: Callable[[int, int], int]) -> Register:
+        broken(_ARITHMETIC, "arithmetic on a register", f"{self!r} and {other!r}")
+        result = Register()
+        result.unknown = self.unknown or getattr(other, "unknown", False)
+        if not result.unknown:
+            instr = "arithmetic on a register"
+            result.value = function(read(instr, self), read(instr, other))
+        return result
+
+    def __add__(self, other: Any) -> Register:
+        return self._calculate(other, operator.add)
+
+    def __sub__(self, other: Any) -> Register:
+        return self._calculate(other, operator.sub)
+
+    def __mul__(self, other: Any) -> Register:
+        return self._calculate(other, operator.mul)
+
+    def __mod__(self, other: Any) -> Register:
+        return self._calculate(other, operator.mod)
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 def read(instr: str, value: Any) -> int:

@@ -5,6 +5,7 @@ N threads can simulate at once, each with its own run. Does not run anything: se
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from .ranks.program import Trace
 from .ranks.scheduler import Place
 from .ranks.world import Rank, World
 
+PRECISE_VARIABLE = "NKI_PRECISE_FP"
 _SPACES = ("hbm", "sbuf", "psum")
 
 
@@ -34,12 +36,15 @@ class SimParams:
     adversarial: a seed for the worst legal order: who runs next is drawn, implicit rings go round
         in a drawn order per channel, and DMA writes to HBM that two cores share land as late as
         they may. A correct kernel gives the same results with every seed.
+    precise_fp: False stores bfloat16 and 8-bit floats as float32, to tell a wrong algorithm from
+        lost precision; outputs of these types are then float32. None: NKI_PRECISE_FP, or True.
     """
 
     strict: bool = False
     log: bool = False
     values: bool = True
     adversarial: int | None = None
+    precise_fp: bool | None = None
 
 
 class Run:
@@ -105,7 +110,8 @@ class Run:
         data: Any = None,
     ) -> memory.Storage:
         """An HBM buffer, fresh or over `data`, numbered and entered in the log."""
-        storage = memory.hbm_storage(num_bytes, dtype, region, name, data)
+        scale = 1 if self.core.precise else dtypes.wide_scale(dtype)
+        storage = memory.hbm_storage(num_bytes, dtype, region, name, data, scale)
         storage.number = self.next_number()
         storage.silent = data is None and not self.values
         if self.num_programs > 1 and region is memory.MemoryRegion.shared_hbm:
@@ -185,7 +191,10 @@ def recorder() -> Log | None:
 @contextmanager
 def running(world: World, place: Place, params: SimParams, log: Log | None) -> Iterator[Run]:
     """A fresh run on an empty core. Kernels may not be nested."""
-    core = _POOL.borrow(world.chip)
+    precise = params.precise_fp
+    if precise is None:
+        precise = os.environ.get(PRECISE_VARIABLE, "1") != "0"
+    core = _POOL.borrow(world.chip, precise)
     run = Run(world, place, core, params, log)
     label = f"{place}: " if len(world.places) > 1 else ""
     tokens = (_RUN.set(run), errors.STRICT.set(params.strict), errors.PLACE.set(label))

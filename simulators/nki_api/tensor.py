@@ -111,7 +111,8 @@ class NkiTensor(Indexing, Views):
         """The NumPy view of the bytes, made once per tensor."""
         found = self.array_
         if found is None:
-            storage, item = self.storage, self.dtype.itemsize
+            storage = self.storage
+            item = self.dtype.itemsize * storage.scale
             if self.space == HBM:
                 steps = tuple(s * item for s in self.strides)
                 at = storage.base + self.offset * item
@@ -122,7 +123,8 @@ class NkiTensor(Indexing, Views):
                     self.strides[0] // self.row * storage.pitch,
                     *(s * item for s in self.strides[1:]),
                 )
-            found = np.ndarray(self.shape, self.dtype.np_dtype, storage.data, at, steps)
+            stored_as = storage.stored_as(self.dtype)
+            found = np.ndarray(self.shape, stored_as, storage.data, at, steps)
             self.array_ = found
         return found
 

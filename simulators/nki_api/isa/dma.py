@@ -149,7 +149,7 @@ def _converted(dst: NkiTensor, src: NkiTensor) -> Any:
     values = src.array.reshape(dst.shape)
     if dst.dtype is src.dtype:
         return values
-    out = np.empty(dst.shape, dst.dtype.np_dtype)
+    out = np.empty(dst.shape, dst.storage.stored_as(dst.dtype))
     dtypes.store_f32(out, dtypes.to_f32(values, src.dtype), dst.dtype)
     return out
 
