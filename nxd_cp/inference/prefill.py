@@ -1,0 +1,136 @@
+"""A prompt, or the next chunk of one, whose tokens are split over the ranks.
+
+Does: attend with sharded queries and leave each rank's keys and values in its cache. A first prompt
+is `ring_attention`; a later chunk sends every rank's cache once round the ring and masks by
+position. Does not: gather a whole cache anywhere.
+
+Letters: B batch, Hq query heads, Hkv key/value heads, L tokens of this rank, D and Dv head dims.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nxd_cp.attention import ring_attention
+from nxd_cp.context import CPContext
+from nxd_cp.inference.arguments import agree
+from nxd_cp.inference.attend import Rule, attend, merge_all, nothing_seen
+from nxd_cp.inference.cache import EMPTY, KVCache
+from nxd_cp.ring import merge_
+from nxd_cp.schedule import ring_moves, token_runs
+from nxd_cp.transport import Call, Parcel
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache: KVCache,
+    cp: CPContext,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention of a chunk of each sequence, which is stored in the cache.
+
+    A collective call: every rank makes it.
+
+    Args:
+        q: [B, Hq, L, D]; k: [B, Hkv, L, D]; v: [B, Hkv, L, Dv]: this rank's part of the chunk, in
+            the order of the context's layout (see `nxd_cp.shard`).
+        cache: this rank's part. When it holds tokens already, the chunk follows them.
+        cp: the context.
+        lengths: [B], tokens of each sequence in this chunk (of the whole chunk, not of this rank);
+            default all. What lies behind them is padding: not stored, and its output means nothing.
+        scale, window, softcap, sinks: as in `ring_attention`.
+        backend: as in `ring_attention`, for a first prompt; later chunks are plain PyTorch.
+
+    Returns:
+        o [B, Hq, L, Dv] in q's dtype.
+
+    Raises:
+        ValueError: shapes that do not fit, or no room in the cache of one rank; on all ranks, and
+            no cache is changed.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rule = Rule(scale, window, softcap)
+    at = _positions(cp, k.shape[2]).to(k.device)
+    counts = torch.full_like(cache.next_position, k.shape[2] * cp.size)
+    counts = counts if lengths is None else lengths.to(counts)
+    positions = cache.next_position[:, None] + at
+    ours = torch.where(at < counts[:, None], positions, EMPTY)
+
+    def check() -> None:
+        if counts.shape != cache.next_position.shape or bool((counts < 0).any()):
+            raise ValueError(f"lengths: expected [B] of at least 0, got {lengths}")
+        cache.check_room(ours)
+
+    first = bool((cache.next_position == 0).all())
+    with cp.transport.call("prefill") as call:
+        agree(call, cp, q, k, cache, rule, check, sinks=sinks)
+    if first:
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks}
+        o = ring_attention(q, k, v, cp=cp, scale=scale, backend=backend, **options)
+        assert isinstance(o, Tensor), "lse was not asked for"
+        cache.store(k, v, ours)
+    else:
+        cache.store(k, v, ours)
+        with cp.transport.call("prefill") as call:
+            o = _over_caches(call, cp, q, positions, cache, rule, sinks).to(q.dtype)
+    cache.next_position += counts
+    return o
+
+
+def _positions(cp: CPContext, local_len: int) -> Tensor:
+    """Places in the chunk of this rank's tokens, int64 [L]."""
+    runs = token_runs(cp.layout, cp.size, cp.rank, local_len * cp.size)
+    return torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
+
+
+def _over_caches(
+    call: Call,
+    cp: CPContext,
+    q: Tensor,
+    q_pos: Tensor,
+    cache: KVCache,
+    rule: Rule,
+    sinks: Tensor | None,
+) -> Tensor:
+    """o, fp32, over the caches of all ranks; they travel once round the ring, the next one while
+    the present one is computed. A rank with fewer tokens sends free slots behind them.
+    """
+    rows = max(int(x) for x in cp.transport.all_gather(torch.tensor([cache.num_slots])))
+    kv, at = _pack(call, cache, rows)
+    o, lse = nothing_seen(q, cache.v)
+    for move in (*ring_moves(cp.ring_order, cp.rank), None):
+        hops = (call.start(kv, move), call.start(at, move))
+        merge_(o, lse, *attend(q, q_pos, *_unpack(kv, at, cache, rows), rule))
+        for hop in hops:
+            hop.wait()
+    return merge_all([(o, lse)], sinks)[0]
+
+
+def _pack(call: Call, cache: KVCache, rows: int) -> tuple[Parcel, Parcel]:
+    """Keys and values of the first `rows` slots as one message, and their positions as another."""
+    flat = [x[:, :, :rows].reshape(-1) for x in (cache.k, cache.v)]
+    kv = call.parcel("kv", (sum(x.numel() for x in flat),), cache.k.dtype, cache.k.device)
+    torch.cat(flat, out=kv.payload)
+    at = cache.positions[:, :rows]
+    parcel = call.parcel("gather", tuple(at.shape), at.dtype, at.device)
+    parcel.payload.copy_(at)
+    return kv, parcel
+
+
+def _unpack(kv: Parcel, at: Parcel, cache: KVCache, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch, num_heads, _, k_dim = cache.k.shape
+    size = batch * num_heads * rows * k_dim
+    k, v = kv.payload[:size], kv.payload[size:]
+    front = (batch, num_heads, rows)
+    return k.view(*front, k_dim), v.view(*front, -1), at.payload
