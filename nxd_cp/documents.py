@@ -1,7 +1,9 @@
-"""Packed documents: from cumulative lengths to the ids that each rank's tokens carry.
+"""Packed documents: the ids that each rank's tokens carry, and what they spare.
 
-Does: check `cu_seqlens` and turn it into document ids and positions for every layout. Does not:
-mask (`backends/`), or exchange ids (`ring.gather`).
+Does: check `cu_seqlens` and turn it into document ids for every layout; leave out of a plan the
+rectangles, and so the hops, in which no document meets itself; count what is left. Does not: mask
+(`backends/`), or exchange ids (`ring.gather`).
+All ranks know the ids of all ranks before keys move, so they leave out the same.
 
 cu_seqlens: [documents + 1], integers, 0 first, never falling; document i holds the positions
 cu_seqlens[i] to cu_seqlens[i + 1] - 1 of the whole sequence, in every row of the batch.
@@ -14,7 +16,9 @@ import zlib
 import torch
 from torch import Tensor
 
-from nxd_cp.schedule import Plan, token_runs
+from nxd_cp.backends.base import Documents
+from nxd_cp.backends.intervals import as_band, visible_keys
+from nxd_cp.schedule import Plan, Tile, spare, token_runs
 
 
 def validate_values(cu_seqlens: Tensor | None, plan: Plan) -> None:
@@ -63,6 +67,68 @@ def slot_positions(layout: str, size: int, rank: int, seq_len: int) -> Tensor:
     """Positions of the slots that a rank holds, int64 [S], in local order."""
     runs = token_runs(layout, size, rank, seq_len)
     return torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
+
+
+def spared(plan: Plan, ids: list[Tensor]) -> Plan:
+    """The plan without the rectangles in which no query sees a key of its own document.
+
+    ids: [B or 1, S] of every rank. The plan itself where nothing can be left out.
+    """
+    seeker = _Seeker(ids)
+    tiles = [
+        (rank, step.owner, tile)
+        for rank, steps in enumerate(plan.steps)
+        for step in steps
+        for tile in step.tiles
+    ]
+    seen = [one for one in tiles if seeker.sees(*one)]
+    return plan if len(seen) == len(tiles) else spare(plan, seen)
+
+
+def balance(plan: Plan, cu_seqlens: Tensor) -> tuple[float, ...]:
+    """Per step that is left: the busiest rank's visible pairs over the mean; 1.0 is perfect."""
+    ids = ids_of_ranks(cu_seqlens, plan, torch.device("cpu"))
+    plan = spared(plan, ids)
+    pairs = [
+        [
+            sum(_num_pairs(tile, ids[rank], ids[step.owner]) for tile in step.tiles)
+            for rank, step in enumerate(steps)
+        ]
+        for steps in zip(*plan.steps, strict=True)
+    ]
+    return tuple(max(one) * plan.size / sum(one) if sum(one) else 1.0 for one in pairs)
+
+
+def _num_pairs(tile: Tile, q_ids: Tensor, k_ids: Tensor) -> int:
+    mask = Documents(tile.mask, q_ids[:, tile.q], k_ids[:, tile.k])
+    first, stop = visible_keys(mask, tile.q_len, tile.k_len, q_ids.device)
+    return int((stop - first).sum())
+
+
+class _Seeker:
+    """Finds out whether a rectangle shows anything, in time n log n and for ids in any order.
+
+    Keys are sorted by (document, row); the first key of a query's document that is not before its
+    band is then found by bisection, and it is seen if it is not behind the band.
+    """
+
+    def __init__(self, ids: list[Tensor]) -> None:
+        by_rank = torch.stack([one.cpu() for one in ids])
+        self._dense = by_rank.unique(return_inverse=True)[1]  # numbered from 0 on
+        self._width = by_rank.shape[-1] + 1
+        self._sorted = (self._dense * self._width + torch.arange(self._width - 1)).sort(-1)[0]
+
+    def sees(self, rank: int, owner: int, tile: Tile) -> bool:
+        """Whether some query of `rank` sees some key of `owner` in this rectangle."""
+        band = as_band(tile.mask, tile.q_len, tile.k_len)
+        row = torch.arange(tile.q_len)
+        first = (row + band.low).clamp(min=0) + tile.k.start
+        last = (row + band.high).clamp(max=tile.k_len - 1) + tile.k.start
+        base = self._dense[rank][:, tile.q] * self._width
+        keys = self._sorted[owner]
+        place = torch.searchsorted(keys, base + first.clamp(max=self._width - 1))
+        found = keys.gather(1, place.clamp(max=keys.shape[1] - 1))
+        return bool(((place < keys.shape[1]) & (found <= base + last) & (last >= first)).any())
 
 
 def _shortened(values: list[int]) -> str:

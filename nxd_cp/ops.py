@@ -210,8 +210,12 @@ class _Asked:
             ids = documents.ids_of_ranks(self._cu_seqlens, plan, self._q.device)
         elif self._segment_ids is not None:
             ids = ring.gather(call, self._segment_ids.long(), plan, rank)
+        work = self._work
+        if ids is not None and work.groups is None:
+            plan = documents.spared(plan, ids)
+            work = strategies.plan_for(self.context.strategy, plan, self._q, self._k)
         return {
-            "work": self._work,
+            "work": work,
             "rank": rank,
             "backend": self._backend,
             "call": call,

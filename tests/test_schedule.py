@@ -3,88 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from itertools import permutations, product
+from typing import Any
 
+import plan_checks
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plan_checks import (
+    Event,
+    check_balance,
+    check_every_order,
+    check_moves,
+    check_pairs,
+    check_plan,
+    check_progress,
+    program,
+)
 
+from nxd_cp import documents
+from nxd_cp.attention import ring_attention
+from nxd_cp.context import CPContext
 from nxd_cp.schedule import (
     LAYOUTS,
-    Bounded,
     Move,
     Plan,
     Step,
-    Tile,
     make_plan,
+    padded_len,
     seq_len_multiple,
     token_runs,
 )
 
 SIZES = range(1, 9)
-
-
-def tokens(plan: Plan, rank: int) -> list[int]:
-    runs = token_runs(plan.layout, plan.size, rank, plan.seq_len)
-    return [position for run in runs for position in run]
-
-
-def visible(tile: Tile, row: int, column: int) -> bool:
-    if isinstance(tile.mask, Bounded):
-        return row + tile.mask.low <= column <= row + tile.mask.high
-    return {"full": True, "causal": column <= row, "strict": column < row}[tile.mask]
-
-
-def pairs_computed(plan: Plan) -> Counter[tuple[int, int]]:
-    """Global (query, key) pairs of all tiles of all ranks, with how often each is computed."""
-    found: Counter[tuple[int, int]] = Counter()
-    for rank in range(plan.size):
-        mine = tokens(plan, rank)
-        for step in plan.steps[rank]:
-            theirs = tokens(plan, step.owner)
-            for tile in step.tiles:
-                for row, q in enumerate(mine[tile.q]):
-                    for column, k in enumerate(theirs[tile.k]):
-                        if visible(tile, row, column):
-                            found[q, k] += 1
-    return found
-
-
-def check_pairs(plan: Plan) -> None:
-    reach = plan.seq_len if plan.window is None else plan.window
-    expected = {
-        (q, k)
-        for q, k in product(range(plan.seq_len), repeat=2)
-        if q - reach < k <= q or not plan.causal
-    }
-    assert pairs_computed(plan) == Counter(dict.fromkeys(expected, 1))
-
-
-def check_moves(plan: Plan) -> None:
-    """Follow keys and gradients as data: who holds what after each step, and who is told so."""
-    holds = {rank: rank for rank in range(plan.size)}
-    grads = {rank: rank for rank in range(plan.size)}
-    for index in range(plan.size):
-        steps = [plan.steps[rank][index] for rank in range(plan.size)]
-        assert [step.owner for step in steps] == [holds[rank] for rank in range(plan.size)]
-        assert [step.owner for step in steps] == [grads[rank] for rank in range(plan.size)]
-        holds = exchange([step.kv for step in steps], holds)
-        grads = exchange([step.grad for step in steps], grads)
-    assert grads == {rank: rank for rank in range(plan.size)}, "gradients come home"
-
-
-def exchange(moves: list[Move | None], holds: dict[int, int]) -> dict[int, int]:
-    if all(move is None for move in moves):
-        return holds
-    assert None not in moves, "either all ranks send or none"
-    after = {}
-    for rank, move in enumerate(moves):
-        assert moves[move.to].source == rank, "a send has its receive"
-        after[move.to] = holds[rank]
-    for rank, move in enumerate(moves):
-        assert after[rank] == move.brings
-    return after
 
 
 def every_plan(size: int, chunk: int) -> list[Plan]:
@@ -99,33 +51,184 @@ def every_plan(size: int, chunk: int) -> list[Plan]:
 @pytest.mark.parametrize("size", SIZES)
 def test_every_visible_pair_is_computed_exactly_once(size: int, chunk: int) -> None:
     for plan in every_plan(size, chunk):
-        check_pairs(plan)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_sends_match_receives_and_gradients_come_home(size: int) -> None:
-    for plan in every_plan(size, 1):
-        check_moves(plan)
+        check_plan(plan)
+        check_balance(plan)
 
 
 @pytest.mark.parametrize("size", range(1, 5))
 def test_any_ring_order_computes_every_pair_and_matches_sends(size: int) -> None:
     for layout, order in product(LAYOUTS, permutations(range(size))):
         plan = make_plan(layout, size, 2 * seq_len_multiple(layout, size), ring_order=order)
-        check_pairs(plan)
-        check_moves(plan)
+        check_plan(plan)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from(LAYOUTS), st.integers(9, 16), st.integers(1, 2), st.booleans(), st.data())
-def test_large_rings_hold_too(
-    layout: str, size: int, chunk: int, causal: bool, data: st.DataObject
+@st.composite
+def plans(draw: st.DrawFn, max_size: int = 16, max_local: int = 4) -> Plan:
+    """Any layout, mask, ring order, number of queries and keys, divisible or not."""
+    layout, size = draw(st.sampled_from(LAYOUTS)), draw(st.integers(1, max_size))
+    num_tokens = draw(st.integers(1, max_local * size))
+    num_kv_tokens = draw(st.one_of(st.just(num_tokens), st.integers(1, max_local * size)))
+    causal = draw(st.booleans())
+    ends = st.one_of(st.none(), st.integers(0, num_kv_tokens + 1))
+    return make_plan(
+        layout,
+        size,
+        padded_len(layout, size, num_tokens),
+        kv_len=padded_len(layout, size, num_kv_tokens),
+        num_tokens=num_tokens,
+        num_kv_tokens=num_kv_tokens,
+        causal=causal,
+        window=(draw(ends), 0 if causal else draw(ends)),
+        ring_order=tuple(draw(st.permutations(range(size)))),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(plans())
+def test_any_mask_and_lengths_on_up_to_16_ranks(plan: Plan) -> None:
+    check_plan(plan)
+    check_balance(plan)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans(max_size=8), st.data())
+def test_documents_spare_what_shows_nothing(plan: Plan, data: st.DataObject) -> None:
+    ends = data.draw(st.lists(st.integers(0, plan.num_tokens), max_size=6))
+    bounds = torch.tensor([0, *sorted(ends), plan.num_tokens])
+    plan = make_plan(  # documents have as many keys as queries
+        plan.layout,
+        plan.size,
+        plan.seq_len,
+        num_tokens=plan.num_tokens,
+        causal=plan.causal,
+        window=(plan.left, plan.right),
+        ring_order=plan.ring_order,
+    )
+    ids = documents.ids_of_ranks(bounds, plan, torch.device("cpu"))
+    at = documents.ids_of_positions(bounds, torch.arange(plan.num_tokens)).tolist()
+    check_plan(documents.spared(plan, ids), document=at.__getitem__)
+
+
+@settings(max_examples=100, deadline=None)
+@given(plans(max_size=6), st.data())
+def test_ids_in_any_order_spare_what_shows_nothing(plan: Plan, data: st.DataObject) -> None:
+    assume(plan.num_kv_tokens == plan.num_tokens)
+    at = data.draw(st.lists(st.integers(-2, 3), min_size=plan.num_tokens, max_size=plan.num_tokens))
+    padded = torch.tensor([*at, *[7] * (plan.seq_len - plan.num_tokens)])
+    ids = [
+        padded[documents.slot_positions(plan.layout, plan.size, rank, plan.seq_len)][None]
+        for rank in range(plan.size)
+    ]
+    check_plan(documents.spared(plan, ids), document=at.__getitem__)
+
+
+def test_documents_that_end_with_their_rank_send_nothing() -> None:
+    plan = make_plan("contiguous", 4, 32)
+    ids = documents.ids_of_ranks(torch.tensor([0, 8, 16, 24, 32]), plan, torch.device("cpu"))
+    assert documents.spared(plan, ids).num_steps == 1
+    assert plan.num_steps == 4
+    assert documents.balance(plan, torch.tensor([0, 8, 16, 24, 32])) == (1.0,)
+    assert documents.balance(plan, torch.tensor([0, 8, 32]))[1] > 1.0
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_contiguous_causal_keys_go_to_later_ranks_only(size: int) -> None:
+    plan = make_plan("contiguous", size, 3 * size)
+    sizes = {"batch": 1, "num_kv_heads": 1, "head_dim": 1, "itemsize": 4}
+    sent = [plan.traffic(rank, **sizes).forward_messages for rank in range(size)]
+    assert sent == [min(rank + 1, size - 1) if rank < size - 1 else 0 for rank in range(size)]
+
+
+# Progress
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_order_of_events_blocks_with_unbuffered_sends(
+    layout: str, size: int, backward: bool
 ) -> None:
-    order = tuple(data.draw(st.permutations(range(size))))
-    seq_len = chunk * seq_len_multiple(layout, size)
-    plan = make_plan(layout, size, seq_len, causal=causal, ring_order=order)
-    check_pairs(plan)
-    check_moves(plan)
+    for window in (None, 5):
+        plan = make_plan(layout, size, 4 * size, window=window, ring_order=None)
+        states = check_every_order(plan, backward=backward)
+        assert states > len(program(plan, 0, backward=backward)) or size == 1
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4)))[1::5], ids=str)
+def test_no_order_of_events_blocks_in_another_ring_order(order: tuple[int, ...]) -> None:
+    for layout in LAYOUTS:
+        check_every_order(make_plan(layout, 4, 16, window=6, ring_order=order), backward=True)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_program_is_what_the_ring_does(layout: str, window: int | None) -> None:
+    """Posts and waits of a real call, in order."""
+    plan = make_plan(layout, 3, 24, window=window)
+
+    def recorded(cp: CPContext) -> list[list[Event]]:
+        x = torch.randn(1, 2, 8, 16, requires_grad=True)
+        events: list[Event] = []
+        counts = {"kv": -1, "grad": -1}
+        post, complete = cp.transport.post, cp.transport.complete
+        steps = {
+            name: [s.index for s in plan.steps[cp.rank] if getattr(s, name) is not None]
+            for name in counts
+        }
+
+        def posting(out: Any, into: Any, move: Move, channel: str) -> Any:
+            if channel in counts:
+                counts[channel] += 1
+                events.append(("post", channel, steps[channel][counts[channel]]))
+            ticket = post(out, into, move, channel)
+            ticket.event = channel, counts.get(channel)
+            return ticket
+
+        def completing(ticket: Any) -> None:
+            channel, number = ticket.event
+            if channel in counts:
+                events.append(("wait", channel, steps[channel][number]))
+            complete(ticket)
+
+        cp.transport.post, cp.transport.complete = posting, completing
+        o = ring_attention(x, x, x, cp=cp, window=window)
+        forward = [*events]
+        events.clear()
+        counts.update(kv=-1, grad=-1)
+        o.sum().backward()
+        return [forward, events]
+
+    found = CPContext.local(3, layout=layout).run(recorded)
+    for rank, both in enumerate(found):
+        assert both == [program(plan, rank, backward=later) for later in (False, True)]
+
+
+def test_a_ring_that_waits_before_it_sends_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = program
+
+    def late(plan: Plan, rank: int, *, backward: bool) -> list[Event]:
+        events = right(plan, rank, backward=backward)
+        return [*events[1:2], events[0], *events[2:]]
+
+    monkeypatch.setattr(plan_checks, "program", late)
+    for check in (check_progress, check_every_order):
+        with pytest.raises(AssertionError, match="blocked"):
+            check(make_plan("zigzag", 3, 12), backward=False)
+
+
+def test_messages_that_meet_in_another_order_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = program
+
+    def swapped(plan: Plan, rank: int, *, backward: bool) -> list[Event]:
+        events = right(plan, rank, backward=backward)
+        return [events[1], events[0], *events[2:]] if rank == 1 else events
+
+    monkeypatch.setattr(plan_checks, "program", swapped)
+    with pytest.raises(AssertionError, match="meet in their order"):
+        check_progress(make_plan("zigzag", 2, 8), backward=True)
+
+
+# Layouts
 
 
 @pytest.mark.parametrize("size", range(2, 9))
@@ -171,6 +274,7 @@ def test_behaviour_of_each_rank_and_step(layout: str, expected: list[list[str | 
 
 def test_step_zero_is_the_own_diagonal_and_covers_every_row() -> None:
     for plan in (plan for size in SIZES for plan in every_plan(size, 2)):
+        assert plan.local_tokens == (plan.local_len,) * plan.size
         for rank, steps in enumerate(plan.steps):
             assert steps[0].owner == rank
             assert [tile.q for tile in steps[0].tiles] == [slice(0, plan.local_len)]
@@ -247,11 +351,21 @@ def test_a_missing_tile_is_caught() -> None:
         check_pairs(replace_step(make_plan("zigzag", 3, 12), 2, 1, tiles=()))
 
 
+ALL = (slice(0, 4),)
+
+
 @pytest.mark.parametrize(
-    "changes", [{"kv": None}, {"kv": Move(to=2, source=2, brings=2)}, {"owner": 2}, {"grad": None}]
+    "changes",
+    [
+        {"kv": None},
+        {"kv": Move(to=2, source=2, brings=2, out=ALL, into=ALL)},
+        {"kv": Move(to=2, source=0, brings=2, out=(slice(0, 3),), into=ALL)},
+        {"owner": 2},
+        {"grad": None},
+    ],
 )
 def test_a_dropped_or_wrong_hop_is_caught(changes: dict[str, object]) -> None:
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, KeyError, AttributeError)):
         check_moves(replace_step(make_plan("zigzag", 3, 12), 1, 1, **changes))
 
 

@@ -11,9 +11,9 @@ from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budg
 from cases import NAMES, Case, all_ranks_locally, check_fp32, join_all, one_device, one_rank, truth
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_checks import check_gradients, check_moves, check_pairs, check_plan
 from ranks import RankGroup
 from test_attention import over_gloo
-from test_schedule import check_pairs
 from torch import Tensor
 
 import nxd_cp.ops
@@ -24,6 +24,7 @@ from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.schedule import (
+    HEADER_BYTES,
     LAYOUTS,
     Bounded,
     Move,
@@ -42,52 +43,6 @@ def windows(plan_len: int, local_len: int) -> list[int]:
 def kv_moves(plan: Plan, index: int) -> dict[int, Move]:
     moves = {rank: steps[index].kv for rank, steps in enumerate(plan.steps)}
     return {rank: move for rank, move in moves.items() if move is not None}
-
-
-def check_kv_moves(plan: Plan) -> None:
-    """Follow keys as data: sends match receives, what is computed on is here, no hop is dead."""
-    holds = {rank: rank for rank in range(plan.size)}
-    for index in range(plan.num_steps):
-        for rank in range(plan.size):
-            step = plan.steps[rank][index]
-            assert not step.tiles or holds[rank] == step.owner, "keys are here"
-        moves, arrived = kv_moves(plan, index), {}
-        for rank, move in moves.items():
-            assert (move.to, move.source) != (None, None)
-            if move.to is not None:
-                assert moves[move.to].source == rank, "a send has its receive"
-                arrived[move.to] = holds[rank]
-            if move.source is not None:
-                assert moves[move.source].to == rank, "a receive has its send"
-        for rank, owner in arrived.items():
-            assert moves[rank].brings == owner
-            assert is_used(plan, owner, index + 1), "a hop is dead"
-        holds |= arrived
-
-
-def is_used(plan: Plan, owner: int, first_index: int) -> bool:
-    later = (steps[first_index:] for steps in plan.steps)
-    return any(step.owner == owner and step.tiles for steps in later for step in steps)
-
-
-def check_grad_moves(plan: Plan) -> None:
-    """Each part leaves for its owner at the end of its step, and the owner expects it."""
-    for index in range(plan.num_steps):
-        steps = [mine[index] for mine in plan.steps]
-        sent = {(r, s.grad.to) for r, s in enumerate(steps) if s.grad and s.grad.to is not None}
-        received = {
-            (s.grad.source, r) for r, s in enumerate(steps) if s.grad and s.grad.source is not None
-        }
-        computed = {(r, s.owner) for r, s in enumerate(steps) if s.tiles and index > 0}
-        assert sent == received == computed
-        assert all(s.grad.brings == r for r, s in enumerate(steps) if s.grad)
-
-
-def check_plan(plan: Plan) -> None:
-    check_pairs(plan)
-    if plan.window is not None:
-        check_kv_moves(plan)
-        check_grad_moves(plan)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
@@ -127,6 +82,19 @@ def test_contiguous_keys_travel_as_far_as_the_window(window: int, hops: int) -> 
     assert traffic.backward_messages == min(hops, 4) + min(hops, 3)
 
 
+def test_only_the_rows_that_the_window_reaches_travel() -> None:
+    plan = make_plan("contiguous", 4, 400, window=31)
+    sizes = {"batch": 1, "num_kv_heads": 2, "head_dim": 16, "itemsize": 4}
+    for rank in range(3):
+        move = plan.steps[rank][0].kv
+        assert move is not None
+        assert move.out == (slice(70, 100),), "the last 30 of 100 rows"
+        row = 2 * 2 * 16 * 4
+        assert plan.traffic(rank, **sizes).forward_bytes == 30 * row + HEADER_BYTES
+    longer = make_plan("contiguous", 4, 400, window=131)
+    assert [step.kv.out for step in longer.steps[1][:2]] == [(slice(0, 100),), (slice(70, 100),)]
+
+
 def test_tiles_are_cut_to_the_window_and_named_simply() -> None:
     plan = make_plan("contiguous", 4, 32, window=4)
     assert plan.steps[2][0].tiles == (Tile(slice(0, 8), slice(0, 8), Bounded(-3, 0)),)
@@ -163,23 +131,24 @@ def test_a_band_that_is_too_wide_is_caught() -> None:
 def test_a_dropped_one_sided_or_dead_hop_is_caught(index: int, move: Move | None) -> None:
     plan = make_plan("contiguous", 4, 32, window=4)
     with pytest.raises((AssertionError, KeyError)):
-        check_kv_moves(change_step(plan, 2, index, kv=move))
+        check_moves(change_step(plan, 2, index, kv=move))
 
 
 def test_a_dead_round_of_hops_is_caught() -> None:
     plan = make_plan("contiguous", 3, 12, window=1)
     for rank in range(3):
         left = (rank - 1) % 3
-        plan = change_step(plan, rank, 0, kv=Move((rank + 1) % 3, left, left))
+        all_rows = (slice(0, 4),)
+        plan = change_step(plan, rank, 0, kv=Move((rank + 1) % 3, left, left, all_rows, all_rows))
     with pytest.raises(AssertionError, match="a hop is dead"):
-        check_kv_moves(plan)
+        check_moves(plan)
 
 
 def test_a_part_that_is_not_sent_home_is_caught() -> None:
     plan = make_plan("zigzag", 3, 24, window=5)
     index = next(i for i in (1, 2) if plan.steps[1][i].tiles)
-    with pytest.raises(AssertionError):
-        check_grad_moves(change_step(plan, 1, index, grad=None))
+    with pytest.raises((AssertionError, KeyError)):
+        check_gradients(change_step(plan, 1, index, grad=None))
 
 
 # Numbers

@@ -84,7 +84,8 @@ def make_plan(
         steps=(),
         local_tokens=tuple(sum(map(len, runs)) for runs in q_runs),
     )
-    return _with_steps(empty, rectangles, spares=left is not None)
+    some_see_nothing = any(not here for mine in rectangles for here in mine)
+    return _with_steps(empty, rectangles, spares=left is not None or some_see_nothing)
 
 
 def spare(plan: Plan, seen: Iterable[tuple[int, int, Tile]]) -> Plan:
