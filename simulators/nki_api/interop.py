@@ -159,6 +159,8 @@ def to_host(value: Any, as_torch: bool) -> Any:
             fill_unwritten(array, value.dtype)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
+        if value.dtype is dtypes.bool_:
+            array = array.view(np.bool_)
         return _numpy_to_torch(array) if as_torch else array
     if type(value) in (tuple, list):
         return type(value)(to_host(v, as_torch) for v in value)

@@ -1,4 +1,4 @@
-"""GpSimdE: iota and affine_select. It cannot reach PSUM.
+"""GpSimdE: iota and affine_select. It cannot reach PSUM. Their offset may be a register.
 
 Letters: the affine value of partition p and free index (w, z, y, x) is
 offset + p * channel_multiplier + sum of index * step.
@@ -25,6 +25,7 @@ from nxd_cp.simulators.nki_api.checks import (
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
 from nxd_cp.simulators.nki_api.ops import OPS
+from nxd_cp.simulators.nki_api.registers import read
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
@@ -63,7 +64,7 @@ def _pairs(instr: str, pattern: Any, tile: NkiTensor) -> tuple[tuple[int, int], 
 
 
 def iota(
-    dst: Any, pattern: Any, offset: int = 0, channel_multiplier: int = 0, name: str | None = None
+    dst: Any, pattern: Any, offset: Any = 0, channel_multiplier: int = 0, name: str | None = None
 ) -> NkiInstruction:
     """dst = affine values, computed in int32."""
     instr = "nki.isa.iota"
@@ -73,10 +74,12 @@ def iota(
     pairs = _pairs(instr, pattern, dst)
     out = destination(instr, "dst", dst, OTHER)
     if run.values:
-        values = _affine(pairs, dst.shape[0], int(offset), int(channel_multiplier))
+        first = read(instr, offset)
+        values = _affine(pairs, dst.shape[0], first, int(channel_multiplier))
         values = values.astype(np.int32).reshape(out.shape)
-        if dst.dtype is dtypes.int32:
-            out[...] = values
+        if dst.dtype.kind in "iu":
+            info = np.iinfo(dst.dtype.np_dtype)
+            out[...] = np.clip(values.astype(np.int64), info.min, info.max)
         else:
             dtypes.store_f32(out, values.astype(np.float32), dst.dtype)
     return issue(run, "iota", "gpsimd", dst, (), dst, name=name)
@@ -98,7 +101,7 @@ def affine_select(
     on_true_tile: Any,
     on_false_value: Any,
     cmp_op: Any = OPS["equal"],
-    offset: int = 0,
+    offset: Any = 0,
     name: str | None = None,
 ) -> NkiInstruction:
     """dst = on_true_tile where cmp_op(affine value, 0), else on_false_value."""
@@ -113,7 +116,8 @@ def affine_select(
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, on_true_tile=on_true_tile)
     if run.values:
-        keep = _predicate(pairs, dst.shape[0], int(offset), int(channel_multiplier), cmp_op.name)
+        first = read(instr, offset)
+        keep = _predicate(pairs, dst.shape[0], first, int(channel_multiplier), cmp_op.name)
         wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
         chosen = np.where(like(keep, out.shape), wide, np.float32(on_false_value))
         dtypes.store_f32(out, chosen, dst.dtype)
