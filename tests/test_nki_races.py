@@ -194,6 +194,32 @@ def test_a_collective_of_both_cores_orders_its_tensors():
         simulate_ranks(kernel, [(X, False)] * 2, lnc=2, generation="gen3")
 
 
+def reused(x, use_first):
+    """SBUF of a permute, used again under another name."""
+    group = ncc.ReplicaGroup([[0, 1]])
+    src, dst = (nl.ndarray(x.shape, x.dtype, nl.sbuf, address=(0, at)) for at in (0, 32))
+    nisa.dma_copy(src, x)
+    ncc.collective_permute_implicit([[src]], [[dst]], group)  # started
+    out = shared(x)
+    if use_first:
+        nisa.dma_copy(out, dst)
+    again = nl.ndarray(x.shape, x.dtype, nl.sbuf, address=(0, 0))
+    nisa.memset(again, 0.0)
+    nisa.dma_copy(out, dst)
+    return out
+
+
+def test_memory_of_a_collective_in_flight_is_not_used_under_another_name():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate_ranks(reused, [(X, True)] * 2)
+    with pytest.warns(NkiSimulatorWarning, match=r"rule race\.in_flight ") as caught:
+        simulate_ranks(reused, [(X, False)] * 2)
+    text = str(caught[0].message)
+    assert "# started" in text
+    assert "nisa.memset(again, 0.0)" in text.splitlines()[-1]
+
+
 def test_late_writes_show_a_missing_barrier_in_the_results():
     for seed in SEEDS:
         np.testing.assert_array_equal(run(barrier, adversarial=seed), X)

@@ -65,7 +65,7 @@ def test_the_grid_is_what_the_caller_asked_for():
     def width():
         return nl.program_ndim(), nl.num_programs()
 
-    assert Kernel(width)[2]() == (1, 2)
+    assert Kernel(width)[2]() == Kernel(width)[nl.nc(2)]() == (1, 2)
 
 
 def test_two_cores_do_not_exist_on_gen2():

@@ -17,8 +17,9 @@ from .errors import (
 from .jit import Kernel, simulate, simulate_ranks
 from .loading import install, load, real_nki_present
 from .log import Exchange, Log, Record, View
+from .params import SimParams, parameters
 from .rules import RULES, Rule
-from .runtime import SimParams, parameters, record
+from .runtime import record
 
 __all__ = [
     "RULES",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from . import chips
 from .loading import install
-from .runtime import SimParams, parameters
+from .params import SimParams, parameters
 
 
 def _parser() -> argparse.ArgumentParser:

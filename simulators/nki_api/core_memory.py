@@ -28,6 +28,7 @@ from .rules import documented, inferred
 
 ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
 MIN_ALIGN = 4
+MOST_IDLE = 8  # cores kept for the next run
 
 _PARTITIONS = documented(
     "memory.partitions",
@@ -71,6 +72,7 @@ class Core:
             self.spare.clear()
         self.sbuf_list = FreeList(self.chip.sbuf_usable_bytes)
         self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
+        self.flights: list[Any] = []  # collectives that may still run (ranks/flights.py)
         self.lifetimes: dict[int, Lifetimes] = {}  # of memories that were full once
         self.live: dict[int, tuple[int, int, str, int]] = {}
         self.placed: dict[int, Neighbours] = {}
@@ -240,4 +242,6 @@ class CorePool:
     def give_back(self, core: Core) -> None:
         """Hand a core back; its tensors must not be used any more."""
         with self._lock:
-            self._idle.setdefault((core.chip.generation, core.precise), []).append(core)
+            idle = self._idle.setdefault((core.chip.generation, core.precise), [])
+            if len(idle) < MOST_IDLE:
+                idle.append(core)

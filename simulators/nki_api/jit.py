@@ -16,8 +16,9 @@ from typing import Any
 
 from . import chips
 from .front_end import check_kernel, check_nested
+from .params import parameters_in_force
 from .ranks.launch import Arguments, launch
-from .runtime import current_or_none, parameters_in_force
+from .runtime import current_or_none
 
 BOUND_GENERATION: ContextVar[str | None] = ContextVar("nki_simulator_generation", default=None)
 

@@ -92,6 +92,11 @@ def num_programs(axes: int = 0) -> int:
     return current("nki.language.num_programs").num_programs
 
 
+def nc(count: int) -> int:
+    """Cores of the launch grid: kernel[nl.nc(2)] is kernel[2]."""
+    return count
+
+
 def program_ndim() -> int:
     """Axes of the launch grid: 0 without a grid."""
     return int(current("nki.language.program_ndim").world.has_grid)
@@ -144,6 +149,7 @@ __all__ = [
     "logical_not",
     "matmul",
     "mean",
+    "nc",
     "ndarray",
     "negative",
     "no_reorder",

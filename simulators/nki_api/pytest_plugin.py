@@ -25,7 +25,8 @@ from .errors import NkiValidationError
 from .jit import Kernel, simulate, simulate_ranks
 from .loading import install
 from .log import Log
-from .runtime import SimParams, parameters, record
+from .params import SimParams, parameters
+from .runtime import record
 
 
 @dataclass

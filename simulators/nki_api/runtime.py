@@ -5,11 +5,9 @@ N threads can simulate at once, each with its own run. Does not run anything: se
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,34 +15,12 @@ import numpy as np
 from . import dtypes, errors, memory
 from .core_memory import Core, CorePool
 from .log import NONE, BufferInfo, Log
+from .params import SimParams
 from .ranks.program import Trace
 from .ranks.scheduler import Place
 from .ranks.world import Rank, World
 
-PRECISE_VARIABLE = "NKI_PRECISE_FP"
 _SPACES = ("hbm", "sbuf", "psum")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimParams:
-    """How to simulate.
-
-    strict: rules of the inferred tier raise instead of warning.
-    log: keep an instruction log even outside `record`, which is how to read one.
-    values: False for shape-only mode: every check that needs no values, the whole log, and no
-        arithmetic; outputs then have their shape and dtype, filled with the unwritten mark.
-    adversarial: a seed for the worst legal order: who runs next is drawn, implicit rings go round
-        in a drawn order per channel, and DMA writes to HBM that two cores share land as late as
-        they may. A correct kernel gives the same results with every seed.
-    precise_fp: False stores bfloat16 and 8-bit floats as float32, to tell a wrong algorithm from
-        lost precision; outputs of these types are then float32. None: NKI_PRECISE_FP, or True.
-    """
-
-    strict: bool = False
-    log: bool = False
-    values: bool = True
-    adversarial: int | None = None
-    precise_fp: bool | None = None
 
 
 class Run:
@@ -140,7 +116,6 @@ class Run:
 
 _RUN: ContextVar[Run | None] = ContextVar("nki_simulator_run", default=None)
 _RECORDER: ContextVar[Log | None] = ContextVar("nki_simulator_recorder", default=None)
-_PARAMS: ContextVar[SimParams | None] = ContextVar("nki_simulator_params", default=None)
 _POOL = CorePool()
 
 
@@ -168,21 +143,6 @@ def record() -> Iterator[Log]:
         _RECORDER.reset(token)
 
 
-@contextmanager
-def parameters(params: SimParams) -> Iterator[None]:
-    """Use `params` for every kernel called in this block."""
-    token = _PARAMS.set(params)
-    try:
-        yield
-    finally:
-        _PARAMS.reset(token)
-
-
-def parameters_in_force() -> SimParams:
-    """The parameters of the innermost `parameters` block, or the defaults."""
-    return _PARAMS.get() or SimParams()
-
-
 def recorder() -> Log | None:
     """The log of the innermost `record` block."""
     return _RECORDER.get()
@@ -191,10 +151,7 @@ def recorder() -> Log | None:
 @contextmanager
 def running(world: World, place: Place, params: SimParams, log: Log | None) -> Iterator[Run]:
     """A fresh run on an empty core. Kernels may not be nested."""
-    precise = params.precise_fp
-    if precise is None:
-        precise = os.environ.get(PRECISE_VARIABLE, "1") != "0"
-    core = _POOL.borrow(world.chip, precise)
+    core = _POOL.borrow(world.chip, params.precise())
     run = Run(world, place, core, params, log)
     label = f"{place}: " if len(world.places) > 1 else ""
     tokens = (_RUN.set(run), errors.STRICT.set(params.strict), errors.PLACE.set(label))

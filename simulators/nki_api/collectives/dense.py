@@ -19,18 +19,9 @@ from nxd_cp.simulators.nki_api.memory import SBUF
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import Run, current
 
-from .exchange import (
-    SIZES,
-    Arrays,
-    Operands,
-    check_priority,
-    exchange,
-    moving,
-    operands,
-    reduction,
-    require_sizes,
-)
+from .exchange import Arrays, exchange, moving
 from .group import own_group
+from .operands import SIZES, Operands, check_priority, operands, reduction, require_sizes
 
 _DIM = documented(
     "collective.dim",

@@ -19,17 +19,9 @@ from nxd_cp.simulators.nki_api.registers import Register
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import Run, current
 
-from .exchange import (
-    Arrays,
-    check_priority,
-    exchange,
-    moving,
-    one,
-    operands,
-    reduction,
-    require_sizes,
-)
+from .exchange import Arrays, exchange, moving
 from .group import own_group, ring
+from .operands import check_priority, one, operands, reduction, require_sizes
 
 _PAIRS = documented(
     "collective.pairs",

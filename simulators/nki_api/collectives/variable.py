@@ -24,8 +24,9 @@ from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
-from .exchange import SIZES, Operands, check_priority, exchange, one, operands, planes
+from .exchange import exchange, planes
 from .group import own_group
+from .operands import SIZES, Operands, check_priority, one, operands
 
 _METADATA = documented(
     "collective_v.metadata",

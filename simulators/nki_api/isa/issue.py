@@ -12,6 +12,7 @@ from typing import Any
 
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.overlap import check_overlap
+from nxd_cp.simulators.nki_api.ranks.flights import observe
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
@@ -76,6 +77,8 @@ def issue(
         broken(_COUNT, f"nki.isa.{opcode}", f"instruction number {run.issued:,}")
     for lifetimes in run.core.lifetimes.values():
         lifetimes.touch(run.issued, (dst, *sources))
+    if run.core.flights:
+        observe(run.core.flights, f"nki.isa.{opcode}", dst, sources)
     if run.trace is not None:
         run.trace.add(opcode)
     for source in sources:

@@ -20,8 +20,9 @@ from nxd_cp.simulators.nki_api import chips
 from nxd_cp.simulators.nki_api.errors import fail, strictness
 from nxd_cp.simulators.nki_api.interop import arrays_in, as_numpy, is_torch, to_device, to_host
 from nxd_cp.simulators.nki_api.log import Log
+from nxd_cp.simulators.nki_api.params import parameters_in_force
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import parameters_in_force, recorder, running
+from nxd_cp.simulators.nki_api.runtime import recorder, running
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .program import compare

@@ -1,0 +1,60 @@
+"""How to simulate: SimParams, and the block in which they hold.
+
+Source of NKI_PRECISE_FP: nki_simulator guide (Precise Floating-Point Mode).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+PRECISE_VARIABLE = "NKI_PRECISE_FP"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimParams:
+    """How to simulate.
+
+    strict: rules of the inferred tier raise instead of warning.
+    log: keep an instruction log even outside `record`, which is how to read one.
+    values: False for shape-only mode: every check that needs no values, the whole log, and no
+        arithmetic; outputs then have their shape and dtype, filled with the unwritten mark.
+    adversarial: a seed for the worst legal order: who runs next is drawn, implicit rings go round
+        in a drawn order per channel, and DMA writes to HBM that two cores share land as late as
+        they may. A correct kernel gives the same results with every seed.
+    precise_fp: False stores bfloat16 and 8-bit floats as float32, to tell a wrong algorithm from
+        lost precision; outputs of these types are then float32. None: NKI_PRECISE_FP, or True.
+    """
+
+    strict: bool = False
+    log: bool = False
+    values: bool = True
+    adversarial: int | None = None
+    precise_fp: bool | None = None
+
+    def precise(self) -> bool:
+        """Whether low-precision types are stored as what they are."""
+        if self.precise_fp is not None:
+            return self.precise_fp
+        return os.environ.get(PRECISE_VARIABLE, "1") != "0"
+
+
+_PARAMS: ContextVar[SimParams | None] = ContextVar("nki_simulator_params", default=None)
+
+
+@contextmanager
+def parameters(params: SimParams) -> Iterator[None]:
+    """Use `params` for every kernel called in this block."""
+    token = _PARAMS.set(params)
+    try:
+        yield
+    finally:
+        _PARAMS.reset(token)
+
+
+def parameters_in_force() -> SimParams:
+    """The parameters of the innermost `parameters` block, or the defaults."""
+    return _PARAMS.get() or SimParams()
