@@ -8,6 +8,16 @@ import typer
 
 from nxd_cp.bench.cli import app as bench
 from nxd_cp.doctor.cli import app as doctor
+from nxd_cp.timing_cli import (
+    Chip,
+    ChipOption,
+    HeadDimOption,
+    HeadsOption,
+    KvHeadsOption,
+    make_folder,
+    profile,
+    trace,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -15,13 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Context parallelism for AWS Neuron devices: ring attention over a split sequence.",
 )
-
-
-def _make_folder(path: Path | None) -> Path | None:
-    """The folder of a file that a command will write is made before the work begins."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 class Layout(str, Enum):
@@ -107,109 +110,8 @@ def plan(
         raise typer.BadParameter(str(error)) from error
 
 
-class Kernel(str, Enum):
-    """Kernels that can be timed."""
-
-    flash_fwd = "flash_fwd"
-    flash_bwd = "flash_bwd"
-
-
-class Chip(str, Enum):
-    """Chips with a cost model."""
-
-    trn1 = "trn1"
-    trn2 = "trn2"
-    trn3 = "trn3"
-
-
-KernelArgument = Annotated[Kernel, typer.Argument(help="The kernel to time.")]
-ChipOption = Annotated[Chip, typer.Option(help="Chip whose cost model is used.")]
-QueriesOption = Annotated[int, typer.Option(help="Query rows of the block.")]
-KeysOption = Annotated[
-    int | None, typer.Option(help="Keys of the block; default as many as queries.")
-]
-MaskOption = Annotated[str, typer.Option(help="full, causal or strict.")]
-HeadsOption = Annotated[int, typer.Option(min=1, help="Query heads.")]
-KvHeadsOption = Annotated[int, typer.Option(min=1, help="Key and value heads.")]
-HeadDimOption = Annotated[int, typer.Option(min=1, help="Head dim.")]
-DtypeOption = Annotated[str, typer.Option(help="bfloat16 or float32.")]
-
-
-@app.command()
-def profile(
-    kernel: KernelArgument,
-    chip: ChipOption = Chip.trn2,
-    queries: QueriesOption = 1024,
-    keys: KeysOption = None,
-    mask: MaskOption = "causal",
-    heads: HeadsOption = 1,
-    kv_heads: KvHeadsOption = 1,
-    head_dim: HeadDimOption = 128,
-    dtype: DtypeOption = "bfloat16",
-    json: Annotated[
-        Path | None, typer.Option(help="Also write the summary as JSON.", callback=_make_folder)
-    ] = None,
-    roofline: Annotated[
-        Path | None, typer.Option(help="Also draw a roofline PNG.", callback=_make_folder)
-    ] = None,
-    timeline: Annotated[
-        Path | None, typer.Option(help="Also draw a timeline PNG.", callback=_make_folder)
-    ] = None,
-) -> None:
-    """Say where a kernel's time goes on one core: estimated from its instructions, not measured."""
-    from nxd_cp.simulators.timing.cli import Block, run_profile
-
-    block = Block(
-        generation=chip.value,
-        queries=queries,
-        keys=queries if keys is None else keys,
-        mask=mask,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-    )
-    try:
-        text = run_profile(
-            kernel.value, block, json_path=json, roofline=roofline, timeline=timeline
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(text)
-
-
-@app.command()
-def trace(
-    kernel: KernelArgument,
-    out: Annotated[
-        Path, typer.Option(help="File to write, JSON for ui.perfetto.dev.", callback=_make_folder)
-    ] = Path("trace.json"),
-    chip: ChipOption = Chip.trn2,
-    queries: QueriesOption = 1024,
-    keys: KeysOption = None,
-    mask: MaskOption = "causal",
-    heads: HeadsOption = 1,
-    kv_heads: KvHeadsOption = 1,
-    head_dim: HeadDimOption = 128,
-    dtype: DtypeOption = "bfloat16",
-) -> None:
-    """Write a kernel's estimated timeline for Perfetto: a lane per engine and DMA queue."""
-    from nxd_cp.simulators.timing.cli import Block, run_trace
-
-    block = Block(
-        generation=chip.value,
-        queries=queries,
-        keys=queries if keys is None else keys,
-        mask=mask,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype=dtype,
-    )
-    try:
-        typer.echo(run_trace(kernel.value, block, out))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+app.command()(profile)
+app.command()(trace)
 
 
 @app.command()
@@ -231,7 +133,7 @@ def simulate(
         typer.Option(help="Sustained TFLOP/s of a position; default: time our kernels."),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Also write a Perfetto trace.", callback=_make_folder)
+        Path | None, typer.Option(help="Also write a Perfetto trace.", callback=make_folder)
     ] = None,
 ) -> None:
     """Estimate a ring on simulated chips: step time, exposed communication, efficiency."""

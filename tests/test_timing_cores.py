@@ -39,17 +39,17 @@ def reduced(x, times):
 
 
 def pair(x):
-    """Core 0 works for long, both pass a barrier, core 1 reads what core 0 wrote."""
-    middle, out = hbm(x.shape, "middle"), hbm(x.shape, "out")
-    tile = sbuf(x.shape, x.dtype)
-    nisa.dma_copy(tile, x)
-    if nl.program_id(0) == 0:
-        work(tile, 50)
-        nisa.dma_copy(middle, tile)
+    """Core 0 works on more columns; both pass a barrier and read what the other wrote."""
+    middle, out = hbm((256, 512), "middle"), hbm((256, 64), "out")
+    core = nl.program_id(0)
+    width = 512 if core == 0 else 64
+    tile, other = sbuf((128, width), x.dtype), sbuf((128, 64), x.dtype)
+    nisa.dma_copy(tile, x[:, :width])
+    work(tile, 50)
+    nisa.dma_copy(middle[core * 128 : core * 128 + 128, :width], tile)
     nisa.core_barrier(middle, cores=(0, 1))
-    if nl.program_id(0) == 1:
-        nisa.dma_copy(tile, middle)
-        nisa.dma_copy(out, tile)
+    nisa.dma_copy(other, middle[128 - core * 128 : 256 - core * 128, :64])
+    nisa.dma_copy(out[core * 128 : core * 128 + 128], other)
     return out
 
 
@@ -123,9 +123,8 @@ def test_a_barrier_holds_what_reads_shared_hbm_until_the_other_core_wrote_it():
         Kernel(pair, "gen3")[2](X)
     times = estimate_cores(log, "gen3")
     first, second = times[0, 0].timeline, times[0, 1].timeline
-    wrote = max(
-        first.end[i] for i, queue in enumerate(first.program.queues) if queue == "dma store"
-    )
+    stores = [i for i, queue in enumerate(first.program.queues) if queue == "dma store"]
+    wrote = first.end[stores[0]]
     loads = [i for i, queue in enumerate(second.program.queues) if queue == "dma load"]
     assert second.start[loads[-1]] >= wrote
     assert second.start[loads[0]] < wrote

@@ -1,6 +1,9 @@
 """Trace, profile and pictures: valid files whose numbers are the timeline's."""
 
+import io
 import json
+import re
+import time
 from pathlib import Path
 
 import pytest
@@ -8,12 +11,38 @@ from typer.testing import CliRunner
 
 from nxd_cp.cli import app
 from nxd_cp.simulators.timing import estimate
-from nxd_cp.simulators.timing.cli import Block, run_profile, run_trace, time_block
+from nxd_cp.simulators.timing.call import Call, parse_array, parse_option
+from nxd_cp.simulators.timing.cli import Block, run_profile, run_trace, time_call
 from nxd_cp.simulators.timing.profile import hbm_bytes, summary, table
+from nxd_cp.simulators.timing.progress import Progress
 from nxd_cp.simulators.timing.streams.attention import attention
 from nxd_cp.simulators.timing.trace import document
 
-SMALL = Block(queries=128, keys=128)
+KERNEL = """
+import nki
+import nki.isa as nisa
+import nki.language as nl
+
+
+@nki.jit
+def scale(data, factor=1.0, out_dtype="float32"):
+    out = nl.ndarray(data.shape, dtype=data.dtype, buffer=nl.shared_hbm)
+    width = data.shape[1] // nl.num_programs()
+    part = nl.ds(nl.program_id(0) * width, width)
+    tile = nl.ndarray((data.shape[0], width), dtype=data.dtype, buffer=nl.sbuf)
+    nisa.dma_copy(dst=tile, src=data[:, part])
+    nisa.tensor_scalar(dst=tile, data=tile, op0=nl.multiply, operand0=factor)
+    nisa.dma_copy(dst=out[:, part], src=tile)
+    return out
+"""
+
+
+@pytest.fixture(scope="module")
+def user_kernel(tmp_path_factory):
+    """somebody_kernels.py:scale, in a folder that is not on the path."""
+    file = tmp_path_factory.mktemp("kernels") / "somebody_kernels.py"
+    file.write_text(KERNEL)
+    return f"{file}:scale"
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +120,70 @@ def test_hbm_bytes_of_a_fused_kernel_are_its_inputs_and_output(times):
 @pytest.mark.parametrize("kernel", ["flash_fwd", "flash_bwd"])
 def test_profile_and_trace_of_our_kernels(kernel, tmp_path):
     files = [tmp_path / name for name in ("p.json", "roof.png", "line.png", "t.json")]
-    text = run_profile(kernel, SMALL, json_path=files[0], roofline=files[1], timeline=files[2])
-    assert f"{kernel}.py:" in text
-    assert str(files[3]) in run_trace(kernel, SMALL, files[3])
+    block = Block(kernel=kernel, queries=128, keys=128)
+    text = run_profile(block, json_path=files[0], roofline=files[1], timeline=files[2])
+    assert "critical path by source line" in text
+    assert str(files[3]) in run_trace(block, files[3])
     assert json.loads(files[0].read_text())["generation"] == "gen3"
     assert files[1].read_bytes()[:4] == files[2].read_bytes()[:4] == b"\x89PNG"
     assert json.loads(files[3].read_text())["traceEvents"]
+
+
+def test_any_kernel_is_profiled_on_one_or_more_cores_and_ranks(user_kernel, tmp_path):
+    array = ("128x512:bfloat16",)
+    one = run_profile(Call(target=user_kernel, arrays=array, options=("factor=2",)))
+    assert "somebody_kernels.py:" in one
+    assert "3 instructions" in one
+    path = tmp_path / "p.json"
+    pair = Call(target=user_kernel, arrays=array, lnc=2, ranks=2)
+    assert "4 cores, the slowest is rank" in run_profile(pair, json_path=path)
+    cores = json.loads(path.read_text())["cores"]
+    assert sorted(cores) == [f"rank {r} core {c}" for r in range(2) for c in range(2)]
+    assert "4 cores" in run_trace(pair, tmp_path / "t.json")
+
+
+def test_timing_a_kernel_prints_what_it_does_on_standard_error(user_kernel, capsys):
+    times = time_call(Call(target=user_kernel, arrays=("data=128x64:float32",)))
+    said = capsys.readouterr()
+    assert not said.out
+    assert "simulating" in said.err
+    assert "timing 3 instructions" in said.err
+    assert list(times) == ["rank 0 core 0"]
+
+
+def test_a_long_phase_is_reported_while_it_lasts():
+    out = io.StringIO()
+    with Progress("waiting", every_s=0.01, out=out) as progress:
+        time.sleep(0.1)
+        progress.say("done")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "waiting ..."
+    assert "waiting: 0 s" in lines
+    assert "done ..." in lines
+
+
+def test_arrays_and_options_are_read_as_written():
+    name, array = parse_array("q=1x128x64:bfloat16")
+    assert (name, array.shape, str(array.dtype)) == ("q", (1, 128, 64), "bfloat16")
+    assert parse_array("7:int32")[1].shape == (7,)
+    assert parse_option("causal=True") == ("causal", True)
+    assert parse_option("mask=full") == ("mask", "full")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arrays": ("128,512:bfloat16",)}, "array: expected SHAPE:DTYPE such as 128x512:bfloat16"),
+        ({"arrays": ("128x512:bfloat",)}, "dtype: expected one of NumPy or ml_dtypes"),
+        ({"options": ("factor",)}, "option: expected NAME=VALUE, got 'factor'"),
+        ({"target": "somewhere"}, "expected flash_fwd, flash_bwd or module:function"),
+        ({"target": "json:dumps"}, "expected an @nki.jit function in json, got 'dumps'"),
+        ({"generation": "trn9"}, "generation: expected one of trn1"),
+    ],
+)
+def test_wrong_calls_are_caught(user_kernel, change, message):
+    with pytest.raises(ValueError, match=message):
+        time_call(Call(**{"target": user_kernel, **change}))
 
 
 def test_times_never_change_a_result(times):
@@ -108,15 +195,16 @@ def test_times_never_change_a_result(times):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (Block(queries=100, keys=100), "multiples of 128, got 100 and 100"),
-        (Block(queries=128, keys=256), "equal lengths under a causal mask"),
-        (Block(mask="window"), "expected full, causal or strict, got 'window'"),
-        (Block(queries=128, keys=128, dtype="float16"), "expected bfloat16 or float32"),
+        (Block(kernel="flash_fwd", queries=100, keys=100), "multiples of 128, got 100 and 100"),
+        (Block(kernel="flash_fwd", queries=128, keys=256), "equal lengths under a causal mask"),
+        (Block(kernel="flash_fwd", mask="window"), "expected full, causal or strict, got 'window'"),
+        (Block(kernel="flash_fwd", dtype="float16"), "expected bfloat16 or float32"),
+        (Block(kernel="flash"), "expected flash_fwd, flash_bwd or module:function, got 'flash'"),
     ],
 )
 def test_wrong_blocks_are_caught(block, message):
     with pytest.raises(ValueError, match=message):
-        time_block("flash_fwd", block)
+        time_call(block)
 
 
 def test_a_command_makes_the_folder_of_the_file_it_writes(tmp_path: Path) -> None:
@@ -125,3 +213,20 @@ def test_a_command_makes_the_folder_of_the_file_it_writes(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["traceEvents"]
+
+
+def test_the_commands_take_a_kernel_of_anybody(user_kernel):
+    command = ["profile", user_kernel, "--array", "128x512:bfloat16", "--option", "factor=3"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "somebody_kernels.py:" in result.output
+    bad = CliRunner().invoke(app, ["trace", user_kernel, "--array", "x"])
+    assert bad.exit_code == 2
+    assert "SHAPE:DTYPE" in bad.output
+
+
+def test_profile_and_trace_have_the_same_options_but_for_what_they_write():
+    helps = [CliRunner().invoke(app, [name, "--help"]).output for name in ("profile", "trace")]
+    options = [set(re.findall(r"--[a-z-]+", text)) for text in helps]
+    assert options[0] - options[1] == {"--json", "--roofline", "--timeline"}
+    assert options[1] - options[0] == {"--out"}

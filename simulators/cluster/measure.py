@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nxd_cp.simulators.nki_api import load, record
+from nxd_cp.simulators.nki_api import SimParams, load, parameters, record
 from nxd_cp.simulators.nki_api.log import Log
 from nxd_cp.simulators.timing import Estimate, constants_for, estimate
 
@@ -46,7 +46,7 @@ def kernel_log(
     q, k, row = _inputs(dtype, (1, num_heads, q_len, head_dim), (1, num_kv_heads, k_len, head_dim))
     package = load("nxd_cp.kernels", generation=generation)
     scale = head_dim**-0.5
-    with record() as log:
+    with parameters(SimParams(values=False)), record() as log:
         if name == "flash_fwd":
             package.flash_fwd.flash_fwd(q, k, k, mask, scale)
         else:

@@ -1,26 +1,29 @@
-"""What `nxd-cp profile` and `nxd-cp trace` do: time one of our kernels and show where it goes.
+"""What `nxd-cp profile` and `nxd-cp trace` do: time a kernel and show where the time goes.
 
-Does: run the kernel in the simulator on zeros, estimate, print or write. Does not: parse a command
-line (nxd_cp/cli.py does).
+Does: run one of our kernels on a block, or anybody's kernel, in the simulator; estimate, print or
+write. Does not: parse a command line (nxd_cp/timing_cli.py does).
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxd_cp.simulators.cluster.measure import time_kernel
+from nxd_cp.simulators.cluster.measure import KERNELS, kernel_log
+from nxd_cp.simulators.nki_api.log import Log
 
 from . import plots, profile, trace
-from .estimate import Estimate
+from .call import Call
+from .estimate import Estimate, estimate_cores
+from .progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """One block of attention on one core. generation: trn1, trn2, trn3 or gen2, gen3, gen4."""
 
+    kernel: str
     generation: str = "trn2"
     queries: int = 1024
     keys: int = 1024
@@ -30,58 +33,98 @@ class Block:
     head_dim: int = 128
     dtype: str = "bfloat16"
 
+    @property
+    def target(self) -> str:
+        """The kernel's name."""
+        return self.kernel
 
-def time_block(kernel: str, block: Block) -> Estimate:
-    """Estimate of "flash_fwd" or "flash_bwd" on `block`; ValueError for what it cannot take."""
-    if block.mask not in ("full", "causal", "strict"):
-        raise ValueError(f"mask: expected full, causal or strict, got {block.mask!r}")
-    if block.queries % 128 or block.keys % 128 or min(block.queries, block.keys) < 128:
-        raise ValueError(
-            f"queries and keys: expected multiples of 128, got {block.queries} and {block.keys}"
+    def run(self) -> Log:
+        """The log of "flash_fwd" or "flash_bwd"; ValueError for what it cannot take."""
+        if self.kernel not in KERNELS:
+            raise ValueError(
+                f"kernel: expected {', '.join(KERNELS)} or module:function, got {self.kernel!r}"
+            )
+        if self.mask not in ("full", "causal", "strict"):
+            raise ValueError(f"mask: expected full, causal or strict, got {self.mask!r}")
+        if self.queries % 128 or self.keys % 128 or min(self.queries, self.keys) < 128:
+            raise ValueError(
+                f"queries and keys: expected multiples of 128, got {self.queries} and {self.keys}"
+            )
+        if self.mask != "full" and self.queries != self.keys:
+            raise ValueError(
+                f"queries and keys: expected equal lengths under a {self.mask} mask, "
+                f"got {self.queries} and {self.keys}"
+            )
+        return kernel_log(
+            self.kernel,
+            self.generation,
+            q_len=self.queries,
+            k_len=self.keys,
+            mask=self.mask,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
         )
-    if block.mask != "full" and block.queries != block.keys:
-        raise ValueError(
-            f"queries and keys: expected equal lengths under a {block.mask} mask, "
-            f"got {block.queries} and {block.keys}"
-        )
-    print(f"simulating {kernel} on {block.generation} ...", file=sys.stderr, flush=True)
-    return time_kernel(
-        kernel,
-        block.generation,
-        q_len=block.queries,
-        k_len=block.keys,
-        mask=block.mask,
-        num_heads=block.num_heads,
-        num_kv_heads=block.num_kv_heads,
-        head_dim=block.head_dim,
-        dtype=block.dtype,
-    )
+
+
+def time_call(call: Block | Call) -> dict[str, Estimate]:
+    """Estimates of all ranks and cores, by the name of their process; progress on stderr."""
+    with Progress(f"simulating {call.target} on {call.generation}") as progress:
+        log = call.run()
+        count = sum(len(one) for one in log.cores.values())
+        progress.say(f"timing {count} instructions")
+        times = estimate_cores(log, call.generation)
+    return {f"rank {rank} core {core}": one for (rank, core), one in times.items()}
+
+
+def slowest(times: dict[str, Estimate]) -> str:
+    """The name of the core that ends last."""
+    return max(times, key=lambda name: times[name].expected_ns)
 
 
 def run_profile(
-    kernel: str,
-    block: Block,
+    call: Block | Call,
     *,
     json_path: Path | None = None,
     roofline: Path | None = None,
     timeline: Path | None = None,
 ) -> str:
-    """The table of a kernel; also written as JSON, roofline PNG and timeline PNG when asked."""
-    times = time_block(kernel, block)
+    """The table of a kernel; also written as JSON, roofline PNG and timeline PNG when asked.
+
+    Of several cores the table and timeline are those of the slowest; the JSON has all.
+    """
+    times = time_call(call)
+    name = slowest(times)
     if json_path is not None:
-        json_path.write_text(json.dumps(profile.summary(times), indent=1))
+        cores = {core: profile.summary(one) for core, one in times.items()}
+        text = json.dumps({**cores[name], "core": name, "cores": cores}, indent=1)
+        json_path.write_text(text)
     if roofline is not None:
-        plots.roofline_png(roofline, {kernel: times})
+        labels = {call.target: times[name]} if len(times) == 1 else times
+        plots.roofline_png(roofline, labels)
     if timeline is not None:
-        plots.timeline_png(timeline, times.timeline)
-    return profile.table(times)
+        plots.timeline_png(timeline, times[name].timeline)
+    title = [] if len(times) == 1 else [_cores_line(times, name)]
+    return "\n".join([*title, profile.table(times[name])])
 
 
-def run_trace(kernel: str, block: Block, out: Path) -> str:
-    """Write the Perfetto trace of a kernel to `out`; returns a line about it."""
-    times = time_block(kernel, block)
-    trace.write(out, {"rank 0 core 0": times.timeline})
+def _cores_line(times: dict[str, Estimate], name: str) -> str:
+    first = min(one.expected_ns for one in times.values())
     return (
-        f"{out}: {len(times.timeline.program)} instructions, {times.expected_ns / 1e3:.1f} us "
+        f"{len(times)} cores, the slowest is {name}; "
+        f"the first ends after {first / 1e3:.1f} us, the last after "
+        f"{times[name].expected_ns / 1e3:.1f} us"
+    )
+
+
+def run_trace(call: Block | Call, out: Path) -> str:
+    """Write the Perfetto trace of a kernel to `out`; returns a line about it."""
+    times = time_call(call)
+    trace.write(out, {name: one.timeline for name, one in times.items()})
+    count = sum(len(one.timeline.program) for one in times.values())
+    longest = times[slowest(times)].expected_ns
+    return (
+        f"{out}: {count} instructions on {len(times)} cores, {longest / 1e3:.1f} us "
         "estimated; open it at ui.perfetto.dev"
     )
