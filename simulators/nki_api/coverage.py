@@ -132,7 +132,7 @@ def tables() -> str:
         on = ["yes" if row.runs_on(chip) else "no" for chip in chips.CHIPS.values()]
         own = ", ".join(f"`{rule}`" for rule in sorted(row.rules - common))
         lines.append(f"| `nki.{row.module}.{row.name}` | {' | '.join(on)} | {own} |")
-    absent = ", ".join(f"`nki.isa.{name}`" for name in sorted(isa._NOT_YET))
+    absent = ", ".join(f"`nki.isa.{name}`" for name in sorted(isa.MISSING))
     called = ", ".join(f"`{name}`" for name in language_names())
     lines += ["", f"Not simulated; they raise and name themselves: {absent}."]
     return "\n".join([*lines, "", f"Functions of `nki.language`: {called}.", ""])

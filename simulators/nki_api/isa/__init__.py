@@ -56,7 +56,7 @@ scalar_engine = engine.scalar
 gpsimd_engine = engine.gpsimd
 unknown_engine = engine.unknown
 
-_NOT_YET = frozenset(["nc_matmul_mx", "quantize_mx", "topk"])
+MISSING = frozenset(["nc_matmul_mx", "quantize_mx", "topk"])
 
 
 def get_nc_version() -> nc_version:
@@ -71,7 +71,7 @@ def get_nc_sub_version() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NOT_YET:
+    if name in MISSING:
 
         def missing(*args: Any, **kwargs: Any) -> None:
             unsupported(f"nki.isa.{name}")
