@@ -181,7 +181,7 @@ def _driver(name: str) -> Any:
         folder.mkdir()
         (folder / "log-neuron-cc.txt").write_text("begin\nEstimated latency: 12 us\nend\n")
         Path(options.output_path).write_bytes(b"neff")
-        return SimpleNamespace(neff_path=options.output_path)
+        return SimpleNamespace(neff_path=options.output_path, total_time_ns=12_500)
 
     modules = {
         "nki.compiler.frontend": SimpleNamespace(ParserFrontend=Frontend),
@@ -200,7 +200,7 @@ def test_a_launch_is_compiled_with_its_cores_and_errors_are_kept(tmp_path: Path)
     assert good.error == ""
     assert good.neff is not None
     assert good.neff.read_bytes() == b"neff"
-    assert good.estimates == ("Estimated latency: 12 us",)
+    assert good.estimates == ("total_time_ns = 12500", "Estimated latency: 12 us")
     bad = compile_launch(launch, "trn1", "case", tmp_path / "bad", _driver)
     assert (bad.neff, bad.error) == (None, "RuntimeError: NCC_ILLC059: not on gen2")
     absent = compile_launch(launch, "trn2", "case", tmp_path / "absent")

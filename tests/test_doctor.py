@@ -180,7 +180,7 @@ def test_unknown_chips_and_impossible_sizes_are_not_called_legal() -> None:
         check_ring(chip="trn1", lnc=2, **sizes)
 
 
-def test_the_command_prints_packages_backend_and_rings() -> None:
+def test_the_command_prints_packages_backend_and_rings(tmp_path: Path) -> None:
     run = CliRunner().invoke
     text = run(app, ["doctor"])
     assert text.exit_code == 0, text.output
@@ -190,6 +190,10 @@ def test_the_command_prints_packages_backend_and_rings() -> None:
     good = run(app, ["doctor", "ring", "--lnc", "2"])
     assert good.exit_code == 0
     assert "first ring: 0 -> 4 -> 8 -> 12 -> 0" in good.output
+    path = tmp_path / "pairs.json"
+    sizes = ["--chip", "trn1", "--world", "4", "--tp", "2", "--cp", "2"]
+    assert run(app, ["doctor", "ring", *sizes, "--pairs", str(path)]).exit_code == 0
+    assert json.loads(path.read_text()) == {"src_target_pairs": [[[0, 2], [2, 0], [1, 3], [3, 1]]]}
     bad = run(app, ["doctor", "ring", "--tp", "8", "--lnc", "2"])
     assert bad.exit_code == 1
     assert "not legal" in bad.output

@@ -34,7 +34,8 @@ _ESTIMATE = re.compile(r"estimat|latency|cycles", re.IGNORECASE)
 class Compiled:
     """One launch. neff: None when it failed. error: the compiler's first line, "" when it did not.
 
-    estimates: lines of the compiler's log that speak of an estimate, latency or cycles, as found.
+    estimates: the compiled object's static estimate, and lines of the compiler's log that speak of
+    an estimate, latency or cycles, as found.
     """
 
     target: str
@@ -65,16 +66,19 @@ def compile_launch(
     start = time.perf_counter()
     neff: Path | None = None
     error = ""
+    static: tuple[str, ...] = ()
     try:
-        neff = _compile(launch, target, folder, load)
+        compiled = _compile(launch, target, folder, load)
+        neff, static = Path(compiled.neff_path), _static(compiled)
     except Exception as failure:  # whatever a compiler raises is the finding
         first = next((line for line in str(failure).splitlines() if line.strip()), "")
         error = f"{type(failure).__name__}: {first}"
     seconds = time.perf_counter() - start
-    return Compiled(target, case, launch.cores, seconds, neff, error, _estimates(folder))
+    said = (*static, *_estimates(folder))
+    return Compiled(target, case, launch.cores, seconds, neff, error, said)
 
 
-def _compile(launch: Launch, target: str, folder: Path, load: Callable[[str], Any]) -> Path:
+def _compile(launch: Launch, target: str, folder: Path, load: Callable[[str], Any]) -> Any:
     frontend = load("nki.compiler.frontend").ParserFrontend()
     driver = load("nki.compiler.ncc_driver")
     found = frontend.compile(
@@ -91,7 +95,7 @@ def _compile(launch: Launch, target: str, folder: Path, load: Callable[[str], An
         artifacts_dir=str(folder / "artifacts"),
         neuronx_cc_args=(),
     )
-    return Path(driver.CompiledKernel.from_frontend(found, options).neff_path)
+    return driver.CompiledKernel.from_frontend(found, options)
 
 
 def named_arguments(launch: Launch) -> dict[str, Any]:
@@ -112,6 +116,12 @@ def _to_numpy(value: Any) -> Any:
 
         return value.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return value.contiguous().numpy()
+
+
+def _static(compiled: Any) -> tuple[str, ...]:
+    """The compiler's own static estimate, where the compiled object has one (NKI 0.6)."""
+    names = ("total_time_ns", "estimated_utilization")
+    return tuple(f"{name} = {getattr(compiled, name)}" for name in names if hasattr(compiled, name))
 
 
 def _estimates(folder: Path) -> tuple[str, ...]:

@@ -78,6 +78,9 @@ def ring(
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size, innermost.")] = 4,
     cp: Annotated[int, typer.Option(min=1, help="Context-parallel size.")] = 4,
     lnc: Annotated[int, typer.Option(help="Physical cores of a rank, 1 or 2.")] = 1,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Also write the hops for nccom-test, as JSON.")
+    ] = None,
 ) -> None:
     """Say whether every hop of the context-parallel rings has a link; exit 1 if one has none.
 
@@ -99,6 +102,10 @@ def ring(
         typer.echo("hops: " + ", ".join(f"{count} {kind}" for kind, count in counts if count))
         first = [verdict.hops[0].source] + [hop.target for hop in verdict.hops[: cp - 1]]
         typer.echo(f"first ring: {' -> '.join(map(str, first))} -> {first[0]}")
+    if pairs is not None:
+        hops = [[hop.source, hop.target] for hop in verdict.hops]
+        pairs.write_text(json.dumps({"src_target_pairs": [hops]}) + "\n")
+        typer.echo(f"nccom-test -r {world} --custom-src-target-pairs {pairs} permute")
     word = {True: "legal", False: "not legal", None: "unknown"}[verdict.legal]
     typer.echo(f"{word}: {verdict.text}" if cp > 1 else "legal: a ring of one sends nothing")
     raise typer.Exit(1 if verdict.legal is False else 0)
