@@ -147,21 +147,37 @@ class CPContext:
         cls,
         *,
         layout: str = "zigzag",
+        strategy: str | Strategy = "ring",
         check_ranks: bool = True,
         parallel_state: Any = None,
     ) -> CPContext:
         """The context of this process in NxD's context-parallel group, its ring in NxD's order.
 
-        Call it after `initialize_model_parallel`, on all ranks. parallel_state: NxD's module of
-        that name (the default) or a stand-in. Raises ValueError where NxD is not installed or has
-        not made its groups.
+        Call it after `initialize_model_parallel`, on all ranks. On XLA devices hops are permutes of
+        the graph, as in `from_xla`: strategy "ring" only, no check of ranks, untested on a device.
+        parallel_state: NxD's module of that name (the default) or a stand-in. Raises ValueError
+        where NxD is not installed or has not made its groups.
         """
         from nxd_cp.integrations.nxd.state import find_place
 
         place = find_place(parallel_state)
-        return cls.from_group(
-            place.group, layout=layout, ring_order=place.ring_order, check_ranks=check_ranks
-        )
+        if not place.on_xla:
+            return cls.from_group(
+                place.group,
+                layout=layout,
+                ring_order=place.ring_order,
+                strategy=strategy,
+                check_ranks=check_ranks,
+            )
+        if strategy != "ring":
+            raise ValueError(f'strategy: expected "ring" on an XLA device, got {strategy!r}')
+        if layout == "contiguous" and list(place.ring_order) != sorted(place.ring_order):
+            raise ValueError(
+                "layout: expected zigzag or striped on an XLA device where NxD's ring does not "
+                f"ascend, got contiguous with the ring {place.ring_order}: NxD would number the "
+                "chunks by another order; use convert(model)"
+            )
+        return cls.from_xla(place.rings, place.rank, layout=layout)
 
     @classmethod
     def from_xla(

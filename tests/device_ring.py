@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/device_ring.py neuron nki
 
-On CPU: `cpu torch`. Prints one line per rank and exits with a failure when an error is too large.
+On XLA: `xla nki`. On CPU: `cpu torch`. Prints one line per rank; a failure when an error is
+too large.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ def main(device: str, backend: str) -> None:
     if device == "neuron":
         os.environ.setdefault("NEURON_RT_VISIBLE_CORES", os.environ["LOCAL_RANK"])
         import torch_neuronx  # noqa: F401  registers the device
-    dist.init_process_group("neuron" if device == "neuron" else "gloo")
+    if device == "xla":
+        import torch_xla.distributed.xla_backend  # noqa: F401  registers the backend
+    dist.init_process_group({"neuron": "neuron", "xla": "xla", "cpu": "gloo"}[device])
     world = dist.group.WORLD
     assert world is not None, "init_process_group makes the world group"
-    cp = CPContext.from_group(world, layout="zigzag")
+    if device == "xla":
+        cp = CPContext.from_xla([list(range(dist.get_world_size()))], dist.get_rank())
+    else:
+        cp = CPContext.from_group(world, messages="probe")
     generator = torch.Generator().manual_seed(3)
     shapes = [(1, h, SEQ_LEN, HEAD_DIM) for h in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     whole = [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]

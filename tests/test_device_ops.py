@@ -4,6 +4,7 @@ packages that check how they are called. None of this has run on a device.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nxd_cp.backends import device_ops
+from nxd_cp.backends import device_ops, neuron
 from nxd_cp.backends.device_ops import (
     DeviceModule,
     Launch,
@@ -26,9 +27,12 @@ from nxd_cp.backends.device_ops import (
     stack_of,
     unpack,
 )
+from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.bench.cases import Case
 from nxd_cp.bench.compiled import compile_launch, launches, named_arguments
 from nxd_cp.bench.implementations import OurKernels
+from nxd_cp.bench.numerics import make_inputs
+from nxd_cp.simulators.nki_api import load
 
 
 class Kernel:
@@ -129,6 +133,33 @@ def test_tensors_on_no_neuron_device_are_refused(monkeypatch: pytest.MonkeyPatch
     assert stack_of(torch.device("xla")) == "xla"
     with pytest.raises(ValueError, match="expected tensors on a Neuron device"):
         stack_of(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_backend_nki_runs_the_kernels_through_their_ops(
+    monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    """With the simulator's kernels under the ops the results are those of backend "simulate"."""
+    kernels = load("nxd_cp.kernels", generation="gen3")
+    modules = {f"nxd_cp.kernels.{n}": getattr(kernels, n) for n in ("flash_fwd", "flash_bwd")}
+    modules["nxd_cp.kernels.tiles"] = kernels.tiles
+    simulated = KernelBackend("simulate", "gen3", cores=cores)
+    monkeypatch.setattr(neuron, "has_nki", lambda: True)
+    monkeypatch.setattr(neuron.importlib, "import_module", modules.__getitem__)
+    device = KernelBackend("nki", cores=cores)
+    monkeypatch.undo()
+    monkeypatch.setattr(device_ops, "_OPS", {})
+    monkeypatch.setattr(device_ops, "STACKS", {"cpu": "xla"})
+    case = Case(queries=128, keys=128, num_heads=2, num_kv_heads=2, head_dim=32)
+    for kernel in ("flash_fwd", "flash_bwd"):
+        x = make_inputs(replace(case, kernel=kernel))
+        found, expected = (
+            OurKernels(backend).prepare(replace(case, kernel=kernel), x)()
+            for backend in (device, simulated)
+        )
+        for got, wanted in zip(found, expected, strict=True):
+            assert torch.equal(got, wanted)
+    assert {name for name, _ in device_ops._OPS} == {"flash_fwd", "flash_bwd"}
 
 
 def flash_fwd(q: Any, k: Any, v: Any, mask: str, scale: float, carry: Any = ()) -> None:

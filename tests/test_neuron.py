@@ -99,9 +99,7 @@ def test_a_launch_on_the_device_has_a_time(device: str) -> None:
 @pytest.mark.neuron
 @pytest.mark.timeout(1800)
 def test_a_ring_of_two_ranks_on_the_device_is_right(device: str) -> None:
-    if device == "xla":
-        pytest.skip("no transport for XLA tensors yet: send and receive fail on that stack")
-    _ring("neuron", "nki", timeout_s=1700)
+    _ring(device, "nki", timeout_s=1700)
 
 
 def _ring(device: str, backend: str, timeout_s: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -149,6 +150,39 @@ def initialise_nxd(group: dist.ProcessGroup, root: Path) -> tuple[Any, ...]:
 def test_from_nxd_reads_nxds_own_parallel_state(ranks: RankGroup) -> None:
     found = ranks.run(initialise_nxd, clone())
     assert found == [(0, 2, [0, 2]), (0, 2, [1, 3]), (1, 2, [0, 2]), (1, 2, [1, 3])]
+
+
+def _on_xla(rings: list[list[int]], rank: int, layout: str) -> CPContext:
+    """`from_nxd` where the backend says that it is XLA's."""
+    state = mock.Mock()
+    state.get_context_model_parallel_replica_groups.return_value = rings
+    (ring,) = (ring for ring in rings if rank in ring)
+    state.get_context_model_parallel_size.return_value = len(ring)
+    xla_model = SimpleNamespace(collective_permute=None)
+    with (
+        mock.patch.multiple(
+            dist,
+            get_process_group_ranks=lambda group: sorted(ring),
+            get_rank=lambda: rank,
+            get_backend=lambda group: "xla",
+        ),
+        mock.patch.dict("sys.modules", {"torch_xla": mock.Mock(), "torch_xla.core": mock.Mock()}),
+        mock.patch.dict("sys.modules", {"torch_xla.core.xla_model": xla_model}),
+    ):
+        return CPContext.from_nxd(layout=layout, parallel_state=state)
+
+
+def test_on_xla_the_permutes_have_the_pairs_of_every_group() -> None:
+    cp = _on_xla([[0, 2], [1, 3]], 3, "zigzag")
+    assert (cp.rank, cp.size) == (1, 2)
+    assert sorted(cp.transport.pairs) == [[0, 2], [1, 3], [2, 0], [3, 1]]
+    check_ring(cp, 3, [(1, 3), (3, 1)])
+
+
+def test_on_xla_a_ring_that_does_not_ascend_is_not_contiguous() -> None:
+    assert _on_xla([[0, 1], [3, 2]], 3, "zigzag").rank == 0
+    with pytest.raises(ValueError, match="ring does not"):
+        _on_xla([[0, 1], [3, 2]], 3, "contiguous")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nxd_cp.backends import kernel_limits as limits
 from nxd_cp.backends.base import BlockMask
+from nxd_cp.backends.device_ops import DeviceModule
 from nxd_cp.backends.kernel_blocks import Block, split
 from nxd_cp.backends.kernel_masks import Bounds, KernelMask, kernel_masks
 from nxd_cp.schedule import Plan
@@ -271,4 +272,4 @@ def _load_kernels(name: str, generation: str | None) -> tuple[Any, Any, Any]:
         )
     names = ("flash_fwd", "flash_bwd", "tiles")
     fwd, bwd, tiles = (importlib.import_module(f"nxd_cp.kernels.{name}") for name in names)
-    return fwd, bwd, tiles
+    return DeviceModule(fwd, "flash_fwd"), DeviceModule(bwd, "flash_bwd"), tiles

@@ -56,13 +56,13 @@ def decide(packages: Sequence[Found], machine: Machine) -> Tier:
 def _transport(stack: str) -> str:
     if stack == "native":
         return (
-            "transport: send and receive of torch.distributed's neuron backend, one hop per step; "
-            "not tried on a device"
+            "transport: send and receive of torch.distributed, or all_to_all where a backend has "
+            'none (messages="probe" finds out); not tried on a device'
         )
     if stack == "xla":
         return (
-            "transport: none for tensors on an XLA device: torch.distributed's send and receive "
-            "fail there (aws-neuron-sdk issue 1189); groups of CPU tensors work over gloo"
+            "transport: permutes of the graph (CPContext.from_nxd, from_xla), as send and receive "
+            "fail on XLA (aws-neuron-sdk issue 1189); not tried on a device"
         )
     return "transport: send and receive of torch.distributed (gloo), or threads of one process"
 

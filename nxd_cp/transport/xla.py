@@ -43,6 +43,7 @@ class XlaTransport(Transport):
         if len({len(group) for group in groups}) != 1:
             raise ValueError(f"groups: expected equal sizes, got {[len(g) for g in groups]}")
         super().__init__(mine[0].index(global_rank), len(mine[0]))
+        self.global_ranks = list(mine[0])
         self._permute = _collective_permute() if permute is None else permute
         self.pairs = [
             [group[place - 1], rank] for group in groups for place, rank in enumerate(group)

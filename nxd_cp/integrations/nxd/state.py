@@ -32,13 +32,19 @@ _CONTEXTS_LOCK = threading.Lock()
 
 @dataclass(frozen=True)
 class Place:
-    """group: the process group. ring: its global ranks in the order of NxD's replica group, which
-    is the order of the ring. ring_order: the same as group ranks.
+    """group: the process group. rings: global ranks of every group of the world, in ring order.
+    rank: this process's global rank. ring_order: our own ring as group ranks.
     """
 
     group: ProcessGroup
-    ring: tuple[int, ...]
+    rings: tuple[tuple[int, ...], ...]
+    rank: int
     ring_order: tuple[int, ...]
+
+    @property
+    def on_xla(self) -> bool:
+        """Whether the group is one of XLA devices, where only the graph communicates."""
+        return str(dist.get_backend(self.group)) == "xla"
 
 
 def load_parallel_state() -> ModuleType:
@@ -83,7 +89,8 @@ def find_place(parallel_state: Any = None) -> Place:
             f"expected a context-parallel size of {len(members)} ranks as in the process group, "
             f"got {size} (set_context_model_parallel_size?)"
         )
-    return Place(group, rings[0], tuple(members.index(global_rank) for global_rank in rings[0]))
+    every_ring = tuple(tuple(ring) for ring in replica_groups)
+    return Place(group, every_ring, rank, tuple(members.index(other) for other in rings[0]))
 
 
 def shared_context(layout: str, parallel_state: Any = None) -> CPContext:
