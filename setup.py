@@ -72,6 +72,6 @@ setup(
             "nxd-cp = nxd_cp.cli:main",
             "nki-sim = nxd_cp.simulators.nki_api.cli:main",
         ],
-        "pytest11": ["nki-simulator = nxd_cp.simulators.nki_api.pytest_plugin"],
+        "pytest11": ["nki-simulator = nxd_cp.simulators.pytest_plugin"],
     },
 )

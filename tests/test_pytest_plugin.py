@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "testing_your_kernels.md").read_text(encoding="utf-8")
 WORKFLOW = (ROOT / "docs" / "examples" / "nki-kernels-ci.yml").read_text(encoding="utf-8")
-PLUGIN = "nxd_cp.simulators.nki_api.pytest_plugin"
+PLUGIN = "nxd_cp.simulators.pytest_plugin"
 SNIPPETS = re.findall(r"```(?:python|ini)\n# (\S+)\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
@@ -114,7 +116,11 @@ def test_switched_off_nki_stays_what_it_was(page, pytester):
 @pytest.mark.parametrize(
     ("options", "real", "words"),
     [
-        (["--nki-generation", "gen9"], False, "expected a NeuronCore generation"),
+        (
+            ["--nki-simulator", "--nki-generation", "gen9"],
+            False,
+            "expected a NeuronCore generation",
+        ),
         (["--nki-simulator"], True, "a real nki is installed"),
     ],
 )
@@ -123,3 +129,24 @@ def test_bad_settings_stop_pytest_with_the_reason(page, monkeypatch, options, re
     result = page(*options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert words in result.stderr.str()
+
+
+def test_an_installation_without_the_simulators_packages_keeps_its_pytest():
+    code = f"""
+import sys
+sys.modules["ml_dtypes"] = None
+import pytest
+import {PLUGIN}
+sys.exit(pytest.main(["--version", "-p", "{PLUGIN}"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    broken = code.replace('["--version"', '["--nki-simulator", "--collect-only"')
+    done = subprocess.run(
+        [sys.executable, "-c", broken], capture_output=True, text=True, check=False
+    )
+    assert "install nxd-cp[sim]" in done.stderr
+
+
+def test_the_plugin_is_an_entry_point():
+    assert f'"pytest11": ["nki-simulator = {PLUGIN}"]' in (ROOT / "setup.py").read_text()

@@ -2,8 +2,8 @@
 
 With `nki_simulator = true` in the ini file (or --nki-simulator), `import nki` in tests is the
 simulator, for the generations of `nki_generations` and with the checks that the options choose.
-Without it, nothing changes but that the fixture `nki_simulator` exists. Refuses to hide a real
-nki. Does not time anything.
+Without it, nothing changes but that the fixture `nki_simulator` exists, and nothing of the
+simulator is imported before it is used. Refuses to hide a real nki. Does not time anything.
 
 Source of the hooks: pytest's plugin reference.
 """
@@ -13,71 +13,12 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from . import chips
-from .errors import NkiValidationError
-from .jit import Kernel, simulate, simulate_ranks
-from .loading import install
-from .log import Log
-from .params import SimParams, parameters
-from .runtime import record
-
-
-@dataclass
-class Simulator:
-    """The fixture `nki_simulator`: runs kernels for one generation.
-
-    generation: "gen2", "gen3" or "gen4". params: the checks. log: the last run's instructions.
-    """
-
-    generation: str
-    params: SimParams
-    log: Log = field(default_factory=Log)
-
-    def run(self, kernel: Any, *args: Any, lnc: int | None = None, **kwargs: Any) -> Any:
-        """Call a kernel (or a plain function as one) on `lnc` cores; its outputs.
-
-        args: NumPy arrays or torch tensors. Raises NkiValidationError for a broken rule.
-        """
-        made = simulate(kernel)
-        with parameters(self.params), record() as self.log:
-            return Kernel(made.function, self.generation, lnc or made.lnc)(*args, **kwargs)
-
-    def run_ranks(
-        self,
-        kernel: Any,
-        arguments: Sequence[Sequence[Any] | Mapping[str, Any]],
-        *,
-        lnc: int | None = None,
-    ) -> list[Any]:
-        """Call a kernel on len(arguments) ranks at once; the outputs of each rank."""
-        with parameters(self.params):
-            return simulate_ranks(kernel, arguments, lnc=lnc, generation=self.generation)
-
-    @contextmanager
-    def rejects(self, rule: str) -> Iterator[None]:
-        """The block must break the rule of this id (docs/simulator_rules.md), else the test fails.
-
-        Rules of the inferred tier count, too, because they raise inside the block.
-        """
-        before = self.params
-        self.params = SimParams(strict=True, values=before.values, adversarial=before.adversarial)
-        try:
-            with parameters(self.params):
-                yield
-        except NkiValidationError as error:
-            if f"rule {rule} " not in str(error):
-                raise
-        else:
-            pytest.fail(f"expected the kernel to break rule {rule}; it broke none")
-        finally:
-            self.params = before
+VARIABLE = "NEURON_PLATFORM_TARGET_OVERRIDE"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -102,6 +43,8 @@ def _enabled(config: pytest.Config) -> bool:
 
 
 def _generations(config: pytest.Config) -> list[str]:
+    from nxd_cp.simulators.nki_api import chips
+
     given = config.getoption("nki_generation") or config.getini("nki_generations") or [None]
     try:
         return list(dict.fromkeys(chips.generation_name(name) for name in given))
@@ -109,7 +52,9 @@ def _generations(config: pytest.Config) -> list[str]:
         raise pytest.UsageError(str(error)) from error
 
 
-def _params(config: pytest.Config) -> SimParams:
+def _params(config: pytest.Config) -> Any:
+    from nxd_cp.simulators.nki_api import SimParams
+
     return SimParams(
         strict=config.getoption("nki_strict") or config.getini("nki_strict"),
         values=not config.getoption("nki_shape_only"),
@@ -122,8 +67,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "nki_generations(name, ...): the generations that this test is for"
     )
-    _generations(config)
     if _enabled(config):
+        try:
+            from nxd_cp.simulators.nki_api import install
+        except ImportError as error:
+            text = f"the NKI simulator needs numpy and ml_dtypes ({error}); install nxd-cp[sim]"
+            raise pytest.UsageError(text) from error
+        _generations(config)
         before = set(sys.modules)
         try:
             install()
@@ -149,6 +99,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per generation for tests that use the fixture."""
     if "nki_simulator" in metafunc.fixturenames:
+        from nxd_cp.simulators.nki_api import chips
+
         wanted = _generations(metafunc.config)
         for mark in metafunc.definition.iter_markers("nki_generations"):
             allowed = {chips.generation_name(name) for name in mark.args}
@@ -163,8 +115,10 @@ def _nki_generation(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def nki_simulator(request: pytest.FixtureRequest, _nki_generation: str) -> Simulator:
-    """Runs kernels for one generation; the test is repeated for each one chosen."""
+def nki_simulator(request: pytest.FixtureRequest, _nki_generation: str) -> Any:
+    """A testing.Simulator for one generation; the test is repeated for each one chosen."""
+    from nxd_cp.simulators.nki_api.testing import Simulator
+
     return Simulator(_nki_generation, _params(request.config))
 
 
@@ -176,7 +130,9 @@ def _nki_defaults(
     if not _enabled(request.config):
         yield
         return
-    if not os.environ.get(chips.TARGET_VARIABLE) or request.config.getoption("nki_generation"):
-        monkeypatch.setenv(chips.TARGET_VARIABLE, _generations(request.config)[0])
+    from nxd_cp.simulators.nki_api import parameters
+
+    if not os.environ.get(VARIABLE) or request.config.getoption("nki_generation"):
+        monkeypatch.setenv(VARIABLE, _generations(request.config)[0])
     with parameters(_params(request.config)):
         yield
