@@ -148,6 +148,15 @@ def test_a_trace_has_a_process_per_rank_and_core_and_a_lane_for_collectives(unev
     assert slices[0]["args"]["waited_ns"] > slices[3]["args"]["waited_ns"] == 0.0
 
 
+def test_arrows_lead_from_the_last_rank_to_those_that_waited(uneven):
+    trace = document({f"rank {rank}": one.timeline for (rank, _), one in uneven.items()})
+    arrows = [e for e in trace["traceEvents"] if e["name"] == "meeting"]
+    starts = {e["id"]: e["pid"] for e in arrows if e["ph"] == "s"}
+    ends = {e["id"]: e["pid"] for e in arrows if e["ph"] == "f"}
+    assert sorted(ends.values()) == [0, 1, 2]
+    assert starts == dict.fromkeys(ends, 3)
+
+
 def test_the_same_logs_give_the_same_times_byte_for_byte(uneven):
     again = estimate_cores(ranks_log([1, 1, 1, 60]), "gen3")
     for place, times in uneven.items():

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .access import Access
+from .counters import counters
 from .dma import Transfer
 from .machine import Timeline
 
 LANES = ("tensor", "vector", "scalar", "gpsimd", "sync", "collectives")
-RATE_WINDOW_NS = 1000.0
 
 
 def events(
@@ -33,8 +33,7 @@ def events(
         out.append(_slice(line, record, pid, lanes, offset_ns))
         out += _arrow(line, record, pid, lanes, offset_ns)
     out += _transfers(line, pid, lanes, offset_ns)
-    out += _memory(line, pid, offset_ns)
-    out += _rates(line, pid, offset_ns)
+    out += counters(line, pid, offset_ns)
     return out
 
 
@@ -43,6 +42,7 @@ def document(parts: Mapping[str, Timeline]) -> dict[str, Any]:
     listed: list[dict[str, Any]] = []
     for pid, (name, line) in enumerate(parts.items()):
         listed += events(line, pid=pid, name=name)
+    listed += _meetings(list(parts.values()))
     generations = sorted({line.program.generation for line in parts.values()})
     other = {"target": ", ".join(generations), "note": "estimated, not measured"}
     return {"traceEvents": listed, "displayTimeUnit": "ns", "otherData": other}
@@ -164,72 +164,29 @@ def _arrow(
     ]
 
 
-def _memory(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
-    """Bytes per partition in use in SBUF and PSUM, from first write to last use."""
-    program = line.program
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    for record in range(len(program)):
-        for view in (*program.writes[record], *program.reads[record]):
-            buffer = program.accesses[view].buffer
-            first[buffer] = min(first.get(buffer, line.start[record]), line.start[record])
-            last[buffer] = max(last.get(buffer, 0.0), line.end[record])
+def _meetings(lines: list[Timeline]) -> list[dict[str, Any]]:
+    """Arrows between processes, from the core that came last to those that waited for it."""
+    members: dict[int, list[tuple[int, int]]] = {}
+    for pid, line in enumerate(lines):
+        for record, exchange in line.program.meetings.items():
+            members.setdefault(exchange.meeting, []).append((pid, record))
     out = []
-    for space in ("sbuf", "psum"):
-        changes: dict[float, int] = {}
-        for buffer, begin in first.items():
-            info = program.log.buffers[buffer]
-            if info.space == space:
-                changes[begin] = changes.get(begin, 0) + info.row_bytes
-                changes[last[buffer]] = changes.get(last[buffer], 0) - info.row_bytes
-        used = 0
-        for moment in sorted(changes):
-            used += changes[moment]
-            out.append(_counter(f"{space} bytes per partition", moment + offset, used, pid))
+    for meeting, there in members.items():
+        waited = [(pid, record) for pid, record in there if record in lines[pid].meetings]
+        last = next((member for member in there if member not in waited), None)
+        if last is None:
+            continue
+        for pid, record in waited:
+            arrow = {"name": "meeting", "cat": "wait", "id": 10**15 + meeting * 10**4 + pid}
+            out += [
+                {**arrow, "ph": "s", **_at(lines, *last)},
+                {**arrow, "ph": "f", "bp": "e", **_at(lines, pid, record)},
+            ]
     return out
 
 
-def _rates(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
-    """DMA and HBM GB/s and TensorE columns per ns, averaged over windows of a microsecond."""
-    program = line.program
-    steps = int(line.total_ns // RATE_WINDOW_NS) + 1
-    dma, hbm, columns = [0.0] * steps, [0.0] * steps, [0.0] * steps
-    for record, (begin, end) in line.transfer.items():
-        cost = program.costs[record]
-        size = float(cost.size_bytes) if isinstance(cost, Transfer) else 0.0
-        sides = [program.accesses[v] for v in (*program.writes[record], *program.reads[record])]
-        in_hbm = sum(side.size_bytes for side in sides if side.space == "hbm")
-        _spread(dma, begin, end, size)
-        _spread(hbm, begin, end, float(in_hbm))
-    for record, queue in enumerate(program.queues):
-        if queue == "tensor":
-            moved = program.accesses[program.reads[record][-1]].elements
-            _spread(columns, line.start[record], line.free[record], float(moved))
-    out = []
-    for title, values in (("DMA GB/s", dma), ("HBM GB/s", hbm), ("PE columns per ns", columns)):
-        for step, amount in enumerate(values):
-            out.append(
-                _counter(
-                    title, step * RATE_WINDOW_NS + offset, round(amount / RATE_WINDOW_NS, 3), pid
-                )
-            )
-    return out
-
-
-def _spread(values: list[float], begin: float, end: float, amount: float) -> None:
-    """Add `amount`, spread evenly from begin to end, to the windows."""
-    length = max(end - begin, 1e-9)
-    for step in range(int(begin // RATE_WINDOW_NS), int(end // RATE_WINDOW_NS) + 1):
-        inside = min(end, (step + 1) * RATE_WINDOW_NS) - max(begin, step * RATE_WINDOW_NS)
-        if step < len(values) and inside > 0:
-            values[step] += amount * inside / length
-
-
-def _counter(title: str, moment: float, value: float, pid: int) -> dict[str, Any]:
-    return {
-        "name": title,
-        "ph": "C",
-        "pid": pid,
-        "ts": round(moment / 1e3, 6),
-        "args": {"value": value},
-    }
+def _at(lines: list[Timeline], pid: int, record: int) -> dict[str, Any]:
+    """Process, lane and moment at which a record starts."""
+    line = lines[pid]
+    lane = _lanes(line)[line.program.queues[record]]
+    return {"pid": pid, "tid": lane, "ts": round(line.start[record] / 1e3, 6)}
