@@ -7,6 +7,7 @@ from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.loss import allreduce_grads, token_mean_loss
+from nxd_cp.positions import position_ids, rope_tables, segment_ids
 from nxd_cp.sharding import shard, shard_batch, unshard
 from nxd_cp.transport import RankMismatchError, RingError
 
@@ -18,7 +19,10 @@ __all__ = [
     "RingError",
     "allreduce_grads",
     "debug",
+    "position_ids",
     "ring_attention",
+    "rope_tables",
+    "segment_ids",
     "shard",
     "shard_batch",
     "token_mean_loss",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nxd_cp.context import CPContext
-from nxd_cp.schedule import LAYOUTS, seq_len_multiple, token_runs
+from nxd_cp.schedule import LAYOUTS, padded_len, seq_len_multiple, token_runs
 from nxd_cp.sharding import IGNORE_INDEX, shard, shard_batch, unshard
 
 LAYOUT_AND_SIZE = [(layout, size) for layout in LAYOUTS for size in (1, 2, 3, 4)]
@@ -122,3 +122,71 @@ def test_batches_without_a_sequence_raise(batch):
 def _cp(layout, size, rank):
     """What cutting reads of a context; nothing is sent."""
     return SimpleNamespace(layout=layout, size=size, rank=rank)
+
+
+# Lengths that do not divide, and documents
+
+
+@given(st.sampled_from(LAYOUTS), st.integers(1, 8), st.integers(1, 60))
+def test_padded_tokens_are_held_once_and_padding_comes_last(layout, size, seq_len):
+    held = []
+    for rank in range(size):
+        part = shard(torch.arange(seq_len), _cp(layout, size, rank), 0, pad_value=-1).tolist()
+        tokens = [token for token in part if token >= 0]
+        assert part == [*tokens, *[-1] * (len(part) - len(tokens))]
+        assert len(part) == padded_len(layout, size, seq_len) // size
+        held += tokens
+    assert sorted(held) == list(range(seq_len))
+
+
+@pytest.mark.parametrize(("layout", "size"), LAYOUT_AND_SIZE)
+def test_unshard_leaves_padding_out(layout, size):
+    x = torch.arange(2 * 11.0).reshape(2, 11)
+    for part in CPContext.local(size, layout=layout).run(
+        lambda cp: unshard(shard(x, cp, pad_value=torch.nan), cp, seq_len=11)
+    ):
+        assert torch.equal(part, x)
+
+
+@pytest.mark.parametrize(("layout", "size"), LAYOUT_AND_SIZE)
+def test_a_padded_batch_has_no_labels_in_its_padding(layout, size):
+    labels = []
+    for rank in range(size):
+        part = shard_batch(_batch(11, num_rows=1), _cp(layout, size, rank), pad=True)
+        counted = part["labels"] != IGNORE_INDEX
+        assert torch.equal(part["labels"][counted], part["input_ids"][counted] + 1)
+        labels += part["labels"][counted].tolist()
+    assert sorted(labels) == list(range(1, 11))
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_labels_and_positions_end_and_begin_with_their_document(by_id):
+    cu_seqlens = torch.tensor([0, 3, 4, 9, 12])
+    batch, packing = _batch(12, num_rows=1), {"cu_seqlens": cu_seqlens}
+    if by_id:
+        batch["segment_ids"] = torch.tensor([[5, 5, 5, 2, 9, 9, 9, 9, 9, 4, 4, 4]])
+        packing = {}
+    found = {}
+    for rank in range(3):
+        part = shard_batch(batch, _cp("zigzag", 3, rank), **packing)
+        rows = (part["input_ids"], part["labels"], part["position_ids"])
+        found |= {
+            token: (label, position)
+            for token, label, position in zip(*(x[0].tolist() for x in rows), strict=True)
+        }
+    assert [found[i][1] for i in range(12)] == [0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1, 2]
+    lasts = {2, 3, 8, 11}
+    assert [found[i][0] for i in range(12)] == [
+        IGNORE_INDEX if i in lasts else i + 1 for i in range(12)
+    ]
+
+
+def test_two_packings_raise():
+    batch = {**_batch(8), "segment_ids": torch.zeros(2, 8).long()}
+    with pytest.raises(ValueError, match="at most one of them"):
+        shard_batch(batch, _cp("zigzag", 2, 0), cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_a_batch_that_does_not_divide_says_how_to_pad():
+    with pytest.raises(ValueError, match=r"pad=True.* and give ring_attention seq_len=11"):
+        shard_batch(_batch(11), _cp("zigzag", 2, 0))
