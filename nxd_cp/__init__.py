@@ -4,6 +4,7 @@ Importing this package needs torch alone; kernels and simulator are loaded when 
 """
 
 from nxd_cp.attention import ring_attention
+from nxd_cp.checkpointing import keep_attention
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.loss import allreduce_grads, token_mean_loss
@@ -19,6 +20,7 @@ __all__ = [
     "RingError",
     "allreduce_grads",
     "debug",
+    "keep_attention",
     "position_ids",
     "ring_attention",
     "rope_tables",
