@@ -40,7 +40,7 @@ def test_psum_has_eight_banks_and_small_tiles_never_cross_one():
     def nine():
         banks = [psum((128, 512)) for _ in range(8)]
         banks.append(nl.ndarray((1, 1), dtype=nl.float32, buffer=nl.psum))  # bad
-        for bank in (*banks, *banks):
+        for bank in banks + banks:
             nisa.memset(bank, 0)
 
     assert run(eight) == 128
@@ -67,6 +67,18 @@ def test_tensors_that_a_list_keeps_after_their_last_use_take_no_room():
     np.testing.assert_array_equal(run(kernel, x, generation="gen2"), x)
     with pytest.raises(NkiValidationError, match=r"rule memory\.capacity "):
         run(all_at_once, x, generation="gen2")
+
+
+def test_tensors_of_half_the_partitions_lie_beside_each_other():
+    def kernel(partitions, count):
+        tiles = [nl.ndarray((partitions, 65536), dtype=nl.bfloat16) for _ in range(count)]
+        for tile in tiles + tiles:
+            nisa.memset(tile, 0)
+
+    for partitions, fits in ((128, 1), (65, 1), (64, 2), (32, 4)):
+        run(kernel, partitions, fits)
+        with pytest.raises(NkiValidationError, match=r"rule memory\.capacity "):
+            run(kernel, partitions, 2 * fits)
 
 
 def test_references_to_many_times_the_memory_fail_at_once():

@@ -22,7 +22,7 @@ from . import chips, dtypes
 from .errors import broken, fail, message
 from .freelist import FreeList, Neighbours
 from .initmap import FRESH, InitMap
-from .lifetimes import CAPACITY, Lifetimes
+from .lifetimes import CAPACITY, QUARTERS, Lifetimes, quarters
 from .memory import PSUM, SBUF, SPACES, MemoryRegion, Storage
 from .rules import documented, inferred
 
@@ -74,7 +74,7 @@ class Core:
         self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
         self.flights: list[Any] = []  # collectives that may still run (ranks/flights.py)
         self.lifetimes: dict[int, Lifetimes] = {}  # of memories that were full once
-        self.live: dict[int, tuple[int, int, str, int]] = {}
+        self.live: dict[int, tuple[int, int, str, int, int]] = {}  # with the quarters
         self.placed: dict[int, Neighbours] = {}
         self.placed_init: dict[int, InitMap] = {}
 
@@ -101,14 +101,15 @@ class Core:
         label = name or f"tensor {number} {shape}"
         if address is None:
             if at is None or space in self.lifetimes:
-                self._overflow(space, free, number, padded, at is not None, asked)
+                area = padded * quarters(shape[0])
+                self._overflow(space, free, number, padded, area, at is not None, asked)
             scale = 1 if self.precise else dtypes.wide_scale(dtype)
             pitch = padded * scale
             spare = self.spare.get(shape[0] * pitch)
             data = spare.pop() if spare else np.empty(shape[0] * pitch, np.uint8)
             place = (data, 0, pitch)
             if at is not None:
-                self.live[number] = (space, at, label, padded)
+                self.live[number] = (space, at, label, padded, quarters(shape[0]))
         else:
             assert at is not None, "an address is checked, not searched"
             memory = self.sbuf if space == SBUF else self.psum
@@ -131,7 +132,7 @@ class Core:
         end = at + storage.row_bytes
         first = storage.first_partition
         rect = (first, first + storage.partitions, at, end)
-        for other_space, other, name, size in self.live.values():
+        for other_space, other, name, size, _ in self.live.values():
             if other_space == space and other < end and at < other + size:
                 fail(
                     _ADDRESS,
@@ -181,17 +182,24 @@ class Core:
         return at
 
     def _overflow(
-        self, space: int, free: FreeList, number: int, num_bytes: int, placed: bool, asked: Any
+        self,
+        space: int,
+        free: FreeList,
+        number: int,
+        num_bytes: int,
+        area: int,
+        placed: bool,
+        asked: Any,
     ) -> None:
         """From the first tensor that finds no room, keep track of first and last uses."""
         known = self.lifetimes.get(space)
         if known is None:
             detail = self._full(space, num_bytes, free)
             problem = message(CAPACITY, "nki.language.ndarray", detail, {"tensor": asked})
-            held = {n: size for n, (where, _, _, size) in self.live.items() if where == space}
-            capacity = free.size - free.reserved
+            held = {n: r[3] * r[4] for n, r in self.live.items() if r[0] == space}
+            capacity = QUARTERS * (free.size - free.reserved)
             known = self.lifetimes[space] = Lifetimes(space, capacity, held, problem)
-        known.add(number, num_bytes, placed)
+        known.add(number, area, placed)
 
     def check_lifetimes(self) -> None:
         """At the end of a kernel: raise if its tensors in use did not fit."""

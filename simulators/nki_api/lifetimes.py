@@ -4,6 +4,8 @@ A list that keeps the tiles of earlier loop iterations keeps no bytes on the dev
 frees a tensor after the last instruction that touches it. The simulator learns what was the last
 one at the end, so once references hold more than fits it only notes first and last uses, and
 decides when the kernel has ended. The message then is that of the allocation that did not fit.
+What counts then is area: tensors of at most 64 or 32 partitions lie beside each other, on halves
+or quarters of the partitions. Whether the rectangles can be packed is not worked out.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ CAPACITY = documented(
     "architecture guide, SBUF and PSUM",
     "tensors between their first and last use fit in the memory of one core",
 )
+QUARTERS = 4
 MOST_HELD = 4  # times the memory: references beyond that fail at once
+
+
+def quarters(partitions: int) -> int:
+    """How many quarters of the partitions a tensor takes."""
+    return 4 if partitions > 64 else 2 if partitions > 32 else 1
 
 
 class Lifetimes:
     """First and last uses in one memory, from the allocation that did not fit.
 
     space: SBUF or PSUM, as in memory.py.
-    capacity: bytes per partition for automatic tensors.
-    held: bytes of the tensors that were live then, by their number.
+    capacity: bytes for automatic tensors, per partition and times the quarters.
+    held: the same of the tensors that were live then, by their number.
     problem: the message if it really does not fit.
     """
 
@@ -36,16 +44,16 @@ class Lifetimes:
         self.space = space
         self.capacity = capacity
         self.problem = problem
-        self.bytes = dict(held)
+        self.area = dict(held)
         self.first = dict.fromkeys(held, 0)
         self.last: dict[int, int] = {}
-        self.unplaced: dict[int, int] = {}  # live tensors that have no place, and their bytes
+        self.unplaced: dict[int, int] = {}  # live tensors that have no place, and their areas
 
-    def add(self, number: int, num_bytes: int, placed: bool) -> None:
+    def add(self, number: int, area: int, placed: bool) -> None:
         """A new tensor. Raises when references hold far too much."""
-        self.bytes[number] = num_bytes
+        self.area[number] = area
         if not placed:
-            self.unplaced[number] = num_bytes
+            self.unplaced[number] = area
             if sum(self.unplaced.values()) > MOST_HELD * self.capacity:
                 raise NkiValidationError(self.problem)
 
@@ -54,16 +62,16 @@ class Lifetimes:
         for tensor in tensors:
             if isinstance(tensor, NkiTensor) and tensor.space == self.space:
                 number = tensor.storage.number
-                if number in self.bytes:
+                if number in self.area:
                     self.first.setdefault(number, now)
                     self.last[number] = now
 
     def check(self) -> None:
-        """Raise if more bytes than fit were in use by one instruction."""
+        """Raise if more than fits was in use by one instruction."""
         changes = []
         for number, last in self.last.items():
-            changes.append((self.first[number], 1, self.bytes[number]))
-            changes.append((last, 2, -self.bytes[number]))
+            changes.append((self.first[number], 1, self.area[number]))
+            changes.append((last, 2, -self.area[number]))
         used = 0
         for _, _, change in sorted(changes):
             used += change
