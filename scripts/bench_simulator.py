@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How fast the NKI simulator is on this machine, in three figures.
 
     python scripts/bench_simulator.py [PATH_TO_NKI_LIBRARY]
