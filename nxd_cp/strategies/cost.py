@@ -172,7 +172,8 @@ def candidates(plan: Plan, shape: Shape) -> list[StrategyPlan]:
     wanted = [Strategy("ring")]
     if plan.size > 1:
         wanted.append(Strategy("gather"))
-    wanted += [Strategy("heads", ways=u) for u in range(2, most + 1) if most % u == 0]
+    if (plan.seq_len, plan.num_tokens) == (plan.kv_len, plan.num_kv_tokens):
+        wanted += [Strategy("heads", ways=u) for u in range(2, most + 1) if most % u == 0]
     return [plan_strategy(plan, one, **heads) for one in wanted]
 
 
