@@ -75,6 +75,10 @@ class KeyBlock:
         if move is None:
             self._call.count_hop("kv")
             return
+        posted = self._call.posted_hop()
+        if posted is not None:
+            self._transit = _Transit(posted, move, None, posted.into)
+            return
         out = None
         if move.to is not None:
             is_packed = self._parcel is not None and move.out == self._held

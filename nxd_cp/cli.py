@@ -99,15 +99,42 @@ def plan(
     window: Annotated[
         int | None, typer.Option(help="Keys that each query sees, its own included; default all.")
     ] = None,
+    strategy: Annotated[
+        str, typer.Option(help="ring, gather, heads, or auto: the cheapest by the rule.")
+    ] = "auto",
+    heads: HeadsOption = 32,
+    kv_heads: KvHeadsOption = 8,
+    head_dim: HeadDimOption = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences per rank.")] = 1,
+    chip: ChipOption = Chip.trn2,
+    png: Annotated[
+        Path | None, typer.Option(help="Also draw the comparison.", callback=make_folder)
+    ] = None,
 ) -> None:
-    """Print who computes which block of scores at each step of the ring, and what is sent."""
+    """Print who computes which block of scores at each step, and what each strategy costs.
+
+    The blocks are those of the strategy that is taken. Costs are estimates for bfloat16 on one chip
+    per rank (docs/strategies.md says from what).
+    """
     from nxd_cp.schedule import make_plan, seq_len_multiple
+    from nxd_cp.strategies.cost import Shape
+    from nxd_cp.strategies.report import report
 
     tokens = 128 * seq_len_multiple(layout.value, ranks) if seq_len is None else seq_len
+    shape = Shape(batch, heads, kv_heads, head_dim, itemsize=2)
     try:
-        typer.echo(make_plan(layout.value, ranks, tokens, causal=causal, window=window).table())
+        if heads % kv_heads:
+            raise ValueError(f"kv-heads: expected a divisor of {heads} heads, got {kv_heads}")
+        ring = make_plan(layout.value, ranks, tokens, causal=causal, window=window)
+        text, costs = report(ring, shape, chip.value, strategy)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    typer.echo(costs[0].work.plan.table())
+    typer.echo(text)
+    if png is not None:
+        from nxd_cp.strategies.draw import draw
+
+        draw(costs, f"{layout.value}, {ranks} ranks, {tokens} tokens, {chip.value}", png)
 
 
 app.command()(profile)

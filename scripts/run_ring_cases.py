@@ -73,7 +73,9 @@ def summary(title: str, records: list[Record], key: Callable[[Record], str]) -> 
             for tensor in ("o", "dq", "dk", "dv", "dsinks")
         ]
         failed = sum(bool(one["problems"]) for one in mine)
-        table.add_row(name, str(len(mine)), str(failed), *(f"{value:.2f}" for value in worst))
+        table.add_row(
+            name, str(len(mine)), str(failed), *(f"{min(value, 999):.2f}" for value in worst)
+        )
     return table
 
 

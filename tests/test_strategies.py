@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budget
 from cases import NAMES, Case, all_ranks_locally, join_all, one_device, one_rank, rows, truth
+from click.testing import Result
 from ranks import RankGroup
 from torch import Tensor
+from typer.testing import CliRunner
 
 import nxd_cp.strategies
 from nxd_cp.attention import ring_attention
+from nxd_cp.cli import app
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.reference import hidden
@@ -304,12 +308,11 @@ def test_gathered_buffers_are_given_back_after_each_round() -> None:
         with cp.transport.call("forward") as call:
             for _, _, posted in nxd_cp.strategies.rounds_of(call, work, cp.rank, x, x, x):
                 found.append(len(call._parcels))
-                for step in plan.steps[cp.rank]:
-                    if step.kv is not None:
-                        posted.start(posted.parcel("kv", (1,), x.dtype, x.device), step.kv).wait()
+                for _ in range(cp.size - 1):
+                    posted.posted_hop().wait()
         return found
 
-    assert CPContext.local(3).run(held) == [[4, 4, 4, 4, 4, 2]] * 3, "one parcel per hop and round"
+    assert CPContext.local(3).run(held) == [[4, 4, 4, 4, 4, 2]] * 3, "one per message and round"
 
 
 # The rule
@@ -355,3 +358,45 @@ def test_auto_computes_what_it_chose() -> None:
     plan: Plan = make_plan("zigzag", 4, 96)
     assert choose(plan, Strategy("auto"), Shape(1, 8, 4, 16, 4)).name != "ring"
     check_fp32(case, all_ranks_locally(case))
+
+
+# The command
+
+
+def planned(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def test_the_plan_command_prints_costs_and_draws_them(tmp_path: Path) -> None:
+    picture = tmp_path / "made" / "plan.png"
+    result = planned("--ranks", "4", "--seq-len", "4096", "--png", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "taken: " in result.output
+    assert "by the rule" in result.output
+    for name in ("ring", "gather", "heads x2", "heads x4"):
+        assert f"\n{name} " in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plan_command_shows_the_steps_of_what_was_asked_for() -> None:
+    result = planned("--ranks", "4", "--seq-len", "64", "--strategy", "heads")
+    assert "taken: heads x4, asked for" in result.output
+    assert "causal" in result.output.splitlines()[2]
+    refused = planned("--ranks", "4", "--heads", "9", "--kv-heads", "3", "--strategy", "heads")
+    assert refused.exit_code == 2
+    assert "expected one of gather, ring" in " ".join(refused.output.split())
+
+
+def test_message_bytes_of_the_rule_are_those_of_the_plans() -> None:
+    """The largest messages times their number are at least, and near, what is sent in all."""
+    shape = Shape(1, 8, 4, 64, 2)
+    for cost in compare(make_plan("zigzag", 4, 4096, causal=False), shape, "trn2"):
+        kv, grad, exchanged = cost.hop_bytes
+        traffic = cost.work.traffic(0, **vars(shape))
+        rounds, ways = len(cost.work.rounds), cost.work.ways
+        sent = rounds * (2 * kv + grad) * (4 // ways - 1)
+        if cost.work.strategy.name == "ring":
+            sent += grad  # gradients make the full turn
+        extra = (traffic.forward_bytes + traffic.backward_bytes) - sent
+        assert extra >= 0
+        assert extra <= 3 * exchanged * (ways - 1) + grad + 64 * cost.num_messages

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from nxd_cp.schedule import GRADIENT_ITEMSIZE, Plan
+from nxd_cp.schedule import GRADIENT_ITEMSIZE, Plan, num_rows
 from nxd_cp.strategies.plan import Strategy, StrategyPlan, plan_strategy
 
 
@@ -92,7 +92,7 @@ class Cost:
 
 def estimate(work: StrategyPlan, shape: Shape, figures: Figures) -> Cost:
     """The cost of one strategy; see Note [The rule]."""
-    plan, rounds, ways = work.plan, len(work.rounds), work.ways
+    plan, rounds = work.plan, len(work.rounds)
     traffic = [work.traffic(rank, **vars(shape)) for rank in range(plan.size)]
     totals = [one.forward_bytes + one.backward_bytes for one in traffic]
     busiest = max(range(plan.size), key=totals.__getitem__)
@@ -103,7 +103,7 @@ def estimate(work: StrategyPlan, shape: Shape, figures: Figures) -> Cost:
     return Cost(
         work=work,
         seconds=_seconds(work, shape, figures, [max(one) for one in zip(*pairs, strict=True)]),
-        hop_bytes=(kv if plan.size > ways else 0, grad if plan.size > ways else 0, heads),
+        hop_bytes=(kv, grad, heads),
         sent_bytes=totals[busiest],
         num_messages=traffic[busiest].forward_messages + traffic[busiest].backward_messages,
         buffer_bytes=_buffer_bytes(work, shape, kv, grad, heads, rounds),
@@ -112,13 +112,15 @@ def estimate(work: StrategyPlan, shape: Shape, figures: Figures) -> Cost:
 
 
 def _message_bytes(work: StrategyPlan, shape: Shape) -> tuple[int, int]:
-    """Keys and values of one round; the largest all-to-all message. Headers left out."""
+    """The largest message of keys and values; the largest all-to-all message. No headers."""
     local_len = work.plan.seq_len // work.plan.size
+    round_heads = max(heads.stop - heads.start for heads in work.rounds)
+    per_row = 2 * shape.batch * round_heads * shape.head_dim * shape.itemsize
+    moves = [step.kv for steps in work.plan.steps for step in steps if step.kv is not None]
+    rows = max((num_rows(move.out) for move in moves), default=0)
     per_head = shape.batch * local_len * shape.head_dim * shape.itemsize
-    round_heads = max(heads.stop - heads.start for heads in work.rounds) * work.ways
-    q = per_head * shape.num_heads // work.ways
-    kv = 2 * per_head * shape.num_kv_heads // work.ways
-    return 2 * per_head * round_heads, (3 * q + kv) if work.ways > 1 else 0
+    exchanged = per_head * (3 * shape.num_heads + 2 * shape.num_kv_heads) // work.ways
+    return per_row * rows, exchanged if work.ways > 1 else 0
 
 
 def _buffer_bytes(

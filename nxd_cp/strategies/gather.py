@@ -36,10 +36,12 @@ class PostedCall(Call):
         return self._parcels[-1]
 
     def start(self, parcel: Parcel, move: Move | None, into: Parcel | None = None) -> Hop:
-        """The next hop that was posted, or a hop of its own for gradients."""
-        if parcel.channel == "kv":
-            return next(self._hops)
+        """See `Call.start`."""
         return self._call.start(parcel, move, into)
+
+    def posted_hop(self) -> Hop | None:
+        """See `Call.posted_hop`."""
+        return next(self._hops)
 
     def count_hop(self, channel: str) -> int:
         """See `Call.count_hop`; those of keys and values were counted when they were posted."""

@@ -42,7 +42,7 @@ class Hop:
     """One exchange under way. Every hop must be waited for, once."""
 
     def __init__(self, call: Call, parcel: Parcel, move: Move | None, into: Parcel) -> None:
-        self._call, self._parcel, self._move, self._into = call, parcel, move, into
+        self._call, self._parcel, self._move, self.into = call, parcel, move, into
         self.sequence = 0
         self.ticket: Any = None
         self.sent: Tensor | None = None  # in debug mode a copy of what is in flight
@@ -50,8 +50,8 @@ class Hop:
     def wait(self) -> Tensor:
         """Block until both ends are done; return what is in the receiving parcel now."""
         if self._move is not None:
-            self._call.finish(self, self._parcel, self._move, self._into)
-        return self._into.payload
+            self._call.finish(self, self._parcel, self._move, self.into)
+        return self.into.payload
 
 
 class Call:
@@ -123,6 +123,10 @@ class Call:
         self._open.append(hop)
         hop.ticket = transport.post(leaves, arrives, move, parcel.channel)
         return hop
+
+    def posted_hop(self) -> Hop | None:
+        """The next hop of keys and values where all were started in advance, else None."""
+        return None
 
     def count_hop(self, channel: str) -> int:
         """The number of the next hop, in which nothing moves here: it is the same on all ranks."""

@@ -94,10 +94,10 @@ class _XlaParcel(Parcel):
 class _XlaHop(Hop):
     def wait(self) -> Tensor:
         """What came in; no value is looked at."""
-        assert isinstance(self._into, _XlaParcel), "parcels of this call are its own"
+        assert isinstance(self.into, _XlaParcel), "parcels of this call are its own"
         if self._move is not None:
-            self._into.content, self._into.owner = self.ticket, self._move.brings
-        return self._into.payload
+            self.into.content, self.into.owner = self.ticket, self._move.brings
+        return self.into.payload
 
 
 class _XlaCall(Call):
