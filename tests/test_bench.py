@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +114,20 @@ def test_the_simulated_kernels_pass_and_their_times_are_ordered_and_labelled() -
     for shown in (text(report), markdown(report)):
         assert "SIMULATED: estimated from instructions, not measured" in shown
         assert "p50" not in shown
+
+
+def test_two_cores_share_the_heads_of_a_launch() -> None:
+    case = Case(queries=128, keys=128, num_heads=2, num_kv_heads=2, head_dim=32)
+    times = []
+    for cores in (1, 2):
+        ours = OurKernels(KernelBackend("simulate", "gen3", cores=cores), cores)
+        assert numerics.check(case, ours).passed
+        times.append(SimulatedTimer("trn2").time(case, ours).us["expected"])
+    assert times[1] < times[0]
+    odd = replace(case, num_heads=1, num_kv_heads=1)
+    assert "LNC 2 needs" in ours.refuses(odd)
+    assert ours.refuses(odd.with_heads(2)) == ""
+    assert peak_tflops("trn2", 2) == 2 * peak_tflops("trn2")
 
 
 def test_the_peak_is_that_of_the_documented_clock() -> None:
@@ -345,6 +361,14 @@ def test_the_command_fails_for_a_wrong_kernel(
 def test_the_command_refuses_a_device_that_is_not_there_and_bad_shapes() -> None:
     for arguments in (["--clock", "device"], ["--lengths", "100"], ["--lengths", "x"]):
         assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 2
+
+
+def test_the_script_is_the_command() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "bench_kernels.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], capture_output=True, text=True, check=True
+    )
+    assert "compare before.json after.json" in done.stdout
 
 
 def test_the_help_tells_a_newcomer_what_to_type() -> None:

@@ -19,7 +19,7 @@ MATMULS = {"flash_fwd": 2, "flash_bwd": 5}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one block, on one logical core."""
+    """One kernel on one block, on one logical core (LNC physical ones)."""
 
     kernel: str = "flash_fwd"
     queries: int = 1024
@@ -76,6 +76,12 @@ class Case:
         return (
             f"{self.kernel} {self.mask} {self.dtype} H{self.num_heads} G{self.num_kv_heads} "
             f"D{self.head_dim}"
+        )
+
+    def with_heads(self, times: int) -> Case:
+        """The same case with `times` as many heads of both kinds."""
+        return replace(
+            self, num_heads=times * self.num_heads, num_kv_heads=times * self.num_kv_heads
         )
 
     def __str__(self) -> str:

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
     from nxd_cp.bench.cases import Case
     from nxd_cp.bench.run import Plan
 
-HELP = """Time the attention kernels: on a Neuron device, or simulated and labelled so.
+HELP = """Time the attention kernels: on a Neuron device, or simulated, labelled so.
 
 \b
-nxd-cp bench --target trn1                       a report, under a minute, no device needed
-nxd-cp bench --target trn2 --preset wide         more shapes
-nxd-cp bench --lengths 512,1024 --head-dims 64   a sweep of your own
-nxd-cp bench compare before.json after.json      what became slower; exit status 1 if anything
+nxd-cp bench --target trn1                      no device needed, < 1 minute
+nxd-cp bench --target trn2 --lnc 2              two cores per launch
+nxd-cp bench --lengths 512,1024 --head-dims 64  a sweep of your own
+nxd-cp bench compare before.json after.json     status 1 if any is slower
 
-Every kernel is first checked against fp64 on a short block; without a pass it gets no time and the
-exit status is 1. Written to the folder --out: bench.json, bench.md and bench.png. On a device NxD's
-own flash and ring kernels are timed beside ours where they can be imported.
+Every kernel is first checked against fp64 on a short block; one that fails
+gets no time, and the exit status is 1. Written to the folder --out:
+bench.json, bench.md, bench.png. On a device NxD's own flash and ring
+kernels are timed beside ours where they can be imported.
 """
 
 app = typer.Typer(help=HELP)
@@ -72,6 +73,10 @@ def bench(
     head_dims: Annotated[str, typer.Option(help="Of the sweep.")] = "128",
     heads: Annotated[str, typer.Option(help="Of the sweep: query:kv heads, as 1:1,4:1.")] = "1:1",
     dtypes: Annotated[str, typer.Option(help="Of the sweep: bfloat16, float32.")] = "bfloat16",
+    lnc: Annotated[
+        int,
+        typer.Option(help="Physical cores of a launch, 1 or 2; presets then have as many heads."),
+    ] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Launches per case on a device.")] = 100,
 ) -> None:
     """See HELP; the text is given to typer as it is."""
@@ -83,8 +88,8 @@ def bench(
 
     try:
         sweep = _sweep(lengths, masks, head_dims, heads, dtypes) if lengths else []
-        cases = sweep or named(preset.value)
-        plan = _plan(target.value, clock, cases, repeats)
+        cases = sweep or [case.with_heads(lnc) for case in named(preset.value)]
+        plan = _plan(target.value, clock, cases, repeats, lnc)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     report = run(plan, _progress)
@@ -152,7 +157,7 @@ def _sweep(lengths: str, masks: str, head_dims: str, heads: str, dtypes: str) ->
     )
 
 
-def _plan(target: str, clock: Clock, cases: list[Case], repeats: int) -> Plan:
+def _plan(target: str, clock: Clock, cases: list[Case], repeats: int, lnc: int) -> Plan:
     """Simulated, or on the device that the doctor finds. Raises ValueError when there is none."""
     from nxd_cp.backends.neuron import KernelBackend
     from nxd_cp.bench.device import HostClockTimer, waiter
@@ -167,14 +172,15 @@ def _plan(target: str, clock: Clock, cases: list[Case], repeats: int) -> Plan:
     on_device = tier.backend == "nki"
     if clock is Clock.device and not on_device:
         raise ValueError(f"clock: expected a Neuron device, got none; {'; '.join(tier.reasons)}")
-    peak = peak_tflops(target)
+    peak = peak_tflops(target, lnc)
     if clock is Clock.simulated or not on_device:
-        ours = OurKernels(KernelBackend("simulate", generation(target)))
+        ours = OurKernels(KernelBackend("simulate", generation(target), cores=lnc), lnc)
         return Plan(target, cases, [ours], SimulatedTimer(target), peak)
     device = {"native": "neuron", "xla": "xla"}[tier.stack]
     baselines, notes = nxd_kernels()
     timer = HostClockTimer(device, waiter(device), repeats=repeats)
-    every: list[Implementation] = [OurKernels(KernelBackend("nki")), *baselines]
+    ours = OurKernels(KernelBackend("nki", cores=lnc), lnc)
+    every: list[Implementation] = [ours, *baselines]
     return Plan(target, cases, every, timer, peak, device, tuple(notes))
 
 

@@ -61,14 +61,18 @@ class Implementation(Protocol):
 
 @dataclass(frozen=True)
 class OurKernels:
-    """`kernels/` of this package, by its backend "nki" or "simulate"."""
+    """`kernels/` of this package, by its backend "nki" or "simulate". cores: of a launch (LNC)."""
 
     backend: Backend
+    cores: int = 1
     name: str = "nxd-cp"
     least_length: int = 128
 
     def refuses(self, case: Case) -> str:
-        """Every case is made for them."""
+        """Two cores share heads."""
+        heads = (case.num_kv_heads, case.num_heads // case.num_kv_heads)
+        if all(number % self.cores for number in heads):
+            return f"LNC {self.cores} needs a number of heads that {self.cores} cores can share"
         return ""
 
     def prepare(self, case: Case, x: Inputs) -> Call:

@@ -12,17 +12,25 @@ def plot(report: Report, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps, pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.2))
     low_name, high_name = (
         ("bound", "pessimistic") if report.source == "simulated" else ("p50", "p99")
     )
     styles = [("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--")]
+    series = _series(report)
+    colours = colormaps["tab20" if len(series) > 10 else "tab10"](range(20))
     lengths = sorted({row.length for row in report.rows if row.times})
-    for index, (name, rows) in enumerate(_series(report).items()):
+    for index, (name, rows) in enumerate(series.items()):
         marker, line = styles[index % len(styles)]
-        style = {"marker": marker, "linestyle": line, "color": f"C{index % 10}", "markersize": 5}
+        style = {
+            "marker": marker,
+            "linestyle": line,
+            "color": colours[index % len(colours)],
+            "markersize": 5,
+        }
         x = [row.length for row in rows]
         times = [row.times for row in rows if row.times]
         y = [t.us[t.main] for t in times]
@@ -30,7 +38,8 @@ def plot(report: Report, path: Path) -> None:
             [max(0.0, value - t.us[low_name]) for value, t in zip(y, times, strict=True)],
             [max(0.0, t.us[high_name] - value) for value, t in zip(y, times, strict=True)],
         ]
-        left.errorbar(x, y, yerr=spread, capsize=3, linewidth=1.3, elinewidth=0.7, **style)
+        beside = [length * (1 + 0.02 * (index - len(series) / 2)) for length in x]  # bars apart
+        left.errorbar(beside, y, yerr=spread, capsize=3, linewidth=1.3, elinewidth=0.7, **style)
         right.plot(x, [100 * (report.mfu(row) or 0.0) for row in rows], label=name, **style)
     for axes in (left, right):
         axes.set_xscale("log", base=2)
@@ -38,8 +47,9 @@ def plot(report: Report, path: Path) -> None:
         axes.set_xlabel("queries = keys")
         axes.grid(alpha=0.3)
     left.set_yscale("log")
-    for axis_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        axis_formatter(lambda value, _: f"{value:g}")
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    left.yaxis.set_minor_locator(NullLocator())
     left.set_ylabel(f"time of one launch, us (bars: {low_name} to {high_name})")
     right.set_ylabel(f"MFU, % of {report.peak_tflops:.1f} TFLOP/s (bf16 peak)")
     right.set_ylim(bottom=0)

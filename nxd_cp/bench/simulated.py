@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from nxd_cp.bench.cases import Case
-from nxd_cp.bench.implementations import Implementation
+from nxd_cp.bench.implementations import Implementation, Inputs
 from nxd_cp.bench.report import Times
 
 
@@ -21,29 +23,35 @@ class SimulatedTimer:
     source: str = "simulated"
 
     def time(self, case: Case, implementation: Implementation) -> Times:
-        """The estimate of one launch on one physical core; this package's kernels only."""
-        from nxd_cp.simulators.cluster.measure import time_kernel
+        """The estimate of what the host launches for `case`, until the last core is done.
 
-        found = time_kernel(
-            case.kernel,
-            generation(self.target),
-            q_len=case.queries,
-            k_len=case.keys,
-            mask=case.mask,
-            num_heads=case.num_heads,
-            num_kv_heads=case.num_kv_heads,
-            head_dim=case.head_dim,
-            dtype=case.dtype,
-        )
+        implementation: this package's kernels in the simulator. No value is computed.
+        """
+        from nxd_cp.simulators.nki_api import SimParams, parameters, record
+        from nxd_cp.simulators.timing import estimate_cores
+
+        call = implementation.prepare(case, _zeros(case))
+        with parameters(SimParams(values=False)), record() as log:
+            call()
+        cores = estimate_cores(log, generation(self.target)).values()
+        slowest = max(cores, key=lambda core: core.expected_ns)
         return Times(
             "expected",
             {
-                "bound": found.bound_ns / 1e3,
-                "expected": found.expected_ns / 1e3,
-                "pessimistic": found.pessimistic_ns / 1e3,
+                "bound": max(core.bound_ns for core in cores) / 1e3,
+                "expected": slowest.expected_ns / 1e3,
+                "pessimistic": max(core.pessimistic_ns for core in cores) / 1e3,
             },
-            f"{100 * found.guess_share:.0f} % of the time rests on guesses",
+            f"{100 * slowest.guess_share:.0f} % of the time rests on guesses",
         )
+
+
+def _zeros(case: Case) -> Inputs:
+    dtype = getattr(torch, case.dtype)
+    q = torch.zeros(1, case.num_heads, case.queries, case.head_dim, dtype=dtype)
+    k = torch.zeros(1, case.num_kv_heads, case.keys, case.head_dim, dtype=dtype)
+    row = torch.zeros(q.shape[:-1])
+    return Inputs(q, k, k, q, q.float(), row, row)
 
 
 def generation(target: str) -> str:
