@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts.md from the real schedules and the simulated ring.
+"""Draw the pictures of docs/concepts.md and docs/traces.md from real schedules and simulated runs.
 
     python scripts/draw_concepts.py [FOLDER]        default: docs/images
 
@@ -18,6 +18,8 @@ from nxd_cp.schedule import LAYOUTS, Plan, make_plan, token_runs
 from nxd_cp.simulators.cluster.kernel_time import Rate
 from nxd_cp.simulators.cluster.ring import Model, RingTimes, simulate
 from nxd_cp.simulators.cluster.topology import Cluster
+from nxd_cp.simulators.timing.cli import Block, time_call
+from nxd_cp.simulators.timing.plots import timeline_png
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 RANKS, TOKENS = 4, 64
@@ -162,7 +164,14 @@ def _lane(axes: Axes, plan: Plan, times: RingTimes, rank: int) -> None:
             axes.barh(rank + 0.18, arrival - sent, 0.22, sent, color="0.6")
 
 
-PICTURES = {"grid": grid, "ring_steps": ring_steps, "balance": balance, "overlap": overlap}
+def timeline(path: Path) -> None:
+    """The engines of one core in a forward kernel."""
+    block = Block(kernel="flash_fwd", generation="gen3", queries=512, keys=512)
+    (times,) = time_call(block).values()
+    timeline_png(path, times.timeline)
+
+
+PICTURES = {"grid": grid, "ring_steps": ring_steps, "balance": balance, "overlap": overlap, "timeline": timeline}
 
 
 def main(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from snippets import ROOT, run_bash, run_python, snippets, write_files
 
 DOCS = ROOT / "docs"
-PAGES = ("concepts.md", "hugging_face.md", "torchtitan.md")
+PAGES = ("concepts.md", "hugging_face.md", "torchtitan.md", "traces.md")
 _BLOCK = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 
@@ -37,9 +37,10 @@ def test_the_links_of_a_page_lead_to_files(page):
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def test_the_pictures_of_the_concepts_are_those_that_the_script_draws(tmp_path):
+def test_the_pictures_of_the_pages_are_those_that_the_script_draws(tmp_path):
     script = [sys.executable, str(ROOT / "scripts" / "draw_concepts.py"), str(tmp_path)]
     subprocess.run(script, check=True, env={"PYTHONPATH": str(ROOT)}, timeout=100)
     drawn = {path.name for path in tmp_path.iterdir()}
-    shown = set(re.findall(r"images/(concepts_\w+\.png)", (DOCS / "concepts.md").read_text()))
+    text = "".join((DOCS / page).read_text() for page in ("concepts.md", "traces.md"))
+    shown = set(re.findall(r"images/(concepts_\w+\.png)", text))
     assert drawn == shown
