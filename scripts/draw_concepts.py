@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts.md and docs/traces.md from real schedules and simulated runs.
+"""Draw the pictures of docs/concepts.md and docs/traces.md from schedules and simulated runs.
 
     python scripts/draw_concepts.py [FOLDER]        default: docs/images
 
@@ -171,7 +171,13 @@ def timeline(path: Path) -> None:
     timeline_png(path, times.timeline)
 
 
-PICTURES = {"grid": grid, "ring_steps": ring_steps, "balance": balance, "overlap": overlap, "timeline": timeline}
+PICTURES = {
+    "grid": grid,
+    "ring_steps": ring_steps,
+    "balance": balance,
+    "overlap": overlap,
+    "timeline": timeline,
+}
 
 
 def main(folder: Path) -> None:
