@@ -77,6 +77,14 @@ def test_a_bad_prediction_shows_in_the_report():
     assert "worst +200.0 %" in text
 
 
+def test_the_report_counts_the_times_between_bound_and_pessimistic():
+    row = replace(_quick()[0], value=5.0)
+    given = [(1.0, 9.0), (6.0, 9.0), (1.0, 4.0)]
+    scored = [Scored(row, Prediction(5.0, 1e6, 0.0, "kernel", "stream", band)) for band in given]
+    assert [item.in_band for item in scored] == [True, False, False]
+    assert "times between bound and pessimistic: 1 of 3" in report(scored, "title")
+
+
 def test_quantile_is_the_smallest_value_that_covers_the_share():
     values = [float(i) for i in range(1, 11)]
     assert quantile(values, 0.9) == 9

@@ -70,6 +70,7 @@ class Prediction:
     guess_share: float | None  # of the expected time; None for primitives
     kind: Literal["kernel", "primitive", "small primitive"]
     ran: str = "stream"  # or "public kernel", or why that did not run
+    band: tuple[float, float] | None = None  # bound and pessimistic, where the row is a time
 
 
 @lru_cache(maxsize=1)
@@ -116,7 +117,10 @@ def predict(row: Row, clones: Path | None = None) -> Prediction | str:
     value = _metric(row, times)
     if value is None:
         return f"no rule for {row.metric}"
-    return Prediction(value, times.expected_ns, times.guess_share, "kernel", ran)
+    band = None
+    if row.metric in TIMES:
+        band = times.bound_ns / NS_PER[row.unit], times.pessimistic_ns / NS_PER[row.unit]
+    return Prediction(value, times.expected_ns, times.guess_share, "kernel", ran, band)
 
 
 def _single(row: Row, single: Primitive) -> Prediction:

@@ -28,6 +28,12 @@ class Scored:
         return self.prediction.value / self.row.value - 1.0
 
     @property
+    def in_band(self) -> bool:
+        """Whether the published time lies between the bound and the pessimistic time."""
+        band = None if self.prediction is None else self.prediction.band
+        return band is not None and band[0] <= self.row.value <= band[1]
+
+    @property
     def judged(self) -> str:
         """The class whose limits apply: kernel, short kernel, primitive or small primitive."""
         assert self.prediction is not None, "only rows that ran have a class"
@@ -77,6 +83,10 @@ def report(scored: Iterable[Scored], title: str) -> str:
     ran = [item for item in listed if item.prediction is not None]
     for kind in sorted({item.judged for item in ran}):
         out.append(f"  {kind}: {_summary([item.error for item in ran if item.judged == kind])}")
+    bands = [item for item in ran if item.prediction is not None and item.prediction.band]
+    if bands:
+        inside = sum(item.in_band for item in bands)
+        out.append(f"  times between bound and pessimistic: {inside} of {len(bands)}")
     scorable = [item for item in listed if not not_a_kernel(item.row)]
     out.append(f"  scored {len(ran)} of {len(scorable)} scorable rows")
     return "\n".join(out)
