@@ -76,6 +76,11 @@ def _call(
             lnc=lnc,
             values=values,
         )
+    if array or option or values or (lnc, ranks) != (1, 1):
+        raise typer.BadParameter(
+            "--array, --option, --lnc, --ranks and --values are for module:function, "
+            f"got {kernel!r}"
+        )
     return Block(
         kernel=kernel,
         generation=chip.value,

@@ -223,6 +223,9 @@ def test_the_commands_take_a_kernel_of_anybody(user_kernel):
     bad = CliRunner().invoke(app, ["trace", user_kernel, "--array", "x"])
     assert bad.exit_code == 2
     assert "SHAPE:DTYPE" in bad.output
+    ours = CliRunner().invoke(app, ["profile", "flash_fwd", "--lnc", "2"])
+    assert ours.exit_code == 2
+    assert "are for module:function" in re.sub(r"[^\w:]+", " ", ours.output)
 
 
 def test_profile_and_trace_have_the_same_options_but_for_what_they_write():

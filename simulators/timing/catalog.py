@@ -50,11 +50,15 @@ STREAMS: dict[str, Callable[..., Log]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """How to get a row's log. stream: name and arguments of one of STREAMS."""
+    """How to get a row's log. stream: name and arguments of one of STREAMS.
+
+    why_stream: why the stream is timed although there is a public kernel.
+    """
 
     stream: tuple[object, ...] | None = None
     kernel: Kernel | None = None
     options: Options = NEW
+    why_stream: str = ""
 
     def build(self) -> Log:
         """The log of the stream."""
@@ -93,7 +97,12 @@ def _mamba(row: Row) -> Source | None:
         return None
     version, channels, seq_len = map(int, found.groups())
     return Source(
-        ("mamba", version, channels, seq_len), mamba_kernel(version, channels, seq_len), OLD
+        ("mamba", version, channels, seq_len),
+        mamba_kernel(version, channels, seq_len),
+        OLD,
+        # fused_mamba.rst: "partition-dimension broadcast [...] using a separate instruction on
+        # TensorE"; the simulator's nl.broadcast_to is four shuffles on VectorE.
+        why_stream="broadcasts were TensorE's, by the tutorial",
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import (
+    NkiSimulatorWarning,
     NkiUnsupportedError,
     NkiValidationError,
     SimParams,
@@ -71,7 +73,13 @@ def run(kernel: Kernel, clones: Path, generation: str) -> Log:
             else:
                 module = load(kernel.module, generation=generation)
             quiet = redirect_stdout(io.StringIO())  # kernels print warnings of their own
-            with quiet, parameters(SimParams(values=False)), record() as log:
+            with (
+                quiet,
+                warnings.catch_warnings(),
+                parameters(SimParams(values=False)),
+                record() as log,
+            ):
+                warnings.simplefilter("ignore", NkiSimulatorWarning)  # about style, not timing
                 function = getattr(module, kernel.function)
                 launched = function[kernel.lnc] if kernel.lnc > 1 else function
                 launched(*inputs, **named, **dict(kernel.options))

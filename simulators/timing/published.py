@@ -137,7 +137,9 @@ def _single(row: Row, single: Primitive) -> Prediction:
 def _estimate(found: Source, generation: str, clones: Path | None) -> tuple[Estimate | None, str]:
     """The estimate and what ran; None and why when neither the public kernel nor a stream runs."""
     ran = "stream"
-    if found.kernel is not None:
+    if found.why_stream:
+        ran = f"stream; {found.why_stream}"
+    elif found.kernel is not None:
         try:
             if clones is None:
                 raise NotRun("its public kernel needs clones")
