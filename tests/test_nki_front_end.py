@@ -101,3 +101,15 @@ def test_a_function_without_source_runs():
     scope = {"load": load, "store": store}
     exec("def kernel(x):\n    return store(load(x)) if x is not None else None", scope)
     np.testing.assert_array_equal(Kernel(scope["kernel"], "gen3")(X), X)
+
+
+def test_many_findings_of_one_kind_are_one_warning():
+    def kernel(x, a=None, b=None):
+        if a is None and b is None:
+            return store(load(x))
+        return None if a is not None else x
+
+    with pytest.warns(NkiSimulatorWarning) as caught:
+        Kernel(kernel, "gen3")(X)
+    (text,) = {str(w.message) for w in caught}
+    assert "and 2 more in this function" in text

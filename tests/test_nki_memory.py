@@ -1,6 +1,7 @@
 """SBUF and PSUM are finite, shared, and full of NaN until written."""
 
 import gc
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -332,3 +333,48 @@ def test_the_write_map_agrees_with_a_plain_bitmap(writes):
         region[...] = True
     whole = init.codes((0, 4, 0, 32), True, (0, 0, (4, 8), (1, 4), 4))
     assert (FRESH in whole) == (not plain.all())
+
+
+def _two_placed(reader, at=32, dtype=None):
+    """Write one, write two over it (from byte `at`), then read."""
+
+    def kernel(x):
+        one = nl.ndarray((128, 16), nl.float32, nl.sbuf, address=(0, 0))
+        two = nl.ndarray((128, 16), dtype or nl.float32, nl.sbuf, address=(0, at))
+        nisa.dma_copy(dst=one, src=x)
+        nisa.memset(two, 3.0)
+        return reader(one, two)
+
+    return kernel
+
+
+def test_reading_what_another_placed_tensor_has_overwritten_is_reported():
+    x = normal(128, 16)
+    with pytest.warns(NkiSimulatorWarning, match=r"rule memory\.overwritten"):
+        found = run(_two_placed(lambda one, two: store(nl.negative(one))), x)
+    np.testing.assert_array_equal(found[:, :8], -x[:, :8])
+    assert (found[:, 8:] == -3).all()
+
+
+@pytest.mark.parametrize(
+    ("reader", "at"),
+    [
+        (lambda one, two: store(nl.negative(one)), 64),  # side by side
+        (lambda one, two: store(nl.negative(one[:, 0:8])), 32),  # the part that is left
+        (lambda one, two: store(nl.negative(two)), 32),  # the newer of the two
+    ],
+)
+def test_placed_tensors_that_are_read_in_time_are_silent(reader, at):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(_two_placed(reader, at), normal(128, 16))
+
+
+def test_writing_again_makes_an_overwritten_tensor_readable():
+    def reader(one, two):
+        nisa.memset(one, 1.0)
+        return store(nl.negative(one))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (run(_two_placed(reader), normal(128, 16)) == -1).all()

@@ -39,6 +39,11 @@ _UNWRITTEN = documented(
     "nki.language guide, Creating Tensors",
     "memory is written before an engine reads it",
 )
+_OVERWRITTEN = inferred(
+    "memory.overwritten",
+    "nki.language.ndarray (address); our reading",
+    "where placed tensors share bytes, a tensor is read before another one is written over it",
+)
 _SHAPES = documented(
     "operand.shapes",
     "nki.isa (tile size of each instruction)",
@@ -108,6 +113,8 @@ def mark(tensor: NkiTensor, code: int) -> None:
     if storage.own is not None:
         own_rect, own_pattern = tensor.own_place
         storage.own.mark(own_rect, tensor.dense, own_pattern, code)
+        if storage.group.shared:
+            storage.group.owners.write(storage.number, tensor.rect, tensor.dense, tensor.pattern)
 
 
 def mark_where(tensor: NkiTensor, chosen: Any) -> None:
@@ -139,6 +146,10 @@ def check_tile(instr: str, role: str, tensor: Any) -> None:
 def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
     """Raise if any byte of the view was never written."""
     storage = tensor.storage
+    if storage.group is not None and storage.group.shared:
+        view = (tensor.rect, tensor.dense, tensor.pattern)
+        if not storage.group.owners.holds(storage.number, *view):
+            broken(_OVERWRITTEN, instr, f"{role} holds what another tensor wrote", **{role: tensor})
     if storage.own is not None and storage.own.uniform > FRESH:
         return  # placed, and written whole by this name
     if FRESH in storage.init.codes(tensor.rect, tensor.dense, tensor.pattern):

@@ -20,10 +20,11 @@ import numpy as np
 
 from . import chips, dtypes
 from .errors import broken, fail, message
-from .freelist import FreeList, Neighbours
+from .freelist import FreeList
 from .initmap import FRESH, InitMap
 from .lifetimes import CAPACITY, QUARTERS, Lifetimes, quarters
 from .memory import PSUM, SBUF, SPACES, MemoryRegion, Storage
+from .owners import Owners
 from .rules import documented, inferred
 
 ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
@@ -75,7 +76,7 @@ class Core:
         self.flights: list[Any] = []  # collectives that may still run (ranks/flights.py)
         self.lifetimes: dict[int, Lifetimes] = {}  # of memories that were full once
         self.live: dict[int, tuple[int, int, str, int, int]] = {}  # with the quarters
-        self.placed: dict[int, Neighbours] = {}
+        self.placed: dict[int, Owners] = {}
         self.placed_init: dict[int, InitMap] = {}
 
     def allocate(
@@ -142,18 +143,18 @@ class Core:
                 )
         (self.sbuf_list if space == SBUF else self.psum_list).reserve(at, end)
         init = self.placed_init.get(space)
+        size = self.chip.sbuf_bytes if space == SBUF else chips.PSUM_BYTES
         if init is None:
-            size = self.chip.sbuf_bytes if space == SBUF else chips.PSUM_BYTES
             init = InitMap(chips.NUM_PARTITIONS, size, MIN_ALIGN, collapse=False)
             self.placed_init[space] = init
         storage.init, storage.map_origin = init, (first, at)
         storage.own = InitMap(storage.partitions, storage.row_bytes, MIN_ALIGN)
-        neighbours = self.placed.setdefault(space, Neighbours())
-        if not neighbours.overlaps(rect):
+        owners = self.placed.setdefault(space, Owners(chips.NUM_PARTITIONS, size))
+        storage.group, shares = owners.enter(storage.number, rect)
+        if not shares:
             shape = (storage.partitions, storage.row_bytes)
             init.mark(rect, True, (first, at, shape, (1, 1), 1), FRESH)
             storage.fill()
-        neighbours.add(storage.number, rect)
 
     def _at(
         self,
@@ -218,9 +219,9 @@ class Core:
 
     def release(self, storage: Storage) -> None:
         """A tensor is no longer used; one that was placed automatically gives its bytes back."""
-        neighbours = self.placed.get(storage.space)
-        if neighbours is not None:
-            neighbours.remove(storage.number)
+        owners = self.placed.get(storage.space)
+        if owners is not None:
+            owners.leave(storage.number)
         lifetimes = self.lifetimes.get(storage.space)
         if lifetimes is not None and lifetimes.unplaced.pop(storage.number, None) is not None:
             self.spare.setdefault(storage.data.size, []).append(storage.data)

@@ -1,4 +1,4 @@
-"""Where there is room: free intervals of a memory, and rectangles of placed tensors.
+"""Where there is room: free intervals of a memory.
 
 Knows bytes only, neither tensors nor rules.
 """
@@ -6,8 +6,6 @@ Knows bytes only, neither tensors nor rules.
 from __future__ import annotations
 
 from bisect import insort
-
-from .initmap import Rect, overlap
 
 
 class FreeList:
@@ -67,37 +65,3 @@ class FreeList:
             else:
                 merged.append((start, end))
         self.free = merged
-
-
-class Neighbours:
-    """Rectangles of live placed tensors, found by the blocks of bytes that they touch."""
-
-    BLOCK = 2048
-
-    def __init__(self) -> None:
-        self.rects: dict[int, Rect] = {}
-        self.blocks: dict[int, dict[int, Rect]] = {}
-
-    def _touched(self, rect: Rect) -> range:
-        return range(rect[2] // self.BLOCK, -(-rect[3] // self.BLOCK))
-
-    def overlaps(self, rect: Rect) -> bool:
-        """Whether any rectangle shares a byte with `rect`."""
-        empty: dict[int, Rect] = {}
-        return any(
-            overlap(rect, other)
-            for block in self._touched(rect)
-            for other in self.blocks.get(block, empty).values()
-        )
-
-    def add(self, number: int, rect: Rect) -> None:
-        """Enter the rectangle of tensor `number`."""
-        self.rects[number] = rect
-        for block in self._touched(rect):
-            self.blocks.setdefault(block, {})[number] = rect
-
-    def remove(self, number: int) -> None:
-        """Forget a tensor; one that was never entered is ignored."""
-        rect = self.rects.pop(number, None)
-        for block in self._touched(rect) if rect is not None else ():
-            del self.blocks[block][number]

@@ -76,8 +76,13 @@ def check_kernel(function: Callable[..., Any], args: Any, kwargs: Any, strict: b
         return
     registry = function.__globals__.setdefault("__warningregistry__", {})
     name = f"nki.jit {function.__name__}"
+    found: dict[str, list[tuple[str, int]]] = {}
     for kind, text, line in _findings(code):
-        report(_RULES[kind], name, text, (code.co_filename, line), registry, strict)
+        found.setdefault(kind, []).append((text, line))
+    for kind, places in found.items():
+        text, line = places[0]
+        more = f" (and {len(places) - 1} more in this function)" if len(places) > 1 else ""
+        report(_RULES[kind], name, text + more, (code.co_filename, line), registry, strict)
     if any(isinstance(value, list) for value in (*args, *kwargs.values())):
         place = (code.co_filename, code.co_firstlineno)
         report(_LIST, name, "a list as an argument", place, registry, strict)

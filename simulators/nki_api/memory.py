@@ -53,6 +53,7 @@ class Storage:
         "dtype",
         "epoch",
         "first_partition",
+        "group",
         "init",
         "io",
         "map_origin",
@@ -104,6 +105,7 @@ class Storage:
         self.io = False  # an input of the kernel
         self.collective = False  # an operand of a collective
         self.own: InitMap | None = None  # a placed tensor: what was written by its own name
+        self.group: Any = None  # a placed tensor: those of its rectangle (owners.Group)
         self.watch: Any = None  # shared HBM of two cores: their accesses (ranks/races.py)
         self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
 
