@@ -21,6 +21,7 @@ from nxd_cp.backends import device_ops, neuron
 from nxd_cp.backends.device_ops import (
     DeviceModule,
     Launch,
+    launch_cores,
     pack,
     record_launches,
     registered,
@@ -117,6 +118,31 @@ def test_a_native_kernel_is_registered_with_nki_op() -> None:
     assert len(op(tensors, call)) == 2
     assert seen == [("nxd_cp::flash_fwd", {})]
     assert registered("flash_fwd", kernel, "native") is op
+
+
+@pytest.mark.parametrize(
+    ("given", "chip", "cores"),
+    [("1", "trn2", 1), ("2", "trn1", 2), (None, "trn2", 2), (None, "trn3", 2), (None, "inf2", 1)],
+)
+def test_a_launch_has_the_cores_that_the_runtime_groups(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, chip: str, cores: int
+) -> None:
+    monkeypatch.delenv(device_ops.LNC_VARIABLE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(device_ops.LNC_VARIABLE, given)
+    utils = SimpleNamespace(get_platform_target=lambda: chip)
+    assert launch_cores(lambda name: utils) == cores
+
+
+def test_unknown_cores_are_an_error_that_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(device_ops.LNC_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="expected NEURON_LOGICAL_NC_CONFIG=1 or 2"):
+        launch_cores()
+    monkeypatch.setenv(device_ops.LNC_VARIABLE, "4")
+    with pytest.raises(ValueError, match="expected 1 or 2, got '4'"):
+        launch_cores()
 
 
 @pytest.mark.parametrize("stand_in", [None, SimpleNamespace()], ids=["absent", "XLA's"])

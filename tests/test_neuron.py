@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from nxd_cp.backends.device_ops import launch_cores
 from nxd_cp.backends.neuron import KernelBackend, has_nki
 from nxd_cp.bench import numerics
 from nxd_cp.bench.cases import DTYPES, KERNELS, MASKS, Case
@@ -29,7 +30,7 @@ from nxd_cp.doctor.tier import decide
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).parent / "device_ring.py"
-TARGETS = ("trn1", "trn2", "trn3")
+TARGETS = (("trn1", 1), ("trn2", 1), ("trn2", 2), ("trn3", 1), ("trn3", 2))  # and LNC
 CASES = [
     Case(kernel, 256, 256, mask, 2, 1, dim, dtype)
     for kernel, mask, dim, dtype in product(KERNELS, MASKS, (64, 128), DTYPES)
@@ -61,12 +62,17 @@ def compiler() -> None:
 @pytest.mark.neuron_compile
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "cores"), TARGETS)
 def test_every_kernel_compiles_for_every_target(
-    compiler: None, target: str, case: Case, tmp_path: Path
+    compiler: None,
+    target: str,
+    cores: int,
+    case: Case,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] = target
-    ours = OurKernels(KernelBackend("nki"))
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", target)
+    ours = OurKernels(KernelBackend("nki", cores=cores), cores)
     found = [
         compile_launch(launch, target, str(case), tmp_path / str(index))
         for index, launch in enumerate(launches(case, ours))
@@ -84,15 +90,20 @@ def test_every_kernel_compiles_for_every_target(
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_on_the_device_are_right(device: str, case: Case) -> None:
-    found = numerics.check(case, OurKernels(KernelBackend("nki")), device)
+    found = numerics.check(case, _ours(), device)
     assert found.passed, found.text
+
+
+def _ours() -> OurKernels:
+    cores = launch_cores()
+    return OurKernels(KernelBackend("nki", cores=cores), cores)
 
 
 @pytest.mark.neuron
 @pytest.mark.timeout(1800)
 def test_a_launch_on_the_device_has_a_time(device: str) -> None:
     timer = HostClockTimer(device, waiter(device), warmup=2, repeats=3)
-    times = timer.time(Case(queries=128, keys=128), OurKernels(KernelBackend("nki")))
+    times = timer.time(Case(queries=128, keys=128, num_heads=2), _ours())
     assert times.us["min"] > 0
 
 

@@ -29,6 +29,10 @@ def get_backend(name: str, device: torch.device) -> Backend:
         from nxd_cp.backends.torch_flash import TorchBackend
 
         return TorchBackend()
-    from nxd_cp.backends.neuron import KernelBackend
+    from nxd_cp.backends.neuron import KernelBackend, has_nki
 
-    return KernelBackend(resolved)
+    if resolved == "nki" and has_nki():
+        from nxd_cp.backends.device_ops import launch_cores
+
+        return KernelBackend(resolved, cores=launch_cores())
+    return KernelBackend(resolved)  # without nki it raises, and says why

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LNC_VARIABLE = "NEURON_LOGICAL_NC_CONFIG"
 STACKS = {"neuron": "native", "xla": "xla"}
 Op = Callable[[list[Tensor], str], list[Tensor]]
 
@@ -98,6 +100,29 @@ def stack_of(device: torch.device) -> str:
             'move them there, or use backend="simulate" or backend="torch"'
         )
     return STACKS[device.type]
+
+
+def launch_cores(load: Callable[[str], Any] = importlib.import_module) -> int:
+    """Physical cores of a launch (LNC), which must be those that the runtime groups.
+
+    NEURON_LOGICAL_NC_CONFIG where it is set; else the default of the chip: 2 on trn2 (documented)
+    and trn3 (taken as the same), 1 on trn1 and inf2. Raises ValueError for another value,
+    or when the chip cannot be told.
+    Source: Neuron SDK docs, about-neuron/arch/neuron-features/logical-neuroncore-config.
+    """
+    given = os.environ.get(LNC_VARIABLE)
+    if given is not None:
+        if given not in ("1", "2"):
+            raise ValueError(f"{LNC_VARIABLE}: expected 1 or 2, got {given!r}")
+        return int(given)
+    try:
+        chip = str(load("torch_neuronx.utils").get_platform_target())
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"expected {LNC_VARIABLE}=1 or 2, as the runtime has it, got nothing, and the chip "
+            f"cannot be told ({error}); set it"
+        ) from error
+    return 2 if chip.startswith(("trn2", "trn3")) else 1
 
 
 def registered(name: str, kernel: Any, stack: str) -> Op:
