@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-LANGUAGES = ("python", "bash", "text", "json", "yaml")
+LANGUAGES = ("python", "bash", "text", "json", "yaml", "ini")
 _FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```\s*$", flags=re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# file: (\S+)\n")
 _SHIMS = {
