@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nki_sim import load, nl, normal, rejects, run, sbuf, store
+from nki_sim import load, nisa, nl, normal, rejects, run, sbuf, store
 
 from nxd_cp.simulators.nki_api import NkiUnsupportedError
 
@@ -69,6 +69,22 @@ def test_an_index_outside_the_tensor_is_caught(key):
         load(x)[key]  # bad
 
     rejects("view.bounds", kernel, X)
+
+
+def test_a_cores_share_of_an_hbm_tensor_may_be_empty_but_not_moved():
+    def share(x, rows):
+        mine = x[nl.ds(0, rows)]
+        assert (mine.shape, x[2:2].shape) == ((rows, *x.shape[1:]), (0, *x.shape[1:]))
+        for row in range(rows):
+            nisa.dma_copy(sbuf((1, 24)), mine[row : row + 1].reshape((1, 24)))
+        return store(load(x))
+
+    def moved(x):
+        nisa.dma_copy(nl.ndarray((1, 4, 6), nl.float32, nl.shared_hbm)[0:0], x[0:0])  # bad
+
+    for rows in (0, 1):
+        np.testing.assert_array_equal(run(lambda x, rows=rows: share(x, rows), X), X)
+    rejects("dma_copy.elements", moved, X)
 
 
 def test_a_slice_that_numpy_would_clip_is_caught():

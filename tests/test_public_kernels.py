@@ -24,6 +24,7 @@ from nxd_cp.simulators.public_kernels.outcomes import Outcome
 from nxd_cp.simulators.public_kernels.scripts import SCRIPTS
 from nxd_cp.simulators.public_kernels.scripts import run as run_script
 
+pytestmark = pytest.mark.timeout(600)  # child processes, on a machine that may be busy
 BROKEN = ("rope", "mlp_cte", "qkv_cte")
 
 

@@ -61,7 +61,7 @@ class Indexing:
                 shape.append(size)
                 strides.append(stride * step)
             elif type(k) is DynamicSlice:
-                if not 0 <= k.start <= k.start + k.size <= count or k.size < 1:
+                if not 0 <= k.start <= k.start + k.size <= count or k.size < self._least:
                     self._out_of_bounds(dim, f"ds({k.start}, {k.size})")
                 offset += k.start * stride
                 shape.append(k.size)
@@ -80,6 +80,11 @@ class Indexing:
             strides.append(1)
         return self._made(tuple(shape), tuple(strides), offset)
 
+    @property
+    def _least(self) -> int:
+        """The smallest slice: a core's share of an HBM tensor may be empty, a tile may not."""
+        return 0 if self.space == HBM else 1
+
     def _slice(self, dim: int, k: Slice, count: int) -> tuple[int, int, int]:
         start = 0 if k.start is None else k.start
         stop = count if k.stop is None else k.stop
@@ -88,7 +93,7 @@ class Indexing:
             start += count
         if stop < 0:
             stop += count
-        if not 0 <= start < stop <= count or step < 1:
+        if not 0 <= start <= stop - self._least <= stop <= count or step < 1:
             self._out_of_bounds(dim, f"{k.start}:{k.stop}:{k.step}")
         return start, -(-(stop - start) // step), step
 

@@ -23,7 +23,8 @@ class Limits:
     """How much of a kernel is run. 0 means no limit.
 
     rows: at most this many rows. row_seconds: a longer row is skipped. seconds: no new row starts
-    later than this. large: run shapes that nki-library itself skips in its simulation mode.
+    later than this. Both are processor time. large: run shapes that nki-library itself skips in
+    its simulation mode.
     """
 
     rows: int = 12
@@ -32,8 +33,13 @@ class Limits:
     large: bool = True
 
 
-def command(kernel: Kernel, clone: Path, file: Path, generation: str, limits: Limits) -> list[str]:
-    """The command line that runs a kernel's rows and appends their outcomes to `file`."""
+def command(
+    kernel: Kernel, clone: Path, file: Path, generation: str, limits: Limits, *, go_on: bool = False
+) -> list[str]:
+    """The command line that runs a kernel's rows and appends their outcomes to `file`.
+
+    go_on: an earlier child of this run has stopped; what failed there is not run again.
+    """
     if kernel.clone != LIBRARY:
         arguments = [str(clone / kernel.path), kernel.name, str(file), str(limits.row_seconds)]
         return [sys.executable, "-m", _SCRIPTS, *arguments]
@@ -47,6 +53,8 @@ def command(kernel: Kernel, clone: Path, file: Path, generation: str, limits: Li
         *("--rows-kernel", kernel.name, "--rows-file", str(file), "--rows", str(limits.rows)),
         *("--row-seconds", str(limits.row_seconds), "--rows-seconds", str(limits.seconds)),
     ]
+    if go_on:
+        options.append("--rows-go-on")
     if kernel.select:
         options += ["-k", kernel.select]
     return [sys.executable, "-m", "pytest", *options, str(clone / kernel.path)]

@@ -15,6 +15,7 @@ from pathlib import Path
 PASSED = "passed"
 FAILED = "failed"
 SKIPPED = "skipped"
+GO_ON = 75  # exit status of a child that wants to be started again for the rows that are left
 
 
 @dataclass(frozen=True)

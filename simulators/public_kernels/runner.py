@@ -9,7 +9,8 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,34 +30,52 @@ def run_kernel(
     task = progress.add_task(kernel.name, total=None)
     file.parent.mkdir(parents=True, exist_ok=True)
     before = _lines(file)
+    status, last, left, go_on = outcomes.GO_ON, "", limits, False
+    while status == outcomes.GO_ON:
+        status, last = _run_child(
+            command(kernel, clone, file.resolve(), generation, left, go_on=go_on),
+            environment(kernel, clone, generation, limits),
+            lambda: progress.update(task, completed=_lines(file) - before),
+        )
+        go_on = True
+        spent = sum(o.seconds for o in _own(file, kernel))
+        if limits.seconds and spent > limits.seconds:
+            break
+        left = replace(limits, seconds=limits.seconds and limits.seconds - spent)
+    rows = _lines(file) - before
+    done = outcomes.finished(file, kernel.name)
+    if rows == 0 and not (done and status in (0, NO_TESTS)):
+        reason = f"no row ran; the child ended with {status}: {last}"
+        outcomes.append(file, Outcome(kernel.name, "(child process)", FAILED, reason))
+    elif status < 0:
+        reason = f"the child was killed by signal {-status}"
+        outcomes.append(file, Outcome(kernel.name, "(child process)", FAILED, reason))
+    progress.update(task, completed=rows, total=max(rows, 1))
+
+
+def _run_child(
+    words: list[str], variables: dict[str, str], tick: Callable[[], None]
+) -> tuple[int, str]:
+    """Run one child in a scratch folder: (exit status, the last line that it printed)."""
     with tempfile.TemporaryDirectory(prefix="public_kernels_") as folder:
         said = Path(folder) / "child.txt"
         with said.open("w", encoding="utf-8") as out:
             child = subprocess.Popen(
-                command(kernel, clone, file.resolve(), generation, limits),
-                cwd=folder,
-                env=environment(kernel, clone, generation, limits),
-                stdout=out,
-                stderr=subprocess.STDOUT,
+                words, cwd=folder, env=variables, stdout=out, stderr=subprocess.STDOUT
             )
             try:
                 while child.poll() is None:
-                    progress.update(task, completed=_lines(file) - before)
+                    tick()
                     time.sleep(0.2)
             finally:
                 child.kill()
                 child.wait()
-        text = said.read_text(encoding="utf-8", errors="replace")
-    rows = _lines(file) - before
-    done = outcomes.finished(file, kernel.name)
-    if rows == 0 and not (done and child.returncode in (0, NO_TESTS)):
-        last = text.strip().splitlines()[-1:] or ["nothing printed"]
-        reason = f"no row ran; the child ended with {child.returncode}: {last[0]}"
-        outcomes.append(file, Outcome(kernel.name, "(child process)", FAILED, reason))
-    elif child.returncode < 0:
-        reason = f"the child was killed by signal {-child.returncode}"
-        outcomes.append(file, Outcome(kernel.name, "(child process)", FAILED, reason))
-    progress.update(task, completed=rows, total=max(rows, 1))
+        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return child.returncode, lines[-1] if lines else "nothing printed"
+
+
+def _own(file: Path, kernel: Kernel) -> list[Outcome]:
+    return [o for o in outcomes.read(file).values() if o.kernel == kernel.name]
 
 
 def _lines(file: Path) -> int:

@@ -13,7 +13,6 @@ import contextlib
 import io
 import re
 import runpy
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 
 from nxd_cp.simulators.nki_api import NkiValidationError, install
 
-from . import checks, frameworks
+from . import checks, clock, frameworks
 from .catalogue import DOCUMENTATION, SAMPLES, Kernel
 from .outcomes import FAILED, PASSED, SKIPPED, Outcome, append
 
@@ -142,24 +141,18 @@ def run(script: Script, path: Path, seconds: float) -> Outcome:
     if reason:
         return Outcome(script.name, path.name, SKIPPED, reason)
 
-    def late(number: int, frame: Any) -> None:
-        raise TimeoutError(f"longer than {seconds:g} s")
-
-    signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     start = time.monotonic()
     status, reason = PASSED, ""
     try:
-        _execute(script, path)
+        with clock.limit(seconds):
+            _execute(script, path)
         if script.rejected:
             status, reason = FAILED, "the documentation shows it as wrong, but it was accepted"
-    except TimeoutError as error:
+    except clock.RowTimeout as error:
         status, reason = SKIPPED, str(error)
     except Exception as error:
         if not (script.rejected and isinstance(error, NkiValidationError)):
             status, reason = FAILED, f"{type(error).__name__}: {error}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
     return Outcome(script.name, path.name, status, reason, round(time.monotonic() - start, 2))
 
 

@@ -31,7 +31,7 @@ from .issue import NkiInstruction, issue
 
 _PAGE = "nki.isa.dma_copy"
 _PLACES = documented("dma_copy.memory", _PAGE, "src and dst are tensors in HBM or SBUF")
-_SIZES = documented("dma_copy.elements", _PAGE, "src and dst have the same number of elements")
+_SIZES = documented("dma_copy.elements", _PAGE, "src and dst have as many elements, at least one")
 _MODE = documented(
     "dma_copy.mode",
     _PAGE,
@@ -66,7 +66,7 @@ def dma_copy(
     for role, tensor in (("dst", dst), ("src", src)):
         if not isinstance(tensor, NkiTensor) or tensor.space == PSUM:
             fail(_PLACES, instr, f"{role} is not in HBM or SBUF", **{role: tensor})
-    if dst.shape != src.shape and dst.size != src.size:
+    if (dst.shape != src.shape and dst.size != src.size) or not dst.size:
         fail(_SIZES, instr, f"{src.size} elements into {dst.size}", dst=dst, src=src)
     if dge_mode is not modes.unknown or engine is not engines.unknown or priority is not None:
         _check_mode(instr, run, dst, src, priority, dge_mode, engine)

@@ -9,7 +9,7 @@ writes every outcome to a file as it comes. Does not judge: the clone's own vali
 
 from __future__ import annotations
 
-import signal
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,17 +18,13 @@ from typing import Any
 
 import pytest
 
-from nxd_cp.simulators.public_kernels import outcomes
+from nxd_cp.simulators.public_kernels import clock, outcomes
 from nxd_cp.simulators.public_kernels.library import modules, repair, spread, standins
 
 sys.dont_write_bytecode = True  # the clone stays as it is
 standins.install()
 modules.provide()
 repair.install("nkilib_src")
-
-
-class RowTimeout(Exception):
-    """A row took longer than it may."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=int, default=0, help="at most this many rows, spread; 0: all")
     group.addoption("--row-seconds", type=float, default=0, help="limit per row; 0: none")
     group.addoption("--rows-seconds", type=float, default=0, help="limit of all rows; 0: none")
+    group.addoption("--rows-go-on", action="store_true", help="failed rows are not run again")
 
 
 class Rows:
@@ -50,10 +47,12 @@ class Rows:
         self.limit: int = config.getoption("rows")
         self.row_seconds: float = config.getoption("row_seconds")
         self.seconds: float = config.getoption("rows_seconds")
-        self.done = outcomes.finished(self.file, self.kernel)
-        known = outcomes.read(self.file)
-        self.ran = sum(known[self.kernel, r].status == outcomes.PASSED for r in self.done)
-        self.started = time.monotonic()
+        known = [o for o in outcomes.read(self.file).values() if o.kernel == self.kernel]
+        if not config.getoption("rows_go_on"):
+            known = [o for o in known if o.status != outcomes.FAILED]
+        self.done = {o.row for o in known}
+        self.ran = sum(o.status != outcomes.SKIPPED for o in known)
+        self.started: float | None = None
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -75,27 +74,15 @@ class Rows:
         """Say nothing of the rows that the spread no longer needs or has time for."""
         if self.limit and self.ran >= self.limit:
             return True
-        if self.seconds and time.monotonic() - self.started > self.seconds:
-            return True
-        return None
+        now = time.process_time()
+        self.started = now if self.started is None else self.started
+        return True if self.seconds and now - self.started > self.seconds else None
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self) -> Iterator[None]:
         """Stop a row that takes too long."""
-        if not self.row_seconds:
+        with clock.limit(self.row_seconds):
             yield
-            return
-
-        def late(number: int, frame: Any) -> None:
-            raise RowTimeout(f"longer than {self.row_seconds:g} s")
-
-        before = signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, self.row_seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[None]:
@@ -109,6 +96,9 @@ class Rows:
             name = spread.row_name(item)
             row = outcomes.Outcome(self.kernel, name, status, reason, round(call.duration, 2))
             outcomes.append(self.file, row)
+            if any(isinstance(cause, clock.RowTimeout) for cause in _causes(error)):
+                # Threads of the row may still compute: go on in a fresh process.
+                os._exit(outcomes.GO_ON)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A file that does not import is a failed row of its own."""
@@ -132,7 +122,7 @@ def _judge(report: Any, error: BaseException | None) -> tuple[str, str]:
         return outcomes.PASSED, ""
     chain = list(_causes(error))
     for cause in chain:
-        if isinstance(cause, RowTimeout):
+        if isinstance(cause, clock.RowTimeout):
             return outcomes.SKIPPED, str(cause)
     first = chain[-1] if chain else None
     return outcomes.FAILED, f"{type(first).__name__}: {first}" if first is not None else "failed"

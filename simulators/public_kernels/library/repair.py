@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import itertools
+import linecache
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +40,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
             if repaired is None:
                 raise
             code = super().source_to_code(repaired[0].encode("utf-8"), path)
+            lines = repaired[0].splitlines(keepends=True)  # what tools that read sources shall see
+            linecache.cache[str(path)] = (len(repaired[0]), None, lines, str(path))
             REPAIRS.append(f"{path}: lines {repaired[1]}-{repaired[2]} repeat a docstring's end")
             return code
 
