@@ -7,21 +7,26 @@ packages that it imports (torch_xla, torch_neuronx, neuronxcc) stubbed.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import enum
+import functools
 import importlib.util
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from nxd_cp.demo.model import rotate
 
 CLONE_VARIABLE = "NXD_CLONE"
 
@@ -192,3 +197,53 @@ def real_module(root: Path, name: str, chip: str = "trn1", **present: Any) -> It
 
 def _nothing(*_: Any, **__: Any) -> None:
     """A logger's method."""
+
+
+def real_llama(root: Path) -> ModuleType:
+    """A module with the class LlamaAttention of NxD's Llama example, as it is in the clone.
+
+    The file as a whole wants an older transformers, so the class alone is executed, on stand-ins
+    for tensor parallelism of size 1.
+    """
+
+    class Linear(nn.Linear):
+        def __init__(self, inputs: int, outputs: int, *, bias: bool, **_: Any) -> None:
+            super().__init__(inputs, outputs, bias=bias)
+
+    def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any) -> Any:
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+    path = root / "examples" / "training" / "llama" / "modeling_llama_nxd.py"
+    tree = ast.parse(path.read_text())
+    wanted = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.ClassDef) and node.name in ("CoreAttention", "LlamaAttention")
+    ]
+    module = ModuleType("modeling_llama_nxd")
+    module.__dict__.update(
+        torch=torch,
+        nn=nn,
+        math=math,
+        os=os,
+        partial=functools.partial,
+        Optional=Optional,
+        Tuple=tuple,
+        Cache=object,
+        LlamaConfig=object,
+        LlamaAttentionHF=nn.Module,
+        ColumnParallelLinear=Linear,
+        RowParallelLinear=Linear,
+        _init_normal=_nothing,
+        neuronx_dist_utils=SimpleNamespace(divide=lambda a, b: a // b),
+        repeat_kv=lambda x, n: x.repeat_interleave(n, dim=1),
+        apply_rotary_pos_emb=apply_rotary,
+        get_tensor_model_parallel_size=lambda: 1,
+        get_context_model_parallel_size=lambda: 2,
+        get_context_model_parallel_src_tgt_pairs=lambda: closed_ring([0, 1]),
+        nki_ring_attn_func=None,
+        nki_flash_attn_func=None,
+    )
+    code = compile(ast.Module(body=wanted, type_ignores=[]), str(path), "exec")
+    exec(code, module.__dict__)
+    return module

@@ -10,15 +10,25 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close
 from cases import NAMES, Case, cut, inputs, join_all, truth
-from nxd_stand_ins import LlamaAttention, ParallelState, clone, closed_ring, real_module
+from nxd_stand_ins import (
+    LlamaAttention,
+    ParallelState,
+    clone,
+    closed_ring,
+    real_llama,
+    real_module,
+)
 from ranks import RankGroup
 from torch import Tensor, nn
 
 from nxd_cp.context import CPContext
+from nxd_cp.demo.model import rope_tables, rotate
 from nxd_cp.integrations.nxd import convert, nki_ring_attn_func, patch
 from nxd_cp.integrations.nxd.convert import HOOK, NAME
+from nxd_cp.sharding import shard, unshard
 
 # NxD takes local lengths of 1024, 2048, 3072 and multiples of 2048; ours need no such multiple.
 ACCEPTED = [
@@ -221,3 +231,75 @@ def test_nxds_own_call_works_in_the_groups_of_tp_2_cp_2(ranks: RankGroup) -> Non
         found = join_all([results[tensor_rank], results[2 + tensor_rank]], case)
         for name, x, y, bound in zip(NAMES, found, truth(case), BOUNDS, strict=True):
             assert_close(name, x, y, bound)
+
+
+LLAMA = SimpleNamespace(
+    hidden_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    pretraining_tp=1,
+    max_position_embeddings=64,
+    rope_theta=1e4,
+    initializer_range=0.02,
+    sequence_parallel_enabled=False,
+    transpose_nki_inputs=True,
+    torch_dtype=torch.float32,
+)
+
+
+def _whole(layer: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """The layer on the whole sequence, by PyTorch alone."""
+    q, k, v = (
+        projection(x).unflatten(-1, (-1, 8)).transpose(1, 2)
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+    )
+    o = F.scaled_dot_product_attention(
+        rotate(q, *rope), rotate(k, *rope), v, is_causal=True, enable_gqa=True
+    )
+    return layer.o_proj(o.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("sequence_first", [False, True], ids=["BSE", "SBE"])
+@pytest.mark.parametrize("how", ["convert", "patch"])
+def test_nxds_own_llama_attention_gives_that_of_the_whole_sequence(
+    how: str, sequence_first: bool
+) -> None:
+    root = clone()
+    x = torch.randn(2, 32, LLAMA.hidden_size)
+    do = torch.randn_like(x)
+    weights = real_llama(root).LlamaAttention(LLAMA).state_dict()
+    layout = "zigzag" if how == "convert" else "contiguous"
+
+    def work(cp: CPContext) -> tuple[Tensor, Tensor, list[int]]:
+        modeling = real_llama(root)
+        heads: list[int] = []
+        repeat = modeling.repeat_kv
+        modeling.repeat_kv = lambda x, n: heads.append(n) or repeat(x, n)
+        config = {**vars(LLAMA), "sequence_parallel_enabled": sequence_first}
+        layer = modeling.LlamaAttention(SimpleNamespace(**config))
+        layer.load_state_dict(weights)
+        if how == "convert":
+            convert(layer, cp)
+        else:
+            patch(modeling, cp)
+        positions = shard(torch.arange(32).expand(2, 32), cp)
+        local = shard(x, cp).requires_grad_()
+        # NxD asks torch.distributed for its rank; these ranks are threads.
+        ranks = SimpleNamespace(get_rank=lambda: cp.rank)
+        modeling.torch = SimpleNamespace(**{**vars(torch), "distributed": ranks})
+        hidden = local.transpose(0, 1) if sequence_first else local
+        o, _ = layer(hidden, rope_tables(positions, 8), position_ids=positions)
+        o = o.transpose(0, 1) if sequence_first else o
+        o.backward(shard(do, cp))
+        return unshard(o.detach(), cp), unshard(local.grad, cp), heads
+
+    layer = real_llama(root).LlamaAttention(LLAMA)
+    layer.load_state_dict(weights)
+    leaf = x.clone().double().requires_grad_()
+    rope = rope_tables(torch.arange(32).expand(2, 32), 8)
+    truth = _whole(layer.double(), leaf, tuple(t.double() for t in rope))
+    truth.backward(do.double())
+    for o, grad, repeated in CPContext.local(2, layout=layout).run(work):
+        assert_close("o", o, truth.detach(), FP32_OUTPUT)
+        assert_close("dx", grad, leaf.grad, FP32_GRADIENT)
+        assert repeated == ([1, 1] if how == "convert" else [2, 2])
