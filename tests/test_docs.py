@@ -9,7 +9,14 @@ import pytest
 from snippets import ROOT, run_bash, run_python, snippets, write_files
 
 DOCS = ROOT / "docs"
-PAGES = ("concepts.md", "hugging_face.md", "torchtitan.md", "traces.md")
+PAGES = (
+    "concepts.md",
+    "hugging_face.md",
+    "torchtitan.md",
+    "traces.md",
+    "strategies.md",
+    "inference.md",
+)
 _BLOCK = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 

@@ -49,13 +49,14 @@ def _work(axes: Axes, cost: Cost) -> None:
     """Stacked bars: the pairs that each rank computes, step by step."""
     plan = cost.work.plan
     bottoms = [0.0] * plan.size
+    shades = matplotlib.colormaps["viridis"].resampled(max(plan.num_steps, 2))
     for index in range(plan.num_steps):
         pairs = [steps[index].num_pairs / 1e6 for steps in plan.steps]
         axes.bar(
             range(plan.size),
             pairs,
             bottom=bottoms,
-            color=COLOURS[index % len(COLOURS)],
+            color=shades(index),
             edgecolor="white",
             linewidth=0.5,
             label=f"step {index}",
@@ -68,14 +69,14 @@ def _work(axes: Axes, cost: Cost) -> None:
     axes.set_xlabel("rank")
     axes.set_xticks(range(plan.size))
     if plan.num_steps <= 16:
-        axes.legend(ncols=8, fontsize=7, loc="lower center")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
 
 
 def _bars(
     axes: Axes, names: list[str], values: list[float], colours: list[str], title: str
 ) -> None:
     bars = axes.bar(names, values, color=colours)
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=8)
+    axes.bar_label(bars, [_short(value) for value in values], fontsize=8)
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.15)
     axes.tick_params(axis="x", labelsize=8)
@@ -89,8 +90,12 @@ def _messages(axes: Axes, names: list[str], costs: list[Cost]) -> None:
         sizes = [cost.hop_bytes[index] / MIB for cost in costs]
         places = [place + (index - 1) * width for place in range(len(costs))]
         bars = axes.bar(places, sizes, width, label=kind, color=COLOURS[index])
-        axes.bar_label(bars, [f"{size:.3g}" if size else "" for size in sizes], fontsize=7)
+        axes.bar_label(bars, [_short(size) if size else "" for size in sizes], fontsize=7)
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.set_title("largest message of each kind, MiB", fontsize=10)
     axes.margins(y=0.25)
     axes.legend(fontsize=7)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
