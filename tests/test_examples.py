@@ -63,3 +63,10 @@ def test_a_document_is_the_same_alone_and_packed():
 def test_the_titan_style_model_trains():
     (loss,) = _numbers(_run("titan_style", "--steps=8", "--seq-len=256"), r"last loss ([\d.]+)")
     assert loss < 5.54, "below that of the first step, ln 256"
+
+
+def test_generated_tokens_are_those_of_one_rank():
+    arguments = ("--new-tokens=6",)
+    two = _run("generate", *arguments).splitlines()[-1]
+    assert two == _run("generate", *arguments, launcher=(sys.executable,)).splitlines()[-1]
+    assert len(two.split(",")) == 6

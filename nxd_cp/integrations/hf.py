@@ -11,7 +11,7 @@ What a model asks for in ways that attention functions see (sliding windows, sof
 packed documents by `segment_ids`) reaches `ring_attention`; what it asks for by a mask tensor is
 refused, because each rank sees only its own part of the sequence.
 
-Not here: caches for generation (`hf_cache`), the Trainer's own context-parallel switch (it insists
+Not here: generation (`hf_generation`), the Trainer's own context-parallel switch (it insists
 on "sdpa").
 
 Source: the AttentionInterface page of the Transformers documentation.
@@ -21,7 +21,7 @@ Letters: B batch, L tokens of this rank, H query heads, G key/value heads, D hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -54,11 +54,22 @@ _NO_EFFECT_ON_ATTENTION = frozenset(
 )
 
 
+class Cached(Protocol):
+    """Attention over a cache, in the place of `ring_attention` while a model generates."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """o [B, H, L, D]; stores k and v. options: scale, window, softcap and sinks."""
+
+
 class Attachment:
-    """What an attention module needs to know; copies of a model share it."""
+    """What a model's attention modules need to know; copies of the model share it.
+
+    cached: set while a model generates (see `hf_generation`).
+    """
 
     def __init__(self, cp: CPContext | None, backend: str) -> None:
         self.cp, self.backend = cp, backend
+        self.cached: Cached | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
         return self
@@ -85,8 +96,9 @@ def attach(model: PreTrainedModel, cp: CPContext | None, *, backend: str = "auto
             f"expected attention modules with an is_causal attribute, got none in "
             f"{type(model).__name__}; this model's attention does not go through the interface"
         )
+    attachment = Attachment(cp, backend)
     for module in modules:
-        setattr(module, _ATTACHMENT, Attachment(cp, backend))
+        setattr(module, _ATTACHMENT, attachment)
 
 
 def shard_batch(
@@ -152,7 +164,7 @@ def ring_attention_forward(
     Raises ValueError when the model was not attached, for a mask tensor, for position ids that are
     not those of this rank's tokens, and for arguments whose meaning is not known.
     """
-    attachment = _attachment_of(module)
+    attachment = attachment_of(module)
     if attention_mask is not None:
         raise ValueError(
             f"attention_mask: expected none, got a tensor {list(attention_mask.shape)}; each rank "
@@ -162,9 +174,18 @@ def ring_attention_forward(
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}; pass "
-            "use_cache=False"
+            "use_cache=False, or generate with nxd_cp.integrations.hf_generation"
         )
     causal = bool(module.is_causal if is_causal is None else is_causal)
+    if attachment.cached is not None:
+        options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
+        layer = getattr(module, "layer_idx", None)
+        if not causal or segment_ids is not None or layer is None:
+            raise ValueError(
+                "expected a causal decoder layer without segment_ids while generating, got "
+                f"causal={causal} in {type(module).__name__}"
+            )
+        return attachment.cached.attend(layer, query, key, value, **options).transpose(1, 2), None
     if segment_ids is None and causal:
         _check_positions(kwargs.get("position_ids"), query, attachment.cp)
     o_BHLD = ring_attention(
@@ -231,7 +252,8 @@ def check_mask(
         )
 
 
-def _attachment_of(module: torch.nn.Module) -> Attachment:
+def attachment_of(module: torch.nn.Module) -> Attachment:
+    """What `attach` left on an attention module. Raises ValueError when there is nothing."""
     attachment = getattr(module, _ATTACHMENT, None)
     if attachment is None:
         raise ValueError(
