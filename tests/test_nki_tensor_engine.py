@@ -263,3 +263,31 @@ def test_two_tensors_at_one_address_each_begin_by_overwriting():
     x = np.round(normal(128, 64))
     for out in run(kernel, x):
         np.testing.assert_array_equal(out, 2 * (x.T @ x))
+
+
+def _by_identity(x, identity):
+    out = psum((64, 128), x.dtype)
+    nisa.nc_matmul(out, load(x), load(identity), is_transpose=True)
+    return store(out)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_transpose_mode_keeps_bits_from_gen3_and_spreads_nan_on_gen2(dtype):
+    x = normal(128, 64).astype(dtype)
+    x[3, 5], x[7, 9] = np.nan, np.inf
+    identity = np.eye(128, dtype=dtype)
+    found = run(_by_identity, x, identity, generation="gen3")
+    np.testing.assert_array_equal(found.astype(np.float32), x.T.astype(np.float32))
+    order = np.random.default_rng(0).permutation(128)
+    found = run(_by_identity, x, np.ascontiguousarray(identity[:, order]), generation="gen3")
+    np.testing.assert_array_equal(found.astype(np.float32), x.T[:, order].astype(np.float32))
+    if dtype is np.float32:
+        spread = run(_by_identity, x, identity, generation="gen2")
+        assert np.isnan(spread[5]).all()
+        assert np.isfinite(spread[6]).all()
+
+
+def test_transpose_mode_with_another_moving_tile_is_a_product():
+    x, other = np.round(normal(128, 64)), np.round(normal(128, 128, seed=1))
+    found = run(_by_identity, x, other, generation="gen3")
+    np.testing.assert_array_equal(found, x.T @ other)

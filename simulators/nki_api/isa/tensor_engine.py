@@ -128,11 +128,9 @@ def nc_matmul(
     out = destination(instr, "dst", dst, MATMUL)
     if run.values:
         wide = dtypes.to_f32(a, stationary.dtype), dtypes.to_f32(b, moving.dtype)
-        product = like(np.matmul(wide[0].T, wide[1]), out.shape)
-        if add is not False:
-            old = dtypes.to_f32(out, dst.dtype)
-            product += old if add is True else np.where(add, old, np.float32(0))
-        dtypes.store_f32(out, product, dst.dtype)
+        exact = is_transpose and add is False and run.chip.exact_transpose
+        if not (exact and _permuted(a, wide[1], out, stationary.dtype is dst.dtype)):
+            _multiply(wide, add, out, dst.dtype)
     bits = ACCUMULATE if add is not False else 0
     bits |= TRANSPOSE if is_transpose else 0
     bits |= DOUBLE_ROW if double else 0
@@ -141,6 +139,30 @@ def nc_matmul(
         bits |= tile_size[0] % 128 << 8 | tile_size[1] % 128 << 16
     tiles = (stationary, moving)
     return issue(run, "nc_matmul", "tensor", dst, tiles, int(b.shape[1]), bits, name=name)
+
+
+def _permuted(a: Any, choice: Any, out: Any, same: bool) -> bool:
+    """Transpose mode: out = a.T bit by bit, if every column of `choice` picks one row of `a`."""
+    picks = (choice == 1).sum(axis=0) == 1
+    if not same or not picks.all() or np.count_nonzero(choice) != choice.shape[1]:
+        return False
+    out[...] = like(a[choice.argmax(axis=0)].T, out.shape)
+    return True
+
+
+def _multiply(wide: tuple[Any, Any], add: Any, out: Any, dtype: dtypes.DType) -> None:
+    """out (+)= wide[0].T @ wide[1]; an array `add` says where to add."""
+    if add is False and dtype is dtypes.float32 and out.ndim == 2:
+        np.matmul(wide[0].T, wide[1], out=out)
+        return
+    product = like(np.matmul(wide[0].T, wide[1]), out.shape)
+    if add is True and dtype is dtypes.float32:
+        np.add(product, out, out=out)
+        return
+    if add is not False:
+        old = dtypes.to_f32(out, dtype)
+        product += old if add is True else np.where(add, old, np.float32(0))
+    dtypes.store_f32(out, product, dtype)
 
 
 def _check_types(
