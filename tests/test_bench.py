@@ -280,6 +280,7 @@ def test_a_neff_is_timed_by_nrtpy_one_execution_per_sample() -> None:
 
 def _nxd_flash(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     assert options.pop("transpose_nki_inputs") is False
+    assert options.pop("lnc", 1) == 1
     assert q.shape == k.shape, "NxD wants key/value heads repeated"
     return F.scaled_dot_product_attention(q, k, v, is_causal=options.pop("causal"))
 
@@ -299,6 +300,9 @@ def test_nxds_kernels_are_a_baseline_where_they_can_be_imported() -> None:
         assert found[1].refuses(case) == ""
         assert numerics.check(case, found[1]).passed
     assert "multiple of 2048" in found[0].refuses(Case())
+    pair, notes = nxd_kernels(lambda name: module, cores=2)
+    assert [one.name for one in pair] == ["nxd flash"]
+    assert notes == ["baseline nxd ring: not timed, it has no LNC 2"]
     assert "no strict mask" in found[1].refuses(Case(mask="strict"))
 
 

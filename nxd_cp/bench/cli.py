@@ -177,7 +177,7 @@ def _plan(target: str, clock: Clock, cases: list[Case], repeats: int, lnc: int) 
         ours = OurKernels(KernelBackend("simulate", generation(target), cores=lnc), lnc)
         return Plan(target, cases, [ours], SimulatedTimer(target), peak)
     device = {"native": "neuron", "xla": "xla"}[tier.stack]
-    baselines, notes = nxd_kernels()
+    baselines, notes = nxd_kernels(cores=lnc)
     timer = HostClockTimer(device, waiter(device), repeats=repeats)
     ours = OurKernels(KernelBackend("nki", cores=lnc), lnc)
     every: list[Implementation] = [ours, *baselines]

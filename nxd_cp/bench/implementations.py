@@ -125,9 +125,10 @@ class NxdKernels:
 
 
 def nxd_kernels(
-    load: Callable[[str], Any] = importlib.import_module,
+    load: Callable[[str], Any] = importlib.import_module, *, cores: int = 1
 ) -> tuple[list[NxdKernels], list[str]]:
-    """NxD's kernels that can be imported here, and a sentence for each that cannot.
+    """NxD's kernels that can be imported here, and a sentence for each that cannot or, as its ring
+    kernel, cannot run on `cores` physical cores.
 
     Signatures: NxD 0.18.0, kernels/{flash_attn,ring_attention_kernel}.py; untried on a device.
     """
@@ -148,13 +149,20 @@ def nxd_kernels(
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             notes.append(f"baseline {name}: not timed, {function} cannot be imported ({reason})")
             continue
-        call = _flash(attend) if name == "nxd flash" else _ring(attend)
-        found.append(NxdKernels(name, call, multiple))
+        if name == "nxd flash":
+            found.append(NxdKernels(name, _flash(attend, cores), multiple))
+        elif cores == 1:
+            found.append(NxdKernels(name, _ring(attend), multiple))
+        else:
+            notes.append(f"baseline {name}: not timed, it has no LNC {cores}")
     return found, notes
 
 
-def _flash(attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
-    return lambda q, k, v, causal: attend(q, k, v, causal=causal, transpose_nki_inputs=False)
+def _flash(
+    attend: Callable[..., Tensor], cores: int
+) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    options = {"lnc": cores, "transpose_nki_inputs": False}
+    return lambda q, k, v, causal: attend(q, k, v, causal=causal, **options)
 
 
 def _ring(attend: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
