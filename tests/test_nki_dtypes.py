@@ -1,5 +1,7 @@
 """Conversions are those of ml_dtypes and of the documented rules, for every 8- and 16-bit value."""
 
+import copy
+import pickle
 import warnings
 
 import ml_dtypes
@@ -169,3 +171,10 @@ def test_a_dtype_is_its_name_and_64_bit_types_are_refused():
     assert dtypes.float32 == "float32"
     with pytest.raises(ValueError, match="64-bit types do not exist"):
         dtypes.dtype_of(np.float64)
+
+
+def test_copies_of_a_dtype_are_the_dtype():
+    for dtype in dtypes.ALL:
+        assert copy.deepcopy([dtype])[0] is dtype
+        assert copy.copy(dtype) is dtype
+        assert pickle.loads(pickle.dumps(dtype)) is dtype

@@ -110,6 +110,20 @@ def test_sendrecv_tiles_match():
     pair_rejects(r"operand\.tile", memory, X)
 
 
+def test_sendrecv_moves_padding_with_a_warning():
+    def kernel(x):
+        core, tile = nl.program_id(0), sbuf((48, 8))
+        out = nl.ndarray((64, 8), x.dtype, nl.shared_hbm)
+        nisa.dma_copy(tile[0:32], x[0:32])
+        received = sbuf((48, 8))
+        nisa.sendrecv(tile, received, 1 - core, 1 - core, 0)
+        nisa.dma_copy(out[nl.ds(32 * core, 32)], received[0:32])
+        return out
+
+    with pytest.warns(NkiSimulatorWarning, match=r"dma_copy\.uninitialised"):
+        np.testing.assert_array_equal(pair(kernel, X)[32:], X[:32])
+
+
 def test_gpsimd_dma_has_a_size_limit():
     def kernel(x):
         core, big = nl.program_id(0), sbuf((128, 257))

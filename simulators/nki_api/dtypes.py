@@ -35,6 +35,10 @@ class DType(str):
         self.kind = kind
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are the one object of that name: types are compared by identity."""
+        return dtype_of, (str(self),)
+
 
 bool_ = DType("bool", np.uint8, "b")
 int8 = DType("int8", np.int8, "i")

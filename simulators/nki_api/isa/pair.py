@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nxd_cp.simulators.nki_api.checks import destination, in_sbuf, source
+from nxd_cp.simulators.nki_api.checks import check_tile, destination, in_sbuf
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.log import Exchange
 from nxd_cp.simulators.nki_api.memory import HBM, MemoryRegion
@@ -18,6 +18,7 @@ from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
+from .dma import check_padding
 from .enums import dma_engine as dma_engines
 from .enums import engine as engines
 from .generation import need
@@ -70,7 +71,8 @@ def sendrecv(
     row_bytes = src.size // src.shape[0] * src.dtype.itemsize
     if dma_engine is dma_engines.gpsimd_dma and row_bytes > 256 * src.dtype.itemsize:
         fail(_GPSIMD, instr, f"{row_bytes} bytes per partition", src=src)
-    source(instr, "src", src)
+    check_tile(instr, "src", src)
+    check_padding(instr, src)
     terms = {
         "pipe_id": pipe_id,
         "shape": src.shape,
