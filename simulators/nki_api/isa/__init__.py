@@ -39,6 +39,7 @@ from .exponential import exponential
 from .gather import local_gather, nc_n_gather, nc_stream_shuffle, tensor_partition_reduce
 from .gpsimd import affine_select, iota
 from .issue import NkiInstruction
+from .nc_transpose import nc_transpose
 from .pair import core_barrier, sendrecv
 from .random import dropout, rand2, rand_get_state, rand_set_state, rng, set_rng_seed
 from .reduce import bn_aggr, bn_stats, tensor_reduce
@@ -47,7 +48,7 @@ from .scan import tensor_scalar_cumulative, tensor_tensor_scan
 from .search import max8, nc_find_index8, nc_match_replace8, nonzero_with_count
 from .select import range_select, select_reduce, tensor_copy_predicated
 from .sequence import sequence_bounds
-from .tensor_engine import nc_matmul, nc_transpose
+from .tensor_engine import nc_matmul
 from .tensor_scalar import tensor_scalar, tensor_scalar_reduce
 
 tensor_engine = engine.tensor

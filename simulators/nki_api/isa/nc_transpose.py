@@ -1,0 +1,74 @@
+"""nc_transpose: on TensorE (SBUF to PSUM), or on VectorE in blocks of up to 32 x 32.
+
+Bit-exact, but for TensorE on gen2, which multiplies: there NaN and infinity spread.
+
+Source: nki.isa.nc_transpose; Trainium2 architecture guide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from nxd_cp.simulators.nki_api import dtypes
+from nxd_cp.simulators.nki_api.checks import destination, in_psum, like, source
+from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.initmap import MATMUL, OTHER
+from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.runtime import current
+
+from .enums import engine as engines
+from .issue import NkiInstruction, issue
+
+_TRANSPOSE = documented(
+    "nc_transpose.operands",
+    "nki.isa.nc_transpose",
+    "dst has data's dtype and the transposed shape; TensorE reads SBUF "
+    "[<=128, <=128] and writes PSUM, VectorE takes [<=32, <=32]",
+)
+
+
+def nc_transpose(
+    dst: Any, data: Any, engine: Any = engines.unknown, name: str | None = None
+) -> NkiInstruction:
+    """dst[F, P] = data[P, F].T on TensorE (SBUF to PSUM) or VectorE (up to 32 x 32)."""
+    instr = "nki.isa.nc_transpose"
+    run = current(instr)
+    values = source(instr, "data", data)
+    flat = values if values.ndim == 2 else values.reshape(values.shape[0], -1)
+    rows, columns = flat.shape
+    small = rows <= 32 and columns <= 32
+    on_tensor = engine is engines.tensor or (
+        engine is engines.unknown and (not small or (in_psum(dst) and not in_psum(data)))
+    )
+    legal = dst.dtype is data.dtype and (dst.shape[0], dst.size // dst.shape[0]) == (columns, rows)
+    if on_tensor:
+        legal = legal and in_psum(dst) and not in_psum(data) and columns <= 128
+    else:
+        legal = legal and small and engine in (engines.vector, engines.unknown)
+    if not legal:
+        fail(
+            _TRANSPOSE,
+            instr,
+            f"{data.shape} -> {dst.shape} on {'tensor' if on_tensor else 'vector'} engine",
+            dst=dst,
+            data=data,
+        )
+    out = destination(instr, "dst", dst, MATMUL if on_tensor else OTHER)
+    if not run.values:
+        pass
+    elif on_tensor and not run.chip.exact_transpose and not _finite(flat, data.dtype):
+        wide = dtypes.to_f32(flat, data.dtype)
+        result = np.matmul(wide.T, np.eye(rows, dtype=np.float32))
+        dtypes.store_f32(out, like(result, out.shape), dst.dtype)
+    else:
+        out[...] = like(flat.T, out.shape)
+    unit, elements = ("tensor", rows) if on_tensor else ("vector", columns)
+    return issue(run, "nc_transpose", unit, dst, (data,), int(elements), name=name)
+
+
+def _finite(array: Any, dtype: dtypes.DType) -> bool:
+    if dtype.kind != "f":
+        return True
+    return bool(np.isfinite(dtypes.to_f32(array, dtype)).all())
