@@ -42,7 +42,7 @@ def test_two_complementary_predicated_copies_write_everything_and_one_does_not()
         if both:
             nisa.tensor_copy_predicated(out, tile, where, reverse_pred=True)
         copy = sbuf(x.shape)
-        nisa.tensor_copy(copy, out)  # bad
+        nisa.activation(copy, nl.copy, out)  # bad
         return store(copy)
 
     np.testing.assert_array_equal(run(kernel, X, MASK, True), X)
