@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .dma import Transfer
-from .machine import Timeline
+from .timeline import Timeline
 
 RATE_WINDOW_NS = 1000.0
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from .constants import TAGS, constants_for
 from .cost import Cost, Parts
 from .dma import Transfer
-from .machine import Timeline
+from .timeline import Timeline
 
 HELD = ("engine", "port", "generator", "window")  # waits that end when the engine is free again
 

@@ -16,8 +16,9 @@ from nxd_cp.simulators.nki_api.log import Log
 from .constants import constants_for
 from .critical import guess_share, time_by_tag
 from .dma import NUM_GROUPS, Transfer
-from .machine import Timeline, replay, replay_together
 from .program import Options, Program
+from .timeline import Timeline
+from .together import replay, replay_together
 
 
 @dataclass

@@ -15,9 +15,9 @@ from nxd_cp.simulators.nki_api.log import Log
 from .catalog import source
 from .clones import run
 from .constants import constants_for
-from .machine import replay
 from .program import Options, Program
 from .published import NS_PER, Row, rows
+from .together import replay
 
 ENGINES = 16
 PACKET = 4096.0

@@ -14,40 +14,12 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from .cost import Cost
 from .dma import NUM_GROUPS, Transfer
+from .order import order
 from .program import Program
-
-
-@dataclass
-class Timeline:
-    """When everything happened, in ns from the kernel's start. Lists are indexed by record.
-
-    start: the engine takes the instruction. free: the engine or queue may take the next one.
-    end: the result may be used (a DMA: data landed). wait_kind and wait_on: what `start` waited
-    for; kinds are start, engine, data, war, waw, bank, space, window, loop, port, generator,
-    meeting (the other cores of a collective or barrier; no record of this core).
-    transfer: (first byte, last byte) of DMAs. cold: matmuls at half clock. table_load: ns of
-    exposed function table loads of ScalarE. meetings: records that waited for other cores, with the
-    moment from which they did, and the kind and record that they had waited for until then.
-    """
-
-    program: Program
-    start: list[float]
-    free: list[float]
-    end: list[float]
-    wait_kind: list[str]
-    wait_on: list[int]
-    ready: list[float]
-    transfer: dict[int, tuple[float, float]] = field(default_factory=dict)
-    cold: set[int] = field(default_factory=set)
-    table_load: dict[int, float] = field(default_factory=dict)
-    meetings: dict[int, tuple[float, str, int]] = field(default_factory=dict)
-    total_ns: float = 0.0
-    resource_busy: dict[str, float] = field(default_factory=dict)
+from .timeline import Timeline
 
 
 class _Warmth:
@@ -76,7 +48,9 @@ class _Warmth:
         self.busy += duration
 
 
-class _Machine:
+class Machine:
+    """One core: its queues, ports, DMA engines and TensorE's clock, and what is ready."""
+
     def __init__(self, program: Program) -> None:
         self.program = program
         self.warmth = _Warmth(program)
@@ -97,7 +71,7 @@ class _Machine:
         self.core = 0.0
         self.busy: dict[str, float] = {}
         self.gen2 = program.generation == "gen2"
-        self.followers, self.missing = self._graph()
+        self.followers, self.missing = order(program)
         begin = program.values.kernel_start
         self.line.ready = [begin] * n
         self.heap = [(begin, i) for i, m in enumerate(self.missing) if m == 0]
@@ -152,46 +126,6 @@ class _Machine:
         line.total_ns = last + program.values.kernel_end
         line.resource_busy = dict(sorted(self.busy.items()))
         return line
-
-    def _graph(self) -> tuple[list[list[tuple[int, str]]], list[int]]:
-        program = self.program
-        followers: list[list[tuple[int, str]]] = [[] for _ in range(len(program))]
-        missing = [0] * len(program)
-
-        def edge(before: int, after: int, kind: str) -> None:
-            followers[before].append((after, kind))
-            missing[after] += 1
-
-        recent: dict[str, list[int]] = {}
-        meeting: dict[str, int] = {}  # the last one of each queue: nothing overtakes it
-        barrier = -1
-        since: list[int] = []
-        depth = 1 if program.options.order == "program" else program.options.window
-        for record, edges in enumerate(program.edges):
-            for before, kind in edges:
-                edge(before, record, kind)
-            if record in program.barriers:
-                for before in since:
-                    edge(before, record, "loop")
-                barrier, since, recent = record, [], {}
-                continue
-            if barrier >= 0:
-                edge(barrier, record, "loop")
-            since.append(record)
-            queue = program.queues[record]
-            mine = recent.setdefault(queue, [])
-            if queue in meeting:
-                edge(meeting[queue], record, "engine")
-            if record in program.meetings:
-                for before in mine:
-                    edge(before, record, "engine")
-                meeting[queue], mine[:] = record, []
-            elif len(mine) >= depth:
-                edge(mine[-depth], record, "engine" if depth == 1 else "window")
-                mine.append(record)
-            else:
-                mine.append(record)
-        return followers, missing
 
     def _because(self, record: int, moment: float, kind: str, on: int) -> None:
         line = self.line
@@ -306,41 +240,3 @@ class _Machine:
             self.busy.get("dma engines", 0.0) + held * len(cost.groups) / NUM_GROUPS
         )
         self.busy["dma core rate"] = self.busy.get("dma core rate", 0.0) + cost.core_ns
-
-
-def replay(program: Program) -> Timeline:
-    """The timeline of a program that runs on one core, alone."""
-    return replay_together([program])[0]
-
-
-def replay_together(programs: Sequence[Program]) -> list[Timeline]:
-    """The timelines of programs on as many cores, all started at once; they meet where logs say.
-
-    Whatever is ready first on any core is placed first, so shared resources stay in order. Raises
-    ValueError when a program meets a core whose log is not among them.
-    """
-    machines = [_Machine(program) for program in programs]
-    waiting: dict[int, list[tuple[_Machine, int]]] = {}
-    while True:
-        machine = min(machines, key=lambda m: m.next_at)
-        now = machine.next_at
-        if now == math.inf:
-            break
-        record = machine.step()
-        if record is None:
-            continue
-        exchange = machine.program.meetings[record]
-        there = waiting.setdefault(exchange.meeting, [])
-        there.append((machine, record))
-        if len(there) == len(exchange.members):
-            for member, its_record in waiting.pop(exchange.meeting):
-                member.meet(its_record, now)
-    for machine in machines:
-        for record in machine.program.meetings:
-            if record not in machine.met:
-                members = machine.program.meetings[record].members
-                raise ValueError(
-                    f"programs: expected those of all {len(members)} members of a meeting, "
-                    f"got {len(machines)}; pass the logs of all cores"
-                )
-    return [machine.finish() for machine in machines]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from .constants import constants_for
 from .estimate import Estimate
-from .machine import Timeline
 from .profile import hbm_bytes
+from .timeline import Timeline
 
 _COLOURS = {
     "tensor": "tab:blue",

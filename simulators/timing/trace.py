@@ -17,7 +17,7 @@ from typing import Any
 from .access import Access
 from .counters import counters
 from .dma import Transfer
-from .machine import Timeline
+from .timeline import Timeline
 
 LANES = ("tensor", "vector", "scalar", "gpsimd", "sync", "collectives")
 

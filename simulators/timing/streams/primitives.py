@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from nxd_cp.simulators.nki_api.log import Log
 from nxd_cp.simulators.timing.constants import constants_for
-from nxd_cp.simulators.timing.machine import Timeline, replay
 from nxd_cp.simulators.timing.program import Options, Program
+from nxd_cp.simulators.timing.timeline import Timeline
+from nxd_cp.simulators.timing.together import replay
 
 from .builder import Stream
 
