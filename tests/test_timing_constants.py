@@ -1,11 +1,15 @@
 """The constants of the cost model: complete, ordered, sourced, and equal to the fit they claim."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from nxd_cp.simulators.timing import Options, Program, fit, replay
 from nxd_cp.simulators.timing.constants import LEVELS, TAGS, Constant, constants_for
 from nxd_cp.simulators.timing.fit import fits
+from nxd_cp.simulators.timing.streams.builder import Stream
 
 GENERATIONS = ("gen2", "gen3", "gen4")
 # Constants that are rates or shares of speed: their low level, the fast one, is the largest.
@@ -69,6 +73,38 @@ def test_fitted_constants_lie_where_the_fit_puts_them(fit):
     low, high = sorted((constant.low, constant.high))
     assert low <= fit.value <= high, f"{fit}: {constant}"
     assert constant.expected == pytest.approx(fit.value, rel=fit.rounding)
+
+
+def _transposes(count):
+    """A kernel of nothing but transposes by DMA on chip."""
+    s = Stream()
+    for _ in range(count):
+        s.dma_transpose(s.sbuf(128, 512), s.sbuf(128, 512))
+    return s.log
+
+
+def test_the_share_of_transposes_is_the_one_that_gives_the_rows_their_times(monkeypatch):
+    table = constants_for("gen3")
+    share = replace(table.dma_transpose_share, expected=0.42)
+    values = replace(table, dma_transpose_share=share).at("expected")
+    wanted = replay(Program(_transposes(100), "gen3", values, Options())).total_ns
+    asked = []
+    rows = [replace(row, value=wanted / 1e3) for row in fit.rows() if row.use == "fit-suite"]
+    monkeypatch.setattr(fit, "rows", lambda: rows)
+    monkeypatch.setattr(fit, "run", lambda *call: asked.append(call) or _transposes(100))
+    found = fit.transpose_fit(Path("clones"))
+    assert found.value == pytest.approx(0.42, abs=0.002)
+    assert found.rows == tuple(rows)
+    assert [call[0].function for call in asked] == ["attention_cte"] * 3
+
+
+def test_the_share_of_transposes_in_the_table_is_the_one_that_the_docs_give():
+    constant = constants_for("gen3").dma_transpose_share
+    text = (Path(__file__).parent.parent / "docs" / "timing.md").read_text()
+    (share,) = re.findall(r"a transpose on chip gets, ([\d.]+) on trn2", text.replace("\n", " "))
+    parts = re.findall(r"`fit-suite`: ([\d.]+), ([\d.]+), ([\d.]+)", text)[0]
+    assert constant.expected == float(share)
+    assert sum(map(float, parts)) / 3 == pytest.approx(float(share), abs=0.005)
 
 
 def test_fits_use_rows_marked_fit_only():
