@@ -27,7 +27,7 @@ BOUND_S = 20.0
 @pytest.fixture
 def own_ranks() -> Iterator[RankGroup]:
     """Three ranks for one test, with a short group timeout; they may be broken."""
-    group = RankGroup(3, group_timeout_s=GROUP_TIMEOUT_S, run_timeout_s=BOUND_S)
+    group = RankGroup(3, group_timeout_s=GROUP_TIMEOUT_S, run_timeout_s=3 * BOUND_S)
     yield group
     group.close()
 
@@ -177,9 +177,11 @@ def test_backwards_in_a_different_order_are_named(ranks: RankGroup) -> None:
         assert "of forward call = 2 on rank 0, 1 on rank 1" in text
 
 
-def fail_on_rank_1(group: dist.ProcessGroup, how: str) -> tuple[str, str, float]:
+def fail_on_rank_1(
+    group: dist.ProcessGroup, how: str, messages: str = "p2p"
+) -> tuple[str, str, float]:
     """Rank 1 fails within its second block; returns the others' first and second error."""
-    cp = CPContext.from_group(group)
+    cp = CPContext.from_group(group, messages=messages)
     attend(cp)
     right, blocks = TorchBackend.forward, iter(range(100))
 
@@ -205,8 +207,9 @@ def fail_on_rank_1(group: dist.ProcessGroup, how: str) -> tuple[str, str, float]
     return *texts, monotonic() - started
 
 
-def test_a_killed_rank_ends_in_an_error_on_the_others(own_ranks: RankGroup) -> None:
-    outcomes = own_ranks.outcomes(fail_on_rank_1, "dies")
+@pytest.mark.parametrize("messages", ["p2p", "all_to_all"])
+def test_a_killed_rank_ends_in_an_error_on_the_others(own_ranks: RankGroup, messages: str) -> None:
+    outcomes = own_ranks.outcomes(fail_on_rank_1, "dies", messages)
     assert isinstance(outcomes[1], Failure)
     assert "17" in outcomes[1].text
     for first, second, seconds in (outcomes[0], outcomes[2]):

@@ -279,8 +279,9 @@ def test_the_permute_is_emitted_before_the_block_is_computed(
         (Case(size=2, window=5), {}),
         (Case(size=2), {"strategy": "heads"}),
         (Case(size=2), {"strategy": "gather"}),
+        (Case(size=2, layout="contiguous"), {"layout": "contiguous"}),
     ],
-    ids=["window", "heads", "gather"],
+    ids=["window", "heads", "gather", "contiguous causal"],
 )
 def test_what_a_permute_cannot_carry_is_refused(case: Case, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="XLA: expected a causal or full ring in group order"):

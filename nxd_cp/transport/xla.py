@@ -61,8 +61,9 @@ class XlaTransport(Transport):
         full_turn = plan.gradient_route == "travel" and plan.num_steps == self.size
         if packed or not full_turn or any(move.to != following for move in moves):
             raise ValueError(
-                "XLA: expected a causal or full ring in group order, got a window, packed "
-                'documents, another strategy or ring_order; use strategy="ring" and no window'
+                "XLA: expected a causal or full ring in group order in which every block makes the "
+                'full turn, got another; use strategy="ring", no window or documents, and with a '
+                'causal mask layout="zigzag" or "striped"'
             )
 
     def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> Tensor:
