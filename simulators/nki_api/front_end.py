@@ -71,6 +71,7 @@ def _findings(code: CodeType) -> tuple[tuple[str, str, int], ...]:
 
 def check_kernel(function: Callable[..., Any], args: Any, kwargs: Any, strict: bool) -> None:
     """Warn of (strict: reject) what a compiler rejects in this function or call."""
+    function = inspect.unwrap(function)
     code = getattr(function, "__code__", None)
     if code is None:
         return

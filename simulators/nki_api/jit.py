@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,6 +19,7 @@ from .front_end import check_kernel, check_nested
 from .params import parameters_in_force
 from .ranks.launch import Arguments, launch
 from .runtime import current_or_none
+from .schedule import edges_of, scheduled
 
 BOUND_GENERATION: ContextVar[str | None] = ContextVar("nki_simulator_generation", default=None)
 
@@ -48,6 +49,11 @@ class Kernel:
         check_kernel(self.function, args, kwargs, strict)
         generation = chips.generation_name(self.generation)
         return launch(self.function, generation, [Arguments(args, kwargs)], self.lnc)[0]
+
+    def with_schedule(self, schedule: Iterable[Any]) -> Kernel:
+        """The kernel with edges (consumer, producer or list of producers) of instruction names."""
+        function = scheduled(self.function, edges_of(schedule))
+        return Kernel(function, self.generation, self.lnc)
 
     def __repr__(self) -> str:
         return f"<simulated kernel {getattr(self.function, '__qualname__', self.function)!s}>"

@@ -33,6 +33,7 @@ class Run:
         "issued",
         "log",
         "loops",
+        "names",
         "num_buffers",
         "num_programs",
         "ordered",
@@ -61,6 +62,7 @@ class Run:
         self.trace = Trace(self.rank.table) if self.num_programs > 1 else None
         self.num_buffers = 0
         self.issued = 0  # instructions so far
+        self.names: set[str] = set()  # of instructions, for schedules
         self.loops: tuple[int, ...] = ()  # device loops that are open, outermost first
         self.random: dict[str, Any] = {}  # generator state of each engine
         self.ordered = False  # inside nl.no_reorder
@@ -125,6 +127,12 @@ def current(what: str) -> Run:
     if run is None:
         raise RuntimeError(f"{what} works inside a kernel only; call the @nki.jit function")
     return run
+
+
+def note_name(what: str, name: str | None) -> None:
+    """Remember the name of an instruction of the run in progress."""
+    if name is not None:
+        current(what).names.add(name)
 
 
 def current_or_none() -> Run | None:

@@ -17,7 +17,7 @@ from nxd_cp.simulators.nki_api.chips import NUM_PARTITIONS
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.memory import SBUF
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
 
 from .exchange import Arrays, exchange, moving
 from .group import own_group
@@ -40,6 +40,7 @@ def all_reduce(
 ) -> None:
     """Every dst = the group's sources, reduced by op."""
     instr = "nki.collectives.all_reduce"
+    note_name(instr, name)
     run, given, group = _start(instr, srcs, dsts, replica_group, priority)
     function = reduction(instr, op)
     for src, dst in zip(given.sources, given.destinations, strict=True):
@@ -63,6 +64,7 @@ def all_gather(
 ) -> None:
     """Every dst = the group's sources, one after another along collective_dim."""
     instr = "nki.collectives.all_gather"
+    note_name(instr, name)
     run, given, group = _start(instr, srcs, dsts, replica_group, priority)
     n, on_chip = len(group), given.sources[0].space == SBUF
     _check_dim(instr, collective_dim, (0, 1) if on_chip else (0,))
@@ -92,6 +94,7 @@ def reduce_scatter(
 ) -> None:
     """dst of the i-th rank = the i-th part along dim 0 of the group's sources, reduced by op."""
     instr = "nki.collectives.reduce_scatter"
+    note_name(instr, name)
     run, given, group = _start(instr, srcs, dsts, replica_group, priority)
     n = len(group)
     _check_dim(instr, collective_dim, (0,))
@@ -119,6 +122,7 @@ def all_to_all(
 ) -> None:
     """Part j along dim 0 of the dst of rank i = part i of the src of rank j."""
     instr = "nki.collectives.all_to_all"
+    note_name(instr, name)
     run, given, group = _start(instr, srcs, dsts, replica_group, priority, hbm_only=True)
     n = len(group)
     _check_dim(instr, collective_dim, (0,))

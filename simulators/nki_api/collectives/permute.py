@@ -17,7 +17,7 @@ from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.isa.issue import issue
 from nxd_cp.simulators.nki_api.registers import Register
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
 
 from .exchange import Arrays, exchange, moving
 from .group import own_group, ring
@@ -51,6 +51,7 @@ def collective_permute(
 ) -> None:
     """dst of each target = src of its source; ranks outside the pairs do nothing."""
     instr = "nki.collectives.collective_permute"
+    note_name(instr, name)
     run = current(instr)
     check_priority(run, instr, priority)
     pairs = [tuple(pair) for pair in source_target_pairs]
@@ -91,6 +92,7 @@ def collective_permute_implicit(
 ) -> None:
     """On every channel, dst = the src of the predecessor in that channel's ring."""
     instr = "nki.collectives.collective_permute_implicit"
+    note_name(instr, name)
     run = current(instr)
     check_priority(run, instr, priority)
     group = own_group(run, instr, replica_group)
@@ -112,6 +114,7 @@ def collective_permute_implicit_reduce(
 ) -> None:
     """On every channel, dst = op(src0, src1) of the predecessor in that channel's ring."""
     instr = "nki.collectives.collective_permute_implicit_reduce"
+    note_name(instr, name)
     run = current(instr)
     check_priority(run, instr, priority)
     group = own_group(run, instr, replica_group)
@@ -180,6 +183,7 @@ def collective_permute_implicit_current_processing_rank_id(
 ) -> Register:
     """A register with the rank, within the group, whose data are here after `iteration_id` hops."""
     instr = "nki.collectives.collective_permute_implicit_current_processing_rank_id"
+    note_name(instr, name)
     run = current(instr)
     group = own_group(run, instr, replica_group)
     if not isinstance(iteration_id, int) or iteration_id < 0:

@@ -21,7 +21,7 @@ from nxd_cp.simulators.nki_api.isa.dma import check_padding
 from nxd_cp.simulators.nki_api.memory import HBM, SBUF
 from nxd_cp.simulators.nki_api.ranks.world import Meeting
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import Run, current
+from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .exchange import exchange, planes
@@ -54,6 +54,7 @@ def all_gather_v(
 ) -> None:
     """Slot s of every dst = the chunk of the s-th rank's src that its metadata names."""
     instr = "nki.collectives.all_gather_v"
+    note_name(instr, name)
     run = current(instr)
     group = own_group(run, instr, replica_group)
     if run.num_programs != 2 or len(group) != 4 or has_rdispls:
@@ -75,6 +76,7 @@ def all_to_all_v(
 ) -> None:
     """Part s of every dst = the chunk that the s-th rank's metadata names for this rank."""
     instr = "nki.collectives.all_to_all_v"
+    note_name(instr, name)
     run = current(instr)
     group = own_group(run, instr, replica_group)
     switch = run.chip.number >= 4

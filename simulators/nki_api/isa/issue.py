@@ -73,6 +73,8 @@ def issue(
     sized: the tensor whose elements per partition are the instruction's size, or that number.
     """
     run.issued += 1
+    if name is not None:
+        run.names.add(name)
     if run.issued == MAX_INSTRUCTIONS + 1:
         broken(_COUNT, f"nki.isa.{opcode}", f"instruction number {run.issued:,}")
     for lifetimes in run.core.lifetimes.values():
