@@ -130,6 +130,32 @@ def test_a_barrier_holds_what_reads_shared_hbm_until_the_other_core_wrote_it():
     assert second.start[loads[0]] < wrote
 
 
+def swapped(x):
+    """The cores of a pair swap tiles; core 0 works on more columns first."""
+    core = nl.program_id(0)
+    out = hbm((256, 512), "out")
+    tile, other = sbuf(x.shape, x.dtype), sbuf(x.shape, x.dtype)
+    nisa.dma_copy(tile, x)
+    width = 512 if core == 0 else 64
+    work(tile[:, :width], 50)
+    nisa.sendrecv(tile, other, send_to_rank=1 - core, recv_from_rank=1 - core, pipe_id=0)
+    nisa.dma_copy(out[core * 128 : core * 128 + 128], other)
+    return out
+
+
+def test_a_sendrecv_is_a_dma_that_starts_on_both_cores_when_both_are_there():
+    with record() as log:
+        Kernel(swapped, "gen3")[2](X)
+    times = estimate_cores(log, "gen3")
+    (first, one), (second, two) = (_of(times[0, core], "sendrecv") for core in range(2))
+    assert first.start[one] == second.start[two]
+    assert second.wait_kind[two] == "meeting"
+    begin, end = first.transfer[one]
+    assert end - begin >= X.nbytes / constants_for("gen3").at("expected").dma_core_rate
+    stored = max(i for i, opcode in enumerate(second.program.opcodes) if opcode == "dma_copy")
+    assert second.start[stored] >= second.end[two]
+
+
 def test_a_missing_member_is_caught():
     log = ranks_log([1] * RANKS)
     with pytest.raises(ValueError, match="expected those of all 4 members of a meeting, got 1"):

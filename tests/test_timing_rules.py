@@ -115,12 +115,13 @@ def test_weights_are_loaded_behind_the_matmul_before_and_else_seen():
 
 
 def test_gpsimd_takes_its_base_and_a_cycle_per_element():
-    def busy(elements):
-        cost = instruction_cost("gen3", "iota", "gpsimd", "", 0, elements, TILE, (), GEN3)
+    def busy(elements, opcode="iota"):
+        cost = instruction_cost("gen3", opcode, "gpsimd", "", 0, elements, TILE, (), GEN3)
         return cost.occupancy_ns
 
     assert busy(512) == pytest.approx((150 + 512) / 1.2)
     assert busy(1024) - busy(512) == pytest.approx(512 / 1.2)
+    assert busy(256, "sendrecv") == pytest.approx((150 + 256) / 1.2)
 
 
 def test_a_dma_pays_its_trigger_its_start_its_packets_and_its_end():

@@ -84,7 +84,8 @@ def sendrecv(
     meeting = run.world.meet(run, instr, members, terms, payload, _swap)
     trigger = "gpsimd" if dma_engine is dma_engines.gpsimd_dma else "dma"
     detail = f"pipe{pipe_id}"
-    made = issue(run, "sendrecv", trigger, dst, (src,), dst.size, detail=detail, name=name)
+    elements = dst.size // dst.shape[0]
+    made = issue(run, "sendrecv", trigger, dst, (src,), elements, detail=detail, name=name)
     if run.log is not None:
         _log_exchange(run, "sendrecv", meeting, ranks, (src,), (dst,))
     return made
