@@ -221,6 +221,10 @@ def refusal(cp: CPContext, change: dict[str, Any]) -> str:
     ("change", "text"),
     [
         ({"k": torch.ones(1, 3, 1, 8)}, "k: expected [1, 2, tokens, 8] as in the cache"),
+        ({"v": torch.ones(1, 2, 1, 9)}, "v: expected [1, 2, tokens, 8] as in the cache"),
+        ({"v": torch.ones(1, 2, 2, 8)}, "v: expected as many tokens as k, got 2 and 1"),
+        ({"k": torch.ones(1, 2, 1, 8).half()}, "k: expected torch.float32 on cpu as in the cache"),
+        ({"q": torch.ones(1, 4, 1, 8).half()}, "and q in torch.float16"),
         ({"q": torch.ones(1, 4, 2, 8)}, "q: expected [1, heads, 1, 8] to go with k"),
         ({"q": torch.ones(1, 3, 1, 8)}, "heads: expected a multiple of 2, got 3"),
         ({"q": torch.ones(1, 4, 1, 8, requires_grad=True)}, "expected no gradients"),

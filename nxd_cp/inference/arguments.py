@@ -24,6 +24,7 @@ def agree(
     cp: CPContext,
     q: Tensor,
     k: Tensor,
+    v: Tensor,
     cache: KVCache,
     rule: Rule,
     check: Callable[[], None],
@@ -32,7 +33,8 @@ def agree(
 ) -> None:
     """Run `check` and the common checks; raise on all ranks when one rank's fail, or two differ."""
     try:
-        _validate(q, k, cache, rule, sinks)
+        _validate_tensors(q, k, v, cache)
+        _validate_options(q, rule, sinks)
         check()
     except ValueError as error:
         if cp.size > 1 and cp.check_ranks:
@@ -54,25 +56,38 @@ def agree(
     check_agreement(call, cp.ring_order, description, q.device)
 
 
-def _validate(q: Tensor, k: Tensor, cache: KVCache, rule: Rule, sinks: Tensor | None) -> None:
+def _validate_tensors(q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> None:
     batch, num_kv_heads, _, head_dim = cache.k.shape
-    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, num_kv_heads, head_dim):
-        raise ValueError(
-            f"k: expected [{batch}, {num_kv_heads}, tokens, {head_dim}] as in the cache, got "
-            f"{tuple(k.shape)}"
-        )
+    for name, x, stored in (("k", k, cache.k), ("v", v, cache.v)):
+        dim = stored.shape[3]
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, num_kv_heads, dim):
+            raise ValueError(
+                f"{name}: expected [{batch}, {num_kv_heads}, tokens, {dim}] as in the cache, got "
+                f"{tuple(x.shape)}"
+            )
+        if x.dtype != stored.dtype or x.device != stored.device or q.dtype != x.dtype:
+            raise ValueError(
+                f"{name}: expected {stored.dtype} on {stored.device} as in the cache, and q too, "
+                f"got {x.dtype} on {x.device} and q in {q.dtype}; make the cache with dtype and "
+                "device of the model"
+            )
     if q.dim() != 4 or (q.shape[0], *q.shape[2:]) != (batch, *k.shape[2:]):
         raise ValueError(
             f"q: expected [{batch}, heads, {k.shape[2]}, {head_dim}] to go with k, got "
             f"{tuple(q.shape)}"
         )
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"v: expected as many tokens as k, got {v.shape[2]} and {k.shape[2]}")
     if q.shape[1] % num_kv_heads:
         raise ValueError(f"heads: expected a multiple of {num_kv_heads}, got {q.shape[1]}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k)):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError(
             "inference: expected no gradients, got requires_grad=True; use torch.no_grad(), or "
             "ring_attention to train"
         )
+
+
+def _validate_options(q: Tensor, rule: Rule, sinks: Tensor | None) -> None:
     validate_scale(rule.scale)
     if rule.window is not None and rule.window < 1:
         raise ValueError(f"window: expected at least 1, got {rule.window}")

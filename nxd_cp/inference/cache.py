@@ -68,8 +68,8 @@ class KVCache:
         keep = positions != EMPTY
         row, token = keep.nonzero(as_tuple=True)
         slot = (self.num_used[:, None] + keep.long().cumsum(1) - 1)[row, token]
-        self.k[row, :, slot] = k[row, :, token].to(self.k.dtype)
-        self.v[row, :, slot] = v[row, :, token].to(self.v.dtype)
+        self.k[row, :, slot] = k[row, :, token]
+        self.v[row, :, slot] = v[row, :, token]
         self.positions[row, slot] = positions[row, token]
         self.num_used += keep.sum(1)
 

@@ -58,7 +58,7 @@ def decode(
     positions = cache.next_position[:, None] + steps
     ours = torch.where(positions % cp.size == cp.rank, positions, EMPTY)
     with cp.transport.call("decode") as call:
-        agree(call, cp, q, k, cache, rule, lambda: cache.check_room(ours), sinks=sinks)
+        agree(call, cp, q, k, v, cache, rule, lambda: cache.check_room(ours), sinks=sinks)
     cache.store(k, v, ours)
     cache.next_position += k.shape[2]
     o, lse = attend(q, positions, *cache.used(), rule)

@@ -74,7 +74,7 @@ def prefill(
 
     first = bool((cache.next_position == 0).all())
     with cp.transport.call("prefill") as call:
-        agree(call, cp, q, k, cache, rule, check, sinks=sinks)
+        agree(call, cp, q, k, v, cache, rule, check, sinks=sinks)
     if first:
         options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks}
         o = ring_attention(q, k, v, cp=cp, scale=scale, backend=backend, **options)
