@@ -41,7 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         default=DEFAULT_GENERATION,
         help=f"one of {', '.join(CHIPS)} (default {DEFAULT_GENERATION})",
     )
-    parser.add_argument("--rows", type=int, default=Limits.rows, help="rows per kernel")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        help=f"rows per kernel (default {Limits.rows}; with --all and --suite every row)",
+    )
     parser.add_argument("--row-seconds", type=float, default=Limits.row_seconds)
     parser.add_argument(
         "--results",
@@ -83,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     mode = "suite" if options.suite else "all" if options.all else "default"
-    limits = Limits(options.rows, options.row_seconds)
+    limits = Limits(Limits.rows if options.rows is None else options.rows, options.row_seconds)
     if mode != "default":
-        limits = Limits(0, options.row_seconds, 0, large=mode == "all")
+        limits = Limits(options.rows or 0, options.row_seconds, 0, large=mode == "all")
     file = options.results / f"{mode}_{generation}.jsonl"
     if options.fresh:
         file.unlink(missing_ok=True)

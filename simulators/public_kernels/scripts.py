@@ -45,7 +45,10 @@ GONE = (
 
 @dataclass(frozen=True)
 class Script:
-    """A script below its clone. `rejected`: it is an example of what does not work."""
+    """A script below its clone.
+
+    rejected: it is an example of what does not work. function: what `check` calls.
+    """
 
     name: str
     clone: str
@@ -53,6 +56,7 @@ class Script:
     check: checks.Check | None = None
     rejected: bool = False
     arguments: tuple[str, ...] = ()
+    function: str = ""
 
 
 def _documentation(name: str, path: str, **how: Any) -> Script:
@@ -63,7 +67,6 @@ def _sample(name: str, path: str, **how: Any) -> Script:
     return Script(f"samples: {name}", SAMPLES, f"{TUTORIALS}/{path}", **how)
 
 
-_ATTENTION = "attention_fwd_performance/attention_kernels.py"
 SCRIPTS = (
     _documentation("nki.simulate", "simulate/nki_simulate_example.py"),
     _documentation("getting started", "getting_started_baremetal.py", check=checks.sum_of_inputs),
@@ -93,8 +96,13 @@ SCRIPTS = (
     _sample("transpose, torch", "transpose2d/transpose2d_torch.py"),
     _sample("average pool, torch", "average_pool2d/average_pool2d_torch.py"),
     *(
-        _sample(f"attention v{v}", _ATTENTION, check=checks.attention(f"attn_fwd_v{v}", n))
-        for v, n in ((1, 128), (2, 128), (3, 512), (4, 1024), (5, 1024), (6, 1024))
+        _sample(
+            f"attention v{version}",
+            "attention_fwd_performance/attention_kernels.py",
+            check=checks.attention(f"attn_fwd_v{version}", 128 if version < 3 else 4096),
+            function=f"attn_fwd_v{version}",
+        )
+        for version in range(1, 11)
     ),
     _sample("all-gather matmul ring", "allgather_matmul_ring/allgather_matmul_ring_torch.py"),
 )
@@ -105,7 +113,7 @@ def script_kernels(clone: str) -> list[Kernel]:
     return [Kernel(s.name, s.clone, s.path) for s in SCRIPTS if s.clone == clone]
 
 
-def _unable(path: Path) -> str:
+def _unable(script: Script, path: Path) -> str:
     """Why a script cannot be run, or ''."""
     if not path.exists():
         return f"this clone has no {path.name}"
@@ -120,6 +128,8 @@ def _unable(path: Path) -> str:
     for pattern, why in GONE:
         if pattern.search(text):
             return why
+    if script.function and f"def {script.function}(" not in text:
+        return f"this clone has no {script.function}"
     return ""
 
 
@@ -137,7 +147,7 @@ def _execute(script: Script, path: Path) -> None:
 
 def run(script: Script, path: Path, seconds: float) -> Outcome:
     """Run one script in this process, for at most `seconds` (0: no limit)."""
-    reason = _unable(path)
+    reason = _unable(script, path)
     if reason:
         return Outcome(script.name, path.name, SKIPPED, reason)
 
