@@ -168,6 +168,10 @@ def test_slow():
         pass
 
 
+def test_large():
+    np.ones(10 * 2**30, np.uint8)
+
+
 @pytest.mark.parametrize(
     ("width", "dtype", "tpbSgCyclesSum"), [(8, np.float32, 987654321.0)]
 )

@@ -78,8 +78,12 @@ def test_failures_are_in_the_table_with_reasons_and_in_the_exit_status(everythin
     assert "memory.uninitialised" in found["test_broken_rule"].reason
     assert "kernels.py" in found["test_broken_rule"].reason
     assert (found["test_slow"].status, found["test_slow"].reason) == ("skipped", "longer than 2 s")
+    assert (found["test_large"].status, found["test_large"].reason) == (
+        "skipped",
+        "needs more than 8 GB",
+    )
     assert status == 1
-    assert "6 passed, 4 failed, 3 skipped" in text
+    assert "6 passed, 4 failed, 4 skipped" in text
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,16 @@ TARGETS = {"gen2": "trn1", "gen3": "trn2", "gen4": "trn3"}
 class Limits:
     """How much of a kernel is run. 0 means no limit.
 
-    rows: at most this many rows. row_seconds: a longer row is skipped. seconds: no new row starts
-    later than this. Both are processor time. large: run shapes that nki-library itself skips in
-    its simulation mode.
+    rows: at most this many rows. row_seconds, gigabytes: a row that takes more is skipped. seconds:
+    no new row starts later than this. Seconds are processor time. large: run shapes that
+    nki-library itself skips in its simulation mode.
     """
 
     rows: int = 12
     row_seconds: float = 60.0
     seconds: float = 170.0
     large: bool = True
+    gigabytes: float = 8.0
 
 
 def command(
@@ -51,6 +52,7 @@ def command(
         *("--test-mode", "simulation", "--platform-target", TARGETS[generation]),
         *("--output-directory", "output", "--force-local-cleanup"),
         *("--rows-kernel", kernel.name, "--rows-file", str(file), "--rows", str(limits.rows)),
+        *("--row-gigabytes", str(limits.gigabytes)),
         *("--row-seconds", str(limits.row_seconds), "--rows-seconds", str(limits.seconds)),
     ]
     if go_on:

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"rows per kernel (default {Limits.rows}; with --all and --suite every row)",
     )
     parser.add_argument("--row-seconds", type=float, default=Limits.row_seconds)
+    parser.add_argument("--row-gigabytes", type=float, default=Limits.gigabytes)
     parser.add_argument(
         "--results",
         type=Path,
@@ -87,9 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     mode = "suite" if options.suite else "all" if options.all else "default"
-    limits = Limits(Limits.rows if options.rows is None else options.rows, options.row_seconds)
-    if mode != "default":
-        limits = Limits(options.rows or 0, options.row_seconds, 0, large=mode == "all")
+    rows = options.rows or (Limits.rows if mode == "default" else 0)
+    limits = Limits(
+        rows,
+        options.row_seconds,
+        Limits.seconds if mode == "default" else 0,
+        large=mode != "suite",
+        gigabytes=options.row_gigabytes,
+    )
     file = options.results / f"{mode}_{generation}.jsonl"
     if options.fresh:
         file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A limit on one row: processor time, so that a busy machine does not change what is skipped.
+"""Limits on a row: processor time, so that a busy machine does not change what is skipped; memory.
 
 Wall time has a limit, too, ten times as long, for a row that waits for nothing. Main thread only
 (signals); POSIX only.
@@ -6,8 +6,9 @@ Wall time has a limit, too, ten times as long, for a row that waits for nothing.
 
 from __future__ import annotations
 
+import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,3 +42,20 @@ def limit(seconds: float) -> Iterator[None]:
         for (number, timer, _), handler in zip(timers, before, strict=True):
             signal.setitimer(timer, 0)
             signal.signal(number, handler)
+
+
+def limit_memory(gigabytes: float) -> None:
+    """Let allocations beyond so much address space raise in this process; 0 means no limit."""
+    if gigabytes:
+        size = int(gigabytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+
+
+def too_much(causes: Iterable[BaseException], gigabytes: float) -> str:
+    """Why an error only says that a row is too large for the limits; '' when it does not."""
+    for cause in causes:
+        if isinstance(cause, RowTimeout):
+            return str(cause)
+        if isinstance(cause, MemoryError) or "can't allocate memory" in str(cause):
+            return f"needs more than {gigabytes:g} GB"
+    return ""

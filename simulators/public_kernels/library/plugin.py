@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rows", type=int, default=0, help="at most this many rows, spread; 0: all")
     group.addoption("--row-seconds", type=float, default=0, help="limit per row; 0: none")
     group.addoption("--rows-seconds", type=float, default=0, help="limit of all rows; 0: none")
+    group.addoption("--row-gigabytes", type=float, default=0, help="limit per row; 0: none")
     group.addoption("--rows-go-on", action="store_true", help="failed rows are not run again")
 
 
@@ -47,6 +48,8 @@ class Rows:
         self.limit: int = config.getoption("rows")
         self.row_seconds: float = config.getoption("row_seconds")
         self.seconds: float = config.getoption("rows_seconds")
+        self.gigabytes: float = config.getoption("row_gigabytes")
+        clock.limit_memory(self.gigabytes)
         known = [o for o in outcomes.read(self.file).values() if o.kernel == self.kernel]
         if not config.getoption("rows_go_on"):
             known = [o for o in known if o.status != outcomes.FAILED]
@@ -91,12 +94,13 @@ class Rows:
         report = result.get_result()
         if report.when == "call" or (report.when == "setup" and not report.passed):
             error = call.excinfo.value if call.excinfo is not None else None
-            status, reason = _judge(report, error)
+            too_large = clock.too_much(_causes(error), self.gigabytes)
+            status, reason = (outcomes.SKIPPED, too_large) if too_large else _judge(report, error)
             self.ran += status != outcomes.SKIPPED
             name = spread.row_name(item)
             row = outcomes.Outcome(self.kernel, name, status, reason, round(call.duration, 2))
             outcomes.append(self.file, row)
-            if any(isinstance(cause, clock.RowTimeout) for cause in _causes(error)):
+            if too_large:
                 # Threads of the row may still compute: go on in a fresh process.
                 os._exit(outcomes.GO_ON)
 
@@ -121,9 +125,6 @@ def _judge(report: Any, error: BaseException | None) -> tuple[str, str]:
     if report.passed:
         return outcomes.PASSED, ""
     chain = list(_causes(error))
-    for cause in chain:
-        if isinstance(cause, clock.RowTimeout):
-            return outcomes.SKIPPED, str(cause)
     first = chain[-1] if chain else None
     return outcomes.FAILED, f"{type(first).__name__}: {first}" if first is not None else "failed"
 
