@@ -123,14 +123,18 @@ def test_the_default_run_takes_at_most_so_many_rows_and_replaces_skipped_ones(li
     assert [o.status for o in rows(tmp_path).values()].count("passed") == 3
 
 
-def test_the_suite_is_every_test_file(library):
+def test_the_suite_is_every_test_file_and_one_without_tests_is_no_failure(library, tmp_path):
     names = [kernel.name for kernel in library_suite(library)]
     assert names == [
         "core/cumsum/test_cumsum.py",
         "core/embeddings/test_rope.py",
         "core/mlp/test_mlp_cte.py",
+        "core/qkv/test_configs.py",
         "core/qkv/test_qkv_cte.py",
     ]
+    words = ("--suite", "--rows", "1", "--results", tmp_path)
+    _, text = run(library, *words, *chosen(names[0], names[3]))
+    assert "1 passed, 0 failed, 1 skipped" in text
 
 
 def test_scripts_run_as_published_alone_and_on_many_ranks(tmp_path):

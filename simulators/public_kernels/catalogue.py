@@ -25,13 +25,15 @@ TESTS = "test/integration/nkilib"
 class Kernel:
     """One line of the table; `path` is a test file or a script, below the clone.
 
-    select: a pytest -k expression, for the rows that count as this kernel.
+    select: a pytest -k expression, for the rows that count as this kernel. may_be_empty: a file
+    without rows is skipped, not failed.
     """
 
     name: str
     clone: str
     path: str
     select: str = ""
+    may_be_empty: bool = False
 
 
 _LIBRARY_FILES = (
@@ -61,7 +63,9 @@ def library_suite(clone: Path) -> list[Kernel]:
     """Every integration test file of an nki-library clone, under its own name."""
     files = sorted((clone / TESTS).rglob("test_*.py"))
     names = [path.relative_to(clone).as_posix() for path in files]
-    return [Kernel(name.removeprefix(TESTS + "/"), LIBRARY, name) for name in names]
+    short = [name.removeprefix(TESTS + "/") for name in names]
+    pairs = zip(short, names, strict=True)
+    return [Kernel(name, LIBRARY, path, may_be_empty=True) for name, path in pairs]
 
 
 def clones_in(paths: list[Path]) -> dict[str, Path]:

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import outcomes
 from .catalogue import Kernel
 from .child import Limits, command, environment
-from .outcomes import FAILED, Outcome
+from .outcomes import FAILED, SKIPPED, Outcome
 
 NO_TESTS = 5  # pytest's exit status when every row was left out, as when all are done
 
@@ -44,7 +44,10 @@ def run_kernel(
         left = replace(limits, seconds=limits.seconds and limits.seconds - spent)
     rows = _lines(file) - before
     done = outcomes.finished(file, kernel.name)
-    if rows == 0 and not (done and status in (0, NO_TESTS)):
+    if rows == 0 and status == NO_TESTS and kernel.may_be_empty and not done:
+        reason = "no tests in this file for this generation"
+        outcomes.append(file, Outcome(kernel.name, "(child process)", SKIPPED, reason))
+    elif rows == 0 and not (done and status in (0, NO_TESTS)):
         reason = f"no row ran; the child ended with {status}: {last}"
         outcomes.append(file, Outcome(kernel.name, "(child process)", FAILED, reason))
     elif status < 0:
