@@ -33,12 +33,12 @@ def mine(x):
     return tile
 
 
-def swap(x, **options):
+def swap(x, dma_engine=nisa.dma_engine.dma):
     """The two halves change places."""
     core = nl.program_id(0)
     out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.shared_hbm)
     tile, received = mine(x), sbuf((128, H), x.dtype)
-    nisa.sendrecv(tile, received, 1 - core, 1 - core, 0, **options)
+    nisa.sendrecv(tile, received, 1 - core, 1 - core, 0, dma_engine=dma_engine)
     nisa.dma_copy(out[:, nl.ds(core * H, H)], received)
     return out
 
