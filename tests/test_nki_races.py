@@ -126,15 +126,16 @@ def sbuf_of(value, shape=(128, 8)):
     return tile
 
 
-def test_both_writing_other_bytes_is_a_race_and_the_same_bytes_a_warning():
+def test_both_writing_is_warned_about():
     def kernel(x, same):
         out = shared(x)
-        nisa.dma_copy(out, sbuf_of(1.0 if same else float(nl.program_id(0))))  # bad
+        nisa.dma_copy(out, sbuf_of(1.0 if same else float(nl.program_id(0))))
         return out
 
-    rejects(r"race\.shared_hbm", lambda x: kernel(x, False), X)
     with pytest.warns(NkiSimulatorWarning, match=r"rule race\.same_bytes "):
         assert (Kernel(kernel, "gen3")[2](X, True) == 1).all()
+    with pytest.warns(NkiSimulatorWarning, match=r"rule race\.both_write "):
+        Kernel(kernel, "gen3")[2](X, False)
     with (
         parameters(SimParams(values=False)),
         pytest.warns(NkiSimulatorWarning, match=r"race\.same_bytes"),
@@ -168,10 +169,12 @@ def test_strided_and_dynamic_accesses_count_by_their_bytes():
         out, at = shared(x), sbuf((1, 1), nl.int32)
         nisa.dma_copy(at, index[nl.program_id(0) : nl.program_id(0) + 1])
         row = out.ap([[8, 1], [1, 8]], scalar_offset=at, indirect_dim=0)
-        nisa.dma_copy(row, sbuf_of(float(nl.program_id(0)), (1, 8)))  # bad
+        nisa.dma_copy(row, sbuf_of(float(nl.program_id(0)), (1, 8)))
 
-    Kernel(rows, "gen3")[2](X, np.array([[3], [4]], np.int32))
-    rejects(r"race\.shared_hbm", rows, X, np.array([[3], [3]], np.int32))
+    with parameters(SimParams(strict=True)):
+        Kernel(rows, "gen3")[2](X, np.array([[3], [4]], np.int32))
+        with pytest.raises(NkiValidationError, match=r"rule race\.both_write "):
+            Kernel(rows, "gen3")[2](X, np.array([[3], [3]], np.int32))
 
 
 def test_a_collective_of_both_cores_orders_its_tensors():

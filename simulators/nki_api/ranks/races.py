@@ -27,7 +27,7 @@ from nxd_cp.simulators.nki_api.rules import documented, inferred
 _RACE = documented(
     "race.shared_hbm",
     "nki.isa.core_barrier",
-    "what one core writes and the other reads or writes is ordered by a core_barrier over it",
+    "what one core writes and the other reads is ordered by a core_barrier over it",
 )
 _WEAK = inferred(
     "race.other_meeting",
@@ -38,6 +38,11 @@ _COLLECTIVE = inferred(
     "race.collective",
     "aws-neuron/nki-library, ring_attention (core_barrier before collective_permute_implicit)",
     "a core_barrier orders what both cores wrote before a collective sends it",
+)
+_BOTH = inferred(
+    "race.both_write",
+    "nki.isa.core_barrier (cores write disjoint portions)",
+    "cores write disjoint parts of a shared tensor; where both write, the last one stays",
 )
 _SAME = inferred(
     "race.same_bytes",
@@ -94,7 +99,7 @@ class Watch:
         self._mark_history()
         bits, other = self.cells.cell_view(access.pattern), 1 - core
         if (bits & OLD_TOO * (WRITE << 2 * other)).any():
-            where = line_text(*self._culprit(other, access).line)
+            where = line_text(*self._culprit(other, access, True).line)
             broken(
                 _COLLECTIVE, instr, f"core {other} wrote a source at\n    {where}", tensor=tensor
             )
@@ -138,9 +143,8 @@ class Watch:
     def _mark_history(self) -> None:
         for core in (0, 1):
             for access in self.history[core][self._marked[core] :]:
-                self.cells.cell_view(access.pattern)[...] |= (
-                    WRITE if access.write else READ
-                ) << 2 * core
+                bits = self.cells.cell_view(access.pattern)
+                bits |= (WRITE if access.write else READ) << 2 * core
             self._marked[core] = len(self.history[core])
 
     def _check(
@@ -155,23 +159,25 @@ class Watch:
             bits = np.where(bits & OLD_TOO * (WRITE << mine), 0, bits)  # our own bytes
         if not (bits & OLD_TOO * conflicts).any():
             return
-        first = self._culprit(1 - core, access)
+        was_read = bool((bits & OLD_TOO * (READ << theirs)).any()) and access.write
+        first = self._culprit(1 - core, access, not was_read)
         detail = (
             f"core {core} {'writes' if access.write else 'reads'} what core {1 - core} "
             f"{'wrote' if first.write else 'read'} at\n    {line_text(*first.line)}\n    "
         )
-        if same():
+        if access.write and same():
             broken(_SAME, instr, f"{detail}with the same bytes", tensor=tensor)
+        elif access.write and not was_read:
+            broken(_BOTH, instr, f"{detail}with no barrier in between", tensor=tensor)
         elif (bits & conflicts).any():
             fail(_RACE, instr, f"{detail}with nothing between the two", tensor=tensor)
         else:
             broken(_WEAK, instr, f"{detail}with no barrier over it in between", tensor=tensor)
 
-    def _culprit(self, core: int, access: Access) -> Access:
-        """The other core's latest access that may conflict."""
-        others = [a for a in self.history[core] if (a.write or access.write)]
-        near = [a for a in others if overlap(a.rect, access.rect)]
-        return (near or others)[-1]
+    def _culprit(self, core: int, access: Access, write: bool) -> Access:
+        """The other core's latest write or read that may conflict."""
+        others = [a for a in self.history[core] if a.write is write]
+        return ([a for a in others if overlap(a.rect, access.rect)] or others)[-1]
 
 
 def _equal(tensor: Any, values: Any) -> bool:
