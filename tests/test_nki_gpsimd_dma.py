@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from nki_sim import load, nisa, nl, normal, psum, rejects, run, sbuf, store
 
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning
+
 X = normal(128, 4, 8)
 
 
@@ -98,3 +100,16 @@ def test_dma_rules():
     rejects("dma_copy.mode", with_options(priority=1), X, generation="gen3")
     run(with_options(dge_mode=hardware, engine=nisa.engine.sync), X)
     run(with_options(priority=3), X, generation="gen4")
+
+
+def test_an_integer_for_an_enum_is_taken_with_a_warning():
+    def kernel(x, mode):
+        tile = sbuf(x.shape)
+        nisa.dma_copy(tile, x, dge_mode=mode)
+        return store(tile)
+
+    x = normal(128, 8)
+    with pytest.warns(NkiSimulatorWarning, match=r"rule instruction\.integer_enum "):
+        assert (run(kernel, x, 3) == x).all()
+    with pytest.raises(ValueError, match="9 is not a valid dge_mode"):
+        run(kernel, x, 9)

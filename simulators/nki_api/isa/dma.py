@@ -28,6 +28,7 @@ from .enums import dge_mode as modes
 from .enums import engine as engines
 from .enums import oob_mode as oob_modes
 from .issue import NkiInstruction, issue
+from .members import member
 
 _PAGE = "nki.isa.dma_copy"
 _PLACES = documented("dma_copy.memory", _PAGE, "src and dst are tensors in HBM or SBUF")
@@ -63,6 +64,8 @@ def dma_copy(
     """dst = src by DMA, in row-major element order."""
     instr = "nki.isa.dma_copy"
     run = current(instr)
+    if type(dge_mode) is int:
+        dge_mode = member(instr, modes, dge_mode)
     for role, tensor in (("dst", dst), ("src", src)):
         if not isinstance(tensor, NkiTensor) or tensor.space == PSUM:
             fail(_PLACES, instr, f"{role} is not in HBM or SBUF", **{role: tensor})

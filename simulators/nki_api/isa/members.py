@@ -1,0 +1,26 @@
+"""Enum arguments given as integers, which NKI 0.3 took away and public kernels still do.
+
+Source: NKI migration guide (Integer enum constants no longer supported).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+from nxd_cp.simulators.nki_api.errors import broken
+from nxd_cp.simulators.nki_api.rules import inferred
+
+_INTEGER = inferred(
+    "instruction.integer_enum",
+    "NKI migration guide; nki-library@d2ad3a5 (norm_tkg_utils.py) gives integers all the same",
+    "an enum argument is a member, not its number",
+)
+
+
+def member(instr: str, enum: type[Enum], value: Any) -> Any:
+    """`value`, or the member with that number, with a warning."""
+    if type(value) is not int:
+        return value
+    broken(_INTEGER, instr, f"{enum.__name__}={value}; write nki.isa.{enum.__name__}.<name>")
+    return enum(value)
