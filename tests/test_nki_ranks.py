@@ -165,6 +165,21 @@ def test_a_python_error_in_one_rank_ends_all_with_its_own_traceback():
     assert (simulate_ranks(total, [(X, ALL)] * 3)[2] == 3 * X).all()
 
 
+def test_a_rank_that_swallows_exceptions_does_not_hide_the_first_one():
+    def kernel(x, rank):
+        if rank == 1:
+            raise KeyError("mine")
+        for _ in range(3):
+            try:
+                total(x, ALL)
+            except BaseException:
+                continue
+        return x
+
+    with pytest.raises(KeyError, match="mine"):
+        simulate_ranks(kernel, [(X, r) for r in range(3)])
+
+
 def test_a_broken_rule_names_rank_core_and_line():
     def kernel(x):
         if nl.program_id(0) == 1:
