@@ -134,6 +134,11 @@ def test_double(width):
     Orchestrator().execute(double, {"x": x}, {"out": 2 * x})
 
 
+def test_two_cores():
+    x = np.full((128, 8), 1.5, np.float32)
+    Orchestrator().execute(double, {"x": x}, {"out": 2 * x}, lnc=2)
+
+
 def test_ranks():
     def inputs(rank_id):
         return {"x": np.full((128, 8), rank_id, np.float32)}

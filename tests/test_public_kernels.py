@@ -64,7 +64,7 @@ def everything(library, tmp_path_factory):
 
 def test_rows_of_the_librarys_own_tests_pass_on_one_rank_and_on_two(everything):
     found = [o for (kernel, _), o in everything[2].items() if kernel == "cumsum"]
-    assert [o.status for o in found].count("passed") == 6
+    assert [o.status for o in found].count("passed") == 7
     assert [o.reason for o in found if o.status == "skipped"] == ["not on this chip"]
     assert any("test_ranks" in o.row for o in found)
 
@@ -83,7 +83,7 @@ def test_failures_are_in_the_table_with_reasons_and_in_the_exit_status(everythin
         "needs more than 8 GB",
     )
     assert status == 1
-    assert "6 passed, 4 failed, 4 skipped" in text
+    assert "7 passed, 4 failed, 4 skipped" in text
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,11 @@ def test_a_run_that_was_cut_off_goes_on_and_failed_rows_run_again(library, tmp_p
 
 
 def test_the_default_run_takes_at_most_so_many_rows_and_replaces_skipped_ones(library, tmp_path):
-    run(library, "--rows", "3", "--results", tmp_path, *chosen("cumsum"))
-    assert [o.status for o in rows(tmp_path).values()].count("passed") == 3
+    options = ("--rows", "3", "--generation", "trn1", "--results", tmp_path)
+    run(library, *options, *chosen("cumsum"))
+    found = outcomes.read(tmp_path / "default_gen2.jsonl").values()
+    assert [o.status for o in found].count("passed") == 3
+    assert "asks for 2 cores per rank; gen2 has 1" in {o.reason for o in found}
 
 
 def test_the_suite_is_every_test_file_and_one_without_tests_is_no_failure(library, tmp_path):

@@ -29,7 +29,7 @@ class Limits:
 
     rows: int = 12
     row_seconds: float = 60.0
-    seconds: float = 170.0
+    seconds: float = 120.0
     large: bool = True
     gigabytes: float = 8.0
 

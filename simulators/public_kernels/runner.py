@@ -29,7 +29,7 @@ def run_kernel(
     """Run the rows of one kernel that are not done yet; their outcomes are in `file`."""
     task = progress.add_task(kernel.name, total=None)
     file.parent.mkdir(parents=True, exist_ok=True)
-    before = _lines(file)
+    before, known = _lines(file), set(outcomes.read(file).values())
     status, last, left, go_on = outcomes.GO_ON, "", limits, False
     while status == outcomes.GO_ON:
         status, last = _run_child(
@@ -38,7 +38,8 @@ def run_kernel(
             lambda: progress.update(task, completed=_lines(file) - before),
         )
         go_on = True
-        spent = sum(o.seconds for o in _own(file, kernel))
+        now = set(outcomes.read(file).values()) - known
+        spent = sum(o.seconds for o in now if o.kernel == kernel.name)
         if limits.seconds and spent > limits.seconds:
             break
         left = replace(limits, seconds=limits.seconds and limits.seconds - spent)
@@ -75,10 +76,6 @@ def _run_child(
                 child.wait()
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return child.returncode, lines[-1] if lines else "nothing printed"
-
-
-def _own(file: Path, kernel: Kernel) -> list[Outcome]:
-    return [o for o in outcomes.read(file).values() if o.kernel == kernel.name]
 
 
 def _lines(file: Path) -> int:

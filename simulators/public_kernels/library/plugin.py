@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from nxd_cp.simulators.nki_api.chips import TARGET_VARIABLE
 from nxd_cp.simulators.public_kernels import clock, outcomes
 from nxd_cp.simulators.public_kernels.library import modules, repair, spread, standins
 
@@ -130,7 +131,8 @@ def _judge(report: Any, error: BaseException | None) -> tuple[str, str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Watch the rows, if a file for them is given."""
+    """Simulate the platform that is tested; watch the rows, if a file for them is given."""
+    os.environ.setdefault(TARGET_VARIABLE, config.getoption("platform_target"))
     if config.getoption("rows_file") is not None:
         config.pluginmanager.register(Rows(config), "public-kernel-rows")
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from nxd_cp.simulators import nki_api
 
-from .modules import choose_generation
+from .modules import check_cores
 
 
 def outputs_of_ranks(test: Any, golden_of: Any) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def outputs_of_ranks(test: Any, golden_of: Any) -> list[dict[str, Any]]:
     given = test.kernel_input
     inputs = [given.for_rank(r) if hasattr(given, "for_rank") else given for r in range(ranks)]
     cleaned = [{k.removesuffix(".must_alias_input"): v for k, v in i.items()} for i in inputs]
-    choose_generation(test.compiler_input.platform_target.get_nc_gen())
+    check_cores(test.compiler_input.logical_nc_config)
     results = nki_api.simulate_ranks(
         test.kernel_func, cleaned, lnc=test.compiler_input.logical_nc_config
     )
