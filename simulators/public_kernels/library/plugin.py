@@ -65,14 +65,6 @@ class Rows:
             items[:] = spread.spread(items, self.limit)
         items[:] = [item for item in items if spread.row_name(item) not in self.done]
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Teach the clone's driver about ranks."""
-        from nxd_cp.simulators.public_kernels.library import ranks
-
-        driver = sys.modules.get("test.utils.test_orchestrator")
-        if driver is not None:
-            ranks.patch(driver)
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
         """Say nothing of the rows that the spread no longer needs or has time for."""
@@ -141,3 +133,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List the published files that had to be repaired to be imported."""
     for line in repair.REPAIRS:
         terminalreporter.write_line(f"repaired in memory: {line}")
+
+
+def pytest_collection_finish() -> None:
+    """Teach the clone's driver about ranks."""
+    from nxd_cp.simulators.public_kernels.library import ranks
+
+    driver = sys.modules.get("test.utils.test_orchestrator")
+    if driver is not None:
+        ranks.patch(driver)
