@@ -10,14 +10,17 @@ import contextvars
 import itertools
 import threading
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from nxd_cp.schedule import LAYOUTS
 from nxd_cp.strategies.plan import Strategy
 from nxd_cp.transport import (
+    Call,
     CollectiveTransport,
     DistributedTransport,
     LocalSession,
@@ -27,7 +30,7 @@ from nxd_cp.transport import (
     XlaTransport,
     probe,
 )
-from nxd_cp.transport.agreement import check_agreement
+from nxd_cp.transport.agreement import Description, check_agreement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +41,7 @@ Result = TypeVar("Result")
 _handles = itertools.count(1)
 _contexts: weakref.WeakValueDictionary[str, CPContext] = weakref.WeakValueDictionary()
 _contexts_lock = threading.Lock()
+_SHOWN_RANKS = 16
 
 
 class CPContext:
@@ -45,8 +49,8 @@ class CPContext:
 
     rank, size: place in the group, and its size. layout: "zigzag" (balanced, the default),
     "striped" or "contiguous". ring_order: group ranks in the order in which messages travel.
-    check_ranks: agree on arguments before every call. transport: carries the messages.
-    handle: the name under which dispatcher ops find this context.
+    check_ranks: agree on arguments before every call; if not, before the first only.
+    transport: carries the messages. handle: the name under which dispatcher ops find this context.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class CPContext:
         self.rank, self.size = transport.rank, transport.size
         self.layout, self.ring_order, self.check_ranks = layout, order, check_ranks
         self.strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
+        self._has_agreed = not transport.can_agree
         with _contexts_lock:
             self.handle = f"cp{next(_handles)}"
             _contexts[self.handle] = self
@@ -238,12 +243,33 @@ class CPContext:
 
     def _agree_on(self, tensor: Tensor, collective: str) -> None:
         """Collectives trust their arguments: gloo ends the process when lengths differ."""
-        if self.size == 1 or not self.check_ranks:
+        if not self.agrees:
             return
         shape, dtype = str(tuple(tensor.shape)), str(tensor.dtype)
         description = {"collective": collective, "shape": shape, "dtype": dtype}
         with self.transport.call(collective) as call:
-            check_agreement(call, self.ring_order, description, tensor.device)
+            self.agree(call, description, tensor.device)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether ranks compare the arguments of the next call: with check_ranks always, else only
+        in the first, so that ranks that differ in this too find out.
+        """
+        return self.size > 1 and (self.check_ranks or not self._has_agreed)
+
+    def agree(self, call: Call, description: Description, device: torch.device) -> None:
+        """Raise RankMismatchError on all ranks unless all describe this call in the same way."""
+        ring_order = str(self.ring_order)
+        if self.size > _SHOWN_RANKS:  # a description has its size
+            ring_order = f"crc {zlib.crc32(ring_order.encode()):08x}"
+        common: Description = {
+            "check_ranks": self.check_ranks,
+            "layout": self.layout,
+            "strategy": str(self.strategy),
+            "ring order": ring_order,
+        }
+        check_agreement(call, self.ring_order, {**description, **common}, device)
+        self._has_agreed = True
 
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"

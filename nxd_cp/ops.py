@@ -25,7 +25,7 @@ from nxd_cp.debugging import debug_enabled, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
 from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
-from nxd_cp.transport.agreement import announce_refusal, check_agreement
+from nxd_cp.transport.agreement import announce_refusal
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? segment_ids, Tensor? cu_seqlens"
 
@@ -147,7 +147,7 @@ def refuse(context: CPContext, reason: str, device: torch.device) -> None:
 
     When nobody listens there is nobody to tell, and the caller's own error is the one to raise.
     """
-    if context.size > 1 and context.check_ranks and not torch.compiler.is_compiling():
+    if context.agrees and not torch.compiler.is_compiling():
         with contextlib.suppress(RingError), context.transport.call("forward") as call:
             announce_refusal(call, context.ring_order, reason, device)
 
@@ -227,7 +227,7 @@ class _Asked:
     def agree(self, call: Call, *, forward_call: int) -> None:
         """All ranks must be in the same call, with the same arguments."""
         context, options = self.context, self._options
-        if context.size == 1 or not context.check_ranks:
+        if not context.agrees:
             return
         batch, num_heads, q_len, head_dim = self._q.shape
         description: dict[str, str | int | float] = {
@@ -245,14 +245,11 @@ class _Asked:
             "sinks": _given(self._sinks),
             "segment_ids": _given(self._segment_ids),
             "cu_seqlens": documents.fingerprint(self._cu_seqlens),
-            "layout": context.layout,
-            "strategy": str(context.strategy),
-            "ring order": str(context.ring_order),
             "gradients": "wanted" if options.differentiable else "not wanted",
         }
         own = ("cp", "differentiable")
         named = {k: str(v) for k, v in options._asdict().items() if k not in own}
-        check_agreement(call, context.ring_order, description | named, self._q.device)
+        context.agree(call, description | named, self._q.device)
 
 
 def _given(tensor: Tensor | None) -> str:

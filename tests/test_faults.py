@@ -236,13 +236,35 @@ def test_an_exception_in_one_block_ends_in_an_error_on_all(own_ranks: RankGroup)
     assert "cannot be used any more" in outcomes[1][1]
 
 
-def test_the_ring_without_the_agreement_check_sends_no_agreement() -> None:
+def other_check(group: dist.ProcessGroup) -> str:
+    cp = CPContext.from_group(group, check_ranks=dist.get_rank(group) == 0)
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        attend(cp)
+    return str(caught.value)
+
+
+def test_ranks_that_check_and_ranks_that_do_not_are_named(ranks: RankGroup) -> None:
+    for text in ranks.run(other_check, num_ranks=3):
+        assert "check_ranks = False on rank 1 and 2, True on rank 0" in text
+
+
+def test_a_description_of_many_ranks_has_room() -> None:
+    group = CPContext.local(40, ring_order=list(range(20, 40)) + list(range(20)))
+    ends = torch.tensor([0, 39, 79])
+    group.run(
+        lambda cp: attend(
+            cp, shape=(1, 4, 2, 16), cu_seqlens=ends, seq_len=79, softcap=3e4 / 7, window=12345
+        )
+    )
+
+
+def test_the_ring_without_the_agreement_check_sends_one_agreement() -> None:
     def work(cp: CPContext) -> int:
         attend(cp)
         return cp.transport.counters.messages["agreement"]
 
     assert CPContext.local(2).run(work) == [2, 2]
-    assert CPContext.local(2, check_ranks=False).run(work) == [0, 0]
+    assert CPContext.local(2, check_ranks=False).run(work) == [1, 1], "in the first call only"
 
 
 # Debug mode names what is wrong with the numbers themselves.

@@ -15,7 +15,7 @@ from nxd_cp.context import CPContext
 from nxd_cp.inference.attend import Rule
 from nxd_cp.inference.cache import KVCache
 from nxd_cp.transport import Call
-from nxd_cp.transport.agreement import announce_refusal, check_agreement
+from nxd_cp.transport.agreement import announce_refusal
 from nxd_cp.validation import validate_scale
 
 
@@ -37,10 +37,10 @@ def agree(
         _validate_options(q, rule, sinks)
         check()
     except ValueError as error:
-        if cp.size > 1 and cp.check_ranks:
+        if cp.agrees:
             announce_refusal(call, cp.ring_order, str(error), q.device)
         raise
-    if cp.size == 1 or not cp.check_ranks:
+    if not cp.agrees:
         return
     stored = str(cache.next_position.tolist()).encode()
     description = {
@@ -51,9 +51,8 @@ def agree(
         "rule": str(rule),
         "sinks": "None" if sinks is None else "given",
         "tokens stored before": f"{int(cache.next_position.sum())} (crc {zlib.crc32(stored):08x})",
-        "layout": cp.layout,
     }
-    check_agreement(call, cp.ring_order, description, q.device)
+    cp.agree(call, description, q.device)
 
 
 def _validate_tensors(q: Tensor, k: Tensor, v: Tensor, cache: KVCache) -> None:

@@ -21,6 +21,7 @@ from nxd_cp.transport.parcel import BufferPool, Counters
 class Transport(ABC):
     """One rank's end of a ring. Not shared between ranks; calls are numbered in order."""
 
+    can_agree = True  # False where ranks cannot read what another sent
     verifies_at_once = True  # False where reading a header would stall an accelerator
     joins_every_hop = False  # True where a hop is a collective, also of ranks without a message
 

@@ -28,6 +28,7 @@ class XlaTransport(Transport):
     ring order, of equal lengths; one of them holds `global_rank`.
     """
 
+    can_agree = False
     verifies_at_once = False
 
     def __init__(
