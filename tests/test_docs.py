@@ -10,6 +10,7 @@ from snippets import ROOT, run_bash, run_python, snippets, write_files
 
 DOCS = ROOT / "docs"
 PAGES = (
+    "attention.md",
     "concepts.md",
     "hugging_face.md",
     "torchtitan.md",
