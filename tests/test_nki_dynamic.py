@@ -194,6 +194,47 @@ def test_while_loop_and_parser_loops():
     np.testing.assert_array_equal(run(parser, X), X[:6])
 
 
+def test_endless_while_loops_are_rejected(monkeypatch):
+    def parser(x):
+        register = nisa.register_alloc(1)
+        while register:  # bad
+            pass
+
+    def same(x):
+        nl.while_loop(nisa.register_alloc(1), lambda r: r)  # bad
+
+    def never_zero(x):
+        def body(r):
+            nisa.register_move(r, 2)
+            return r
+
+        nl.while_loop(nisa.register_alloc(1), body)  # bad
+
+    def parser_never_zero(x):
+        register = nisa.register_alloc(1)
+        while register:  # bad
+            nisa.register_move(register, 2)
+
+    monkeypatch.setattr("nxd_cp.simulators.nki_api.registers.MAX_ITERATIONS", 50)
+    for kernel in (parser, same, never_zero, parser_never_zero):
+        rejects("loop.endless", kernel, X)
+
+
+def test_values_known_on_the_device_only_are_not_compared():
+    def register(x):
+        assert nisa.register_alloc(3) != None  # noqa: E711, NKI has no `is`
+        if nisa.register_alloc(3) == 3:
+            return store(load(x))
+
+    def tile(x):
+        assert load(x) != None  # noqa: E711
+        return x if load(x) == 0.0 else store(load(x))
+
+    for kernel in (register, tile):
+        with pytest.raises(TypeError, match="not known while a kernel is built"):
+            run(kernel, X)
+
+
 def test_register_and_loop_rules():
     def unwritten(x):
         nl.fori_loop(0, nisa.register_alloc(), lambda i: None)  # bad

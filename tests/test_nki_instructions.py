@@ -154,3 +154,11 @@ def test_too_many_instructions_warn(monkeypatch):
     monkeypatch.setattr("nxd_cp.simulators.nki_api.isa.issue.MAX_INSTRUCTIONS", 3)
     with pytest.warns(NkiSimulatorWarning, match=r"rule kernel\.instructions"):
         run(kernel, X)
+
+    def endless(x):
+        tile = load(x)
+        while True:
+            nisa.reciprocal(tile, tile)  # bad
+
+    with pytest.warns(NkiSimulatorWarning):
+        rejects("kernel.instructions", endless, X)

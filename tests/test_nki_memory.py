@@ -273,7 +273,7 @@ def test_more_than_128_partitions_are_rejected():
     rejects("memory.partitions", kernel)
 
 
-@pytest.mark.parametrize("shape", [(128,), (128, 0), (1, 1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(128,), (128, 0), (128, 8.0), (1, 1, 1, 1, 1, 1)])
 def test_illegal_shapes_are_rejected(shape):
     def kernel():
         nl.ndarray(shape, dtype=nl.float32)  # bad

@@ -7,6 +7,7 @@ Source: nki.language.ndarray, zeros, ones, full, shared_identity_matrix; NkiTens
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,9 @@ def _shape(shape: Any, buffer: Any) -> tuple[int, ...]:
     if not isinstance(buffer, MemoryRegion):
         fail(_BUFFER, "nki.language.ndarray", f"buffer={buffer!r}")
     try:
-        sizes = tuple(int(n) for n in shape)
+        sizes = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
     except TypeError:
-        sizes = (int(shape),)
+        fail(_SHAPE, "nki.language.ndarray", f"shape {shape} in {buffer.value}")
     least = 1 if is_hbm(buffer) else 2
     if not least <= len(sizes) <= 5 or min(sizes) < 1:
         fail(_SHAPE, "nki.language.ndarray", f"shape {shape} in {buffer.value}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import broken, fail
 from .ranks.program import ITERATION, LOOP
-from .registers import Register, read
+from .registers import Register, check_turn, read
 from .rules import documented, inferred
 from .runtime import Run, current
 
@@ -82,9 +82,15 @@ def while_loop(init: Register, body_fun: Callable[[Register], Register]) -> None
     instr = "nki.language.while_loop"
     with _Loop(instr, 1) as run:
         state: Any = init
+        turns, written = 0, True
         while type(state) is Register and read(instr, state) != 0:
+            turns += 1
+            check_turn(instr, turns, written)
             _iteration(run)
-            state = body_fun(Register(state.value))
+            condition = Register(state.value)
+            condition.written = False
+            state = body_fun(condition)
+            written = condition.written or state is not condition
         if type(state) is not Register:
             fail(_LOOP, instr, f"init or the body gave {state!r}")
 

@@ -1,7 +1,7 @@
 """Registers of the engines' sequencers: allocate, move, load, store.
 
-`while reg:` follows the documented parser front end; int(reg) and range(reg) raise, as under the
-tracer. In shape-only mode a register loaded from memory has no value. Loops: loops.py.
+`while reg:` follows the documented parser front end; int(reg), range(reg) and comparisons raise, as
+under the tracer. In shape-only mode a register loaded from memory has no value. Loops: loops.py.
 
 Source: nki.isa.register_alloc and its neighbours.
 """
@@ -43,20 +43,51 @@ _ARITHMETIC = inferred(
     "no Python arithmetic on registers, although nki.collectives speaks of it; look the result up "
     "in a table by scalar_offset",
 )
+_ENDLESS = inferred(
+    "loop.endless",
+    "nki.language.while_loop; NKI language guide, Dynamic loops; the count is this simulator's",
+    "the body of a while loop writes its condition, and it ends within 1,000,000 iterations",
+)
+
+MAX_ITERATIONS = 1_000_000
+
+
+def check_turn(instr: str, turns: int, written: bool) -> None:
+    """Refuse one more turn of a while loop that does not end."""
+    if not written:
+        fail(_ENDLESS, instr, "the body did not write the condition, which is not zero")
+    if turns > MAX_ITERATIONS:
+        fail(_ENDLESS, instr, f"iteration number {turns:,}")
 
 
 class Register:
     """A virtual register: an integer known on the device only, None before it is written."""
 
-    __slots__ = ("read_only", "unknown", "value")
+    __slots__ = ("read_only", "turns", "unknown", "value", "written")
 
     def __init__(self, value: int | None = None, *, read_only: bool = False) -> None:
         self.value = value
         self.read_only = read_only  # the variable of a device loop
         self.unknown = False  # loaded in shape-only mode
+        self.written = True  # since it was last a condition
+        self.turns = 0  # of the `while` that it is the condition of
 
     def __bool__(self) -> bool:
-        return read("a register as a condition", self) != 0
+        instr = "a register as a condition"
+        if read(instr, self) == 0:
+            self.turns = 0
+            return False
+        self.turns += 1
+        check_turn(instr, self.turns, self.written)
+        self.written = False
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is Register or isinstance(other, (int, np.integer)):
+            raise TypeError("a register's value is not known while a kernel is built")
+        return False
+
+    __hash__ = object.__hash__
 
     def __int__(self) -> int:
         raise TypeError("a register's value is not known while a kernel is built")
@@ -114,6 +145,7 @@ def register_move(dst: Register, src: Any) -> None:
     current("nki.isa.register_move")
     _writable("nki.isa.register_move", dst)
     dst.value, dst.unknown = read("nki.isa.register_move", src), False
+    dst.written = True
 
 
 def _writable(instr: str, dst: Any) -> None:
@@ -143,6 +175,7 @@ def register_load(dst: Register, src: Any) -> None:
     if src.storage.watch is not None:
         src.storage.watch.read(run.place.core, instr, src)
     dst.value, dst.unknown = (int(values.reshape(-1)[0]), False) if run.values else (None, True)
+    dst.written = True
     if run.log is not None:
         run.log.add("register_load", "all", None, (src,), 1)
 

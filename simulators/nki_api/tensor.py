@@ -98,6 +98,13 @@ class NkiTensor(Indexing, Views):
             "Python control flow cannot depend on them"
         )
 
+    def __eq__(self, other: object) -> bool:
+        if self is not other and isinstance(other, (int, float, np.generic, np.ndarray)):
+            raise TypeError("a tensor's values are not known while a kernel is built")
+        return self is other
+
+    __hash__ = object.__hash__
+
     def __iter__(self) -> Any:
         raise TypeError("an NkiTensor is not iterable; index it instead")
 

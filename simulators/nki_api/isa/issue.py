@@ -56,6 +56,15 @@ class NkiInstruction:
         return self
 
 
+def _count(run: Run, opcode: str) -> None:
+    """Warn once that no compiler takes so many; at twice as many, take the loop to be endless."""
+    detail = f"instruction number {run.issued:,}"
+    if run.issued == MAX_INSTRUCTIONS + 1:
+        broken(_COUNT, f"nki.isa.{opcode}", detail)
+    if run.issued > 2 * MAX_INSTRUCTIONS and not run.loops:
+        fail(_COUNT, f"nki.isa.{opcode}", f"{detail}, outside device loops")
+
+
 def issue(
     run: Run,
     opcode: str,
@@ -75,8 +84,8 @@ def issue(
     run.issued += 1
     if name is not None:
         run.names.add(name)
-    if run.issued == MAX_INSTRUCTIONS + 1:
-        broken(_COUNT, f"nki.isa.{opcode}", f"instruction number {run.issued:,}")
+    if run.issued > MAX_INSTRUCTIONS:
+        _count(run, opcode)
     for lifetimes in run.core.lifetimes.values():
         lifetimes.touch(run.issued, (dst, *sources))
     if run.core.flights:
