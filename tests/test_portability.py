@@ -94,6 +94,19 @@ def test_our_kernels_never_slice_a_slice(generation: str, mask: str) -> None:
 
 
 @pytest.mark.usefixtures("_no_slice_of_a_slice")
+@pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
+def test_our_support_kernels_never_slice_a_slice(generation: str) -> None:
+    package = load("nxd_cp.kernels", generation=generation)
+    x, row = np.ones((2, 2, 200, 160), np.float32), np.zeros((2, 2, 200, 1), np.float32)
+    delta = package.row_delta.row_delta(x, x)
+    o, lse = package.merge.merge(x, row, x, row)
+    runs = ((0, 100, 2), (1, 100, 2))
+    again = package.permute.permute_tokens(o[0], runs, inverse=True)
+    assert delta.shape == lse.shape == row.shape
+    assert again.shape == x[0].shape
+
+
+@pytest.mark.usefixtures("_no_slice_of_a_slice")
 def test_a_slice_of_a_slice_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     package = load("nxd_cp.kernels", generation="gen3")
     right = package.flash_fwd.load_rows
