@@ -49,10 +49,12 @@ from .tiles import (
     make_pieces,
     my_items,
     query_units,
+    rows_of,
     spans,
     transpose,
     transpose_tiles,
     transpose_unit,
+    whole,
 )
 
 
@@ -92,47 +94,63 @@ def flash_bwd(
     dv_hbm = nl.ndarray(v_BGKE.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     options = {"mask": mask, "scale": scale, "softcap": softcap}
     identity_PP = make_identity(q_BHSD.dtype)
+    places = {"do": whole(do_BHSE), "q": whole(q_BHSD), "k": whole(k_BGKD), "v": whole(v_BGKE)}
+    places["lse"], places["delta"] = whole(lse_BHS1), whole(delta_BHS1)
+    places["dq"], places["dk"], places["dv"] = whole(dq_hbm), whole(dk_hbm), whole(dv_hbm)
+    places["dq_in"], places["dk_in"], places["dv_in"] = (), (), ()
+    if len(carry) > 0:
+        places["dq_in"] = (whole(carry[0]),)
+        places["dk_in"], places["dv_in"] = (whole(carry[1]),), (whole(carry[2]),)
     items = my_items(num_batches, num_groups)
     for i in range(len(items)):
         b, g = items[i]
-        keys = load_keys(k_BGKD, v_BGKE, b, g, identity_PP)
         units = query_units(q_BHSD.shape[1], num_groups, g, q_BHSD.shape[2])
-        rows = make_query_side(do_BHSE, q_BHSD, units)
         limits = ()
         if len(bounds) > 0:
             limits = (load_bounds(bounds[0], bounds[1], b), make_indices())
-        query_hbm = (do_BHSE, q_BHSD, lse_BHS1, delta_BHS1, carry[0:1], dq_hbm)
-        for tile in range(len(keys["wide_tiles"])):
-            dk_psum_JND, dv_psum_JNE = key_tile(
-                query_hbm, b, rows, keys, limits, tile, options, identity_PP
-            )
-            at = (b, g, keys["wide_tiles"][tile])
-            store_key_gradient(dk_hbm, carry[1:2], dk_psum_JND, at, scale)
-            store_key_gradient(dv_hbm, carry[2:3], dv_psum_JNE, at, 1.0)
+        rectangle(places, b, g, units, limits, options, identity_PP)
     return dq_hbm, dk_hbm, dv_hbm
 
 
-def load_keys(k_BGKD, v_BGKE, b, g, identity_PP):
+def rectangle(places, b, g, units, limits, options, identity_PP):
+    """The query heads of one group over one rectangle of scores, from HBM to HBM.
+
+    places: where "do", "q", "k", "v", "lse", "delta", "dq", "dk", "dv" are, and (nothing, or one)
+    "dq_in", "dk_in", "dv_in", to which the gradients are added; see tiles.py.
+    """
+    keys = load_keys(places, b, g, identity_PP)
+    rows = make_query_side(places, units)
+    for tile in range(len(keys["wide_tiles"])):
+        dk_psum_JND, dv_psum_JNE = key_tile(
+            places, b, rows, keys, limits, tile, options, identity_PP
+        )
+        at = (b, g, keys["wide_tiles"][tile])
+        store_key_gradient(places["dk"], places["dk_in"], dk_psum_JND, at, options["scale"])
+        store_key_gradient(places["dv"], places["dv_in"], dv_psum_JNE, at, 1.0)
+
+
+def load_keys(places, b, g, identity_PP):
     """One head's keys and values: transposed, and the keys also by row tile."""
-    lengths = lengths_of(spans(k_BGKD.shape[2], ROWS))
-    k_JTD = load_rows(k_BGKD, b, g)
+    num_keys, dims = places["k"]["rows"], (places["k"]["width"], places["v"]["width"])
+    lengths = lengths_of(spans(num_keys, ROWS))
+    k_JTD = load_rows(places["k"], b, g)
     width = WIDTH
-    if max(k_BGKD.shape[3], v_BGKE.shape[3]) > ROWS:
+    if max(dims[0], dims[1]) > ROWS:
         width = WIDTH // 2  # so that dk and dv of a tile still take one PSUM bank each
     return {
         "kT": transpose_tiles(k_JTD, lengths, identity_PP),
-        "vT": transpose_tiles(load_rows(v_BGKE, b, g), lengths, identity_PP),
+        "vT": transpose_tiles(load_rows(places["v"], b, g), lengths, identity_PP),
         "k": k_JTD,
-        "wide_tiles": spans(k_BGKD.shape[2], width),
-        "count": k_BGKD.shape[2],
-        "dims": (k_BGKD.shape[3], v_BGKE.shape[3]),
+        "wide_tiles": spans(num_keys, width),
+        "count": num_keys,
+        "dims": dims,
     }
 
 
-def make_query_side(do_BHSE, q_BHSD, units):
+def make_query_side(places, units):
     """Room for everything about the queries of one group: rows, transposes, -lse, delta and dq."""
-    head_dim, value_dim, dtype = q_BHSD.shape[3], do_BHSE.shape[3], q_BHSD.dtype
-    num_units = len(units)
+    head_dim, value_dim = places["q"]["width"], places["do"]["width"]
+    num_units, dtype = len(units), places["q"]["hbm"].dtype
     total = 0
     columns = []
     for u in range(num_units):
@@ -151,23 +169,22 @@ def make_query_side(do_BHSE, q_BHSD, units):
     }
 
 
-def load_unit(query_hbm, b, rows, u, identity_PP):
+def load_unit(places, b, rows, u, identity_PP):
     """Load one unit; done when the first key tile comes to it, so that work begins at once."""
-    do_BHSE, q_BHSD, lse_BHS1, delta_BHS1, dq_carry, _ = query_hbm
     h, start, count = rows["units"][u]
-    stop = start + count
     q_MUD, do_MUE, dq_MUD = rows["q"], rows["do"], rows["dq"]
-    nisa.dma_copy(dst=q_MUD[0:count, u, :], src=q_BHSD[b, h, start:stop, :])  # DMA
-    nisa.dma_copy(dst=do_MUE[0:count, u, :], src=do_BHSE[b, h, start:stop, :])  # DMA
+    nisa.dma_copy(dst=q_MUD[0:count, u, :], src=rows_of(places["q"], b, h, start, count))  # DMA
+    nisa.dma_copy(dst=do_MUE[0:count, u, :], src=rows_of(places["do"], b, h, start, count))  # DMA
     transpose_unit(rows["qT"], q_MUD, u, rows["columns"][u], identity_PP)
     transpose_unit(rows["doT"], do_MUE, u, rows["columns"][u], identity_PP)
     lse_M1 = nl.ndarray((count, 1), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.dma_copy(dst=lse_M1, src=lse_BHS1[b, h, start:stop, :])  # DMA
+    nisa.dma_copy(dst=lse_M1, src=rows_of(places["lse"], b, h, start, count))  # DMA
     negate_lse(rows["bias"][0:count, u : u + 1], lse_M1)
     delta_M1 = rows["delta"][0:count, u : u + 1]
-    nisa.dma_copy(dst=delta_M1, src=delta_BHS1[b, h, start:stop, :])  # DMA
-    if len(dq_carry) > 0:
-        nisa.dma_copy(dst=dq_MUD[0:count, u, :], src=dq_carry[0][b, h, start:stop, :])  # DMA
+    nisa.dma_copy(dst=delta_M1, src=rows_of(places["delta"], b, h, start, count))  # DMA
+    if len(places["dq_in"]) > 0:
+        src = rows_of(places["dq_in"][0], b, h, start, count)
+        nisa.dma_copy(dst=dq_MUD[0:count, u, :], src=src)  # DMA
     else:
         nisa.memset(dst=dq_MUD[0:count, u, :], value=0.0)
 
@@ -188,14 +205,14 @@ def negate_lse(bias_M1, lse_M1):
     )
 
 
-def store_unit(query_hbm, b, rows, u):
+def store_unit(places, b, rows, u):
     """Write dq of one unit, after the last key tile that it sees."""
-    dq_hbm = query_hbm[5]
     h, start, count = rows["units"][u]
-    nisa.dma_copy(dst=dq_hbm[b, h, start : start + count, :], src=rows["dq"][0:count, u, :])  # DMA
+    dst = rows_of(places["dq"], b, h, start, count)
+    nisa.dma_copy(dst=dst, src=rows["dq"][0:count, u, :])  # DMA
 
 
-def key_tile(query_hbm, b, rows, keys, limits, tile, options, identity_PP):
+def key_tile(places, b, rows, keys, limits, tile, options, identity_PP):
     """Pass all units by one key tile: returns dk and dv in PSUM, adds into dq."""
     key_start, length = keys["wide_tiles"][tile]
     head_dim, value_dim = keys["dims"]
@@ -206,7 +223,7 @@ def key_tile(query_hbm, b, rows, keys, limits, tile, options, identity_PP):
         _, start, count = rows["units"][u]
         num_keys = reachable(options["mask"], start + count, key_start, length)
         if tile == 0:
-            load_unit(query_hbm, b, rows, u, identity_PP)
+            load_unit(places, b, rows, u, identity_PP)
         if num_keys > 0:
             key_span = (key_start, key_start + num_keys)
             p_MN, slope_MN = recompute_p(rows, u, keys, key_span, limits, options)
@@ -218,7 +235,7 @@ def key_tile(query_hbm, b, rows, keys, limits, tile, options, identity_PP):
                 reachable(options["mask"], start + count, next_start, keys["count"] - next_start)
                 <= 0
             ):
-                store_unit(query_hbm, b, rows, u)
+                store_unit(places, b, rows, u)
     return dk_psum_JND, dv_psum_JNE
 
 
@@ -324,7 +341,7 @@ def add_query_gradient(rows, u, keys, key_start, ds_MN, scale, identity_PP):
     )
 
 
-def store_key_gradient(d_hbm, carried, d_psum_JND, at, factor):
+def store_key_gradient(place, carried, d_psum_JND, at, factor):
     """Write factor * d of one key tile, plus what came before, through SBUF to HBM."""
     b, g, wide_tile = at
     tiles = spans(wide_tile[1], ROWS)
@@ -334,7 +351,7 @@ def store_key_gradient(d_hbm, carried, d_psum_JND, at, factor):
         d_JD = nl.ndarray((num_keys, d_psum_JND.shape[2]), dtype=nl.float32, buffer=nl.sbuf)
         d_psum_JD = d_psum_JND[0:num_keys, j, :]
         if len(carried) > 0:
-            nisa.dma_copy(dst=d_JD, src=carried[0][b, g, start : start + num_keys, :])  # DMA
+            nisa.dma_copy(dst=d_JD, src=rows_of(carried[0], b, g, start, num_keys))  # DMA
             nisa.scalar_tensor_tensor(  # VectorE
                 dst=d_JD,
                 data=d_psum_JD,
@@ -347,4 +364,4 @@ def store_key_gradient(d_hbm, carried, d_psum_JND, at, factor):
             nisa.tensor_scalar(
                 dst=d_JD, data=d_psum_JD, op0=nl.multiply, operand0=factor
             )  # VectorE
-        nisa.dma_copy(dst=d_hbm[b, g, start : start + num_keys, :], src=d_JD)  # DMA
+        nisa.dma_copy(dst=rows_of(place, b, g, start, num_keys), src=d_JD)  # DMA

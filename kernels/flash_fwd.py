@@ -57,10 +57,12 @@ from .tiles import (
     make_identity,
     my_items,
     query_units,
+    rows_of,
     spans,
     store_row_values,
     transpose,
     transpose_tiles,
+    whole,
 )
 
 UNITS = 4  # row tiles of one block: 512 columns of scores, and four accumulators in PSUM
@@ -98,46 +100,58 @@ def flash_fwd(
     )
     options = {"mask": mask, "scale": scale, "softcap": softcap, "shift": shift}
     eyes = (make_identity(q_BHSD.dtype), make_identity(nl.bfloat16))
+    places = {"q": whole(q_BHSD), "k": whole(k_BGKD), "v": whole(v_BGKE), "carry": ()}
+    places["o"], places["lse"] = whole(o_hbm), whole(lse_hbm)
+    if len(carry) > 0:
+        places["carry"] = (whole(carry[0]), whole(carry[1]))
     items = my_items(num_batches, num_groups)
     for i in range(len(items)):
         b, g = items[i]
-        keys = load_keys(k_BGKD, v_BGKE, b, g, eyes[0])
-        limits = load_limits(bounds, b)
         units = query_units(num_heads, num_groups, g, num_rows)
-        top_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
-        sum_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
-        blocks = spans(len(units), UNITS)
-        for j in range(len(blocks)):
-            first, count = blocks[j]
-            queries = load_queries(q_BHSD, b, units[first : first + count], eyes[0])
-            results = (o_hbm, top_MT, sum_MT, first)
-            attend_block(queries, keys, limits, carry, b, results, options, eyes[1])
-        store_lse(lse_hbm, b, units, top_MT, sum_MT)
+        rectangle(places, b, g, units, load_limits(bounds, b), options, eyes)
     return o_hbm, lse_hbm
 
 
-def attend_block(queries, keys, limits, carry, b, results, options, identity_PP):
+def rectangle(places, b, g, units, limits, options, eyes):
+    """The query heads of one group over one rectangle of scores, from HBM to HBM.
+
+    places: where "q", "k", "v", "o", "lse" and "carry" (nothing, or o and lse) are; see tiles.py.
+    """
+    keys = load_keys(places, b, g, eyes[0])
+    top_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+    sum_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+    blocks = spans(len(units), UNITS)
+    for j in range(len(blocks)):
+        first, count = blocks[j]
+        queries = load_queries(places["q"], b, units[first : first + count], eyes[0])
+        results = (places, top_MT, sum_MT, first)
+        attend_block(queries, keys, limits, b, results, options, eyes[1])
+    store_lse(places["lse"], b, units, top_MT, sum_MT)
+
+
+def attend_block(queries, keys, limits, b, results, options, identity_PP):
     """One block of queries from its shift to its output. Its tiles in PSUM live here only."""
     c_MU, shift = find_shift(queries, keys, limits, options, identity_PP)
     acc = attend(queries, keys, limits, shift, options)
-    finish(acc, c_MU, carry, b, queries["units"], results, options)
+    finish(acc, c_MU, b, queries["units"], results, options)
 
 
-def load_keys(k_BGKD, v_BGKE, b, g, identity_PP):
+def load_keys(places, b, g, identity_PP):
     """One head's keys as [C, K] pieces, and its values with a column of ones, [128, tiles, E + 1].
 
     The last tile of keys may be short; its missing partitions are never read.
     """
-    tiles = spans(k_BGKD.shape[2], ROWS)
-    kT_CK = transpose_tiles(load_rows(k_BGKD, b, g), lengths_of(tiles), identity_PP)
-    value_dim = v_BGKE.shape[3]
-    v1_JTE = nl.ndarray((ROWS, len(tiles), value_dim + 1), dtype=v_BGKE.dtype, buffer=nl.sbuf)
+    k_place, v_place = places["k"], places["v"]
+    tiles = spans(k_place["rows"], ROWS)
+    kT_CK = transpose_tiles(load_rows(k_place, b, g), lengths_of(tiles), identity_PP)
+    value_dim, dtype = v_place["width"], v_place["hbm"].dtype
+    v1_JTE = nl.ndarray((ROWS, len(tiles), value_dim + 1), dtype=dtype, buffer=nl.sbuf)
     nisa.memset(dst=v1_JTE[:, :, value_dim : value_dim + 1], value=1.0)
     for t in range(len(tiles)):
         start, rows = tiles[t]
-        src = v_BGKE[b, g, start : start + rows, :]
+        src = rows_of(v_place, b, g, start, rows)
         nisa.dma_copy(dst=v1_JTE[0:rows, t, 0:value_dim], src=src)  # DMA
-    return {"kT": kT_CK, "v1": v1_JTE, "tiles": tiles, "count": k_BGKD.shape[2]}
+    return {"kT": kT_CK, "v1": v1_JTE, "tiles": tiles, "count": k_place["rows"]}
 
 
 def load_limits(bounds, b):
@@ -151,9 +165,9 @@ def load_limits(bounds, b):
     )
 
 
-def load_queries(q_BHSD, b, block, identity_PP):
+def load_queries(place, b, block, identity_PP):
     """The queries of a block as [C, N] pieces, with the columns at which each unit lies."""
-    q_MUD = load_units(q_BHSD, b, block, q_BHSD.dtype)
+    q_MUD = load_units(place, b, block)
     lengths = lengths_of(block)
     columns = []
     total = 0
@@ -161,7 +175,7 @@ def load_queries(q_BHSD, b, block, identity_PP):
         columns.append((total, total + lengths[u]))
         total += lengths[u]
     qT_CN = transpose_tiles(q_MUD, lengths, identity_PP)
-    return {"qT": qT_CN, "units": block, "columns": columns, "dtype": q_BHSD.dtype}
+    return {"qT": qT_CN, "units": block, "columns": columns, "dtype": q_MUD.dtype}
 
 
 def find_shift(queries, keys, limits, options, identity_PP):
@@ -380,16 +394,16 @@ def cut_diagonals(pT_JN, queries, mask, key_start, first_unit):
             cut_past_queries(pT_JN[:, first:stop], mask, start - key_start, 0.0)
 
 
-def finish(acc, c_MU, carry, b, block, results, options):
+def finish(acc, c_MU, b, block, results, options):
     """Merge the accumulators of a block with the carry and write o; keep w and L for the lse."""
-    o_hbm, top_MT, sum_MT, first_unit = results
+    places, top_MT, sum_MT, first_unit = results
     factor = options["scale"]
     if options["softcap"] != 0.0:
         factor = options["softcap"]
     num_units = len(block)
     l_MU = sums(acc, block)
     seen_MU = seen_top(c_MU, l_MU, factor)
-    carried_MU = carried_lse(carry, b, block)
+    carried_MU = carried_lse(places["carry"], b, block)
     top_MU = top_MT[:, first_unit : first_unit + num_units]
     sum_MU = sum_MT[:, first_unit : first_unit + num_units]
     nisa.tensor_tensor(dst=top_MU, data1=seen_MU, data2=carried_MU, op=nl.maximum)  # VectorE
@@ -404,8 +418,8 @@ def finish(acc, c_MU, carry, b, block, results, options):
     for u in range(num_units):
         h, start, rows = block[u]
         weights = (new_MU[0:rows, u : u + 1], old_MU[0:rows, u : u + 1])
-        o_ME = merged_output(acc[u], weights, carry, (b, h, start, rows))
-        nisa.dma_copy(dst=o_hbm[b, h, start : start + rows, :], src=o_ME)  # DMA
+        o_ME = merged_output(acc[u], weights, places["carry"], (b, h, start, rows))
+        nisa.dma_copy(dst=rows_of(places["o"], b, h, start, rows), src=o_ME)  # DMA
 
 
 def sums(acc, block):
@@ -464,16 +478,16 @@ def merged_output(acc_psum, weights, carry, place):
     nisa.tensor_scalar(dst=o_ME, data=part_psum, op0=nl.multiply, operand0=weights[0])
     if len(carry) > 0:
         old_ME = nl.ndarray((rows, value_dim), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.dma_copy(dst=old_ME, src=carry[0][b, h, start : start + rows, :])  # DMA
+        nisa.dma_copy(dst=old_ME, src=rows_of(carry[0], b, h, start, rows))  # DMA
         nisa.scalar_tensor_tensor(
             dst=o_ME, data=old_ME, op0=nl.multiply, operand0=weights[1], op1=nl.add, operand1=o_ME
         )
     return o_ME
 
 
-def store_lse(lse_hbm, b, units, top_MT, sum_MT):
+def store_lse(place, b, units, top_MT, sum_MT):
     """lse = w + log L of all units: only here does ScalarE change from exp to log."""
     lse_MT = nl.ndarray(top_MT.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.activation(dst=lse_MT, op=nl.log, data=sum_MT)  # ScalarE
     nisa.tensor_tensor(dst=lse_MT, data1=lse_MT, data2=top_MT, op=nl.add)  # VectorE
-    store_row_values(lse_hbm, b, units, lse_MT)
+    store_row_values(place, b, units, lse_MT)

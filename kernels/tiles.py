@@ -94,45 +94,90 @@ def transpose(dst_FP, data_PF, identity_PP):
     nisa.tensor_copy(dst=dst_FP, src=t_psum_FP)  # VectorE
 
 
-def load_rows(hbm_BHSD, b, h):
+def whole(hbm_BHSD):
+    """All rows of an HBM tensor as a place to load from and store to."""
+    return {"hbm": hbm_BHSD, "kind": "whole", "rows": hbm_BHSD.shape[2], "width": hbm_BHSD.shape[3]}
+
+
+def chunk(hbm_BHCSD, index, first_column, width):
+    """Chunk number `index` of the rows of an HBM tensor, and some of its columns, as such."""
+    return {
+        "hbm": hbm_BHCSD,
+        "kind": "chunk",
+        "index": index,
+        "first": first_column,
+        "rows": hbm_BHCSD.shape[3],
+        "width": width,
+    }
+
+
+def moving_chunk(hbm_BHCSD, index_11, first_column, width):
+    """The same with a number known at run time only, int32 [1, 1] in SBUF.
+
+    DMA adds it to the address, so that one program serves every rank.
+    """
+    place = chunk(hbm_BHCSD, index_11, first_column, width)
+    place["kind"] = "moving"
+    return place
+
+
+def rows_of(place, b, h, start, count):
+    """Rows start to start + count of one head at a place, as an operand of a DMA."""
+    hbm = place["hbm"]
+    if place["kind"] == "whole":
+        return hbm[b, h, start : start + count, :]
+    first, width = place["first"], place["width"]
+    if place["kind"] == "chunk":
+        return hbm[b, h, place["index"], start : start + count, first : first + width]
+    _, num_heads, num_chunks, num_rows, row = hbm.shape
+    before = ((b * num_heads + h) * num_chunks * num_rows + start) * row + first
+    return hbm.ap(
+        pattern=[[row, count], [1, width]],
+        offset=before,
+        scalar_offset=place["index"],
+        indirect_dim=2,
+    )
+
+
+def load_rows(place, b, h):
     """Load one head [S, D] as [128, tiles, D]: row t * 128 + p on partition p, index t."""
-    num_rows, head_dim = hbm_BHSD.shape[2], hbm_BHSD.shape[3]
-    tiles = spans(num_rows, ROWS)
-    out_PTD = nl.ndarray((ROWS, len(tiles), head_dim), dtype=hbm_BHSD.dtype, buffer=nl.sbuf)
+    tiles = spans(place["rows"], ROWS)
+    dtype = place["hbm"].dtype
+    out_PTD = nl.ndarray((ROWS, len(tiles), place["width"]), dtype=dtype, buffer=nl.sbuf)
     for t in range(len(tiles)):
         start, rows = tiles[t]
-        src = hbm_BHSD[b, h, start : start + rows, :]
+        src = rows_of(place, b, h, start, rows)
         nisa.dma_copy(dst=out_PTD[0:rows, t, :], src=src)  # DMA
     return out_PTD
 
 
-def load_units(hbm_BHSD, b, units, dtype):
+def load_units(place, b, units):
     """Load the rows of some units as [128, units, D]."""
-    head_dim = hbm_BHSD.shape[3]
-    out_MUD = nl.ndarray((ROWS, len(units), head_dim), dtype=dtype, buffer=nl.sbuf)
+    dtype = place["hbm"].dtype
+    out_MUD = nl.ndarray((ROWS, len(units), place["width"]), dtype=dtype, buffer=nl.sbuf)
     for u in range(len(units)):
         h, start, rows = units[u]
-        src = hbm_BHSD[b, h, start : start + rows, :]
+        src = rows_of(place, b, h, start, rows)
         nisa.dma_copy(dst=out_MUD[0:rows, u, :], src=src)  # DMA
     return out_MUD
 
 
-def load_row_values(hbm_BHS1, b, units, fill):
+def load_row_values(place, b, units, fill):
     """Load one fp32 number per row of some units as [128, units]; `fill` past a ragged end."""
     out_MU = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
     nisa.memset(dst=out_MU, value=fill)
     for u in range(len(units)):
         h, start, rows = units[u]
-        src = hbm_BHS1[b, h, start : start + rows, :]
+        src = rows_of(place, b, h, start, rows)
         nisa.dma_copy(dst=out_MU[0:rows, u : u + 1], src=src)  # DMA
     return out_MU
 
 
-def store_row_values(hbm_BHS1, b, units, values_MU):
+def store_row_values(place, b, units, values_MU):
     """Write one fp32 number per row of some units."""
     for u in range(len(units)):
         h, start, rows = units[u]
-        dst = hbm_BHS1[b, h, start : start + rows, :]
+        dst = rows_of(place, b, h, start, rows)
         nisa.dma_copy(dst=dst, src=values_MU[0:rows, u : u + 1])  # DMA
 
 

@@ -225,10 +225,14 @@ def rounded(case: KernelCase, x: Problem) -> Results:
     share = p.sum(-1) / p_low.sum(-1)  # both 0 in a row that sees nothing
     o = (p_low @ v_all) * share.nan_to_num(0.0).unsqueeze(-1)
     delta = (do * o).sum(-1, keepdim=True)
-    s, t = _capped(case, q.flip(-1), k_all.flip(-1))  # flash attention computes scores twice, and
-    p = p.sign() * torch.exp(s - lse.unsqueeze(-1))  # large ones round differently
-    p = p.nan_to_num(0.0)
-    ds = (p * (do @ v_all.mT - delta) * (1 - t * t)).to(case.dtype).float()
+    # Flash attention computes scores twice and dp apart from delta: sums of fp32 in another order,
+    # which round otherwise. Large scores and small differences show it.
+    make = torch.Generator().manual_seed(case.seed)
+    s, t = _capped(case, q.flip(-1), k_all.flip(-1))
+    s, dp = _rounded_again(s, s.abs(), make), do @ v_all.mT
+    dp = _rounded_again(dp, do.abs() @ v_all.abs().mT, make)
+    p = (p.sign() * torch.exp(s - lse.unsqueeze(-1))).nan_to_num(0.0)
+    ds = (p * (dp - delta) * (1 - t * t)).to(case.dtype).float()
     p_low = p.to(case.dtype).float()
     dq = case.scale * ds @ k_all
     dk, dv = case.scale * ds.mT @ q, p_low.mT @ do
@@ -239,6 +243,12 @@ def rounded(case: KernelCase, x: Problem) -> Results:
         lse - share.nan_to_num(1.0).log(),
         tuple(g.to(case.dtype) for g in grads),
     )
+
+
+def _rounded_again(x: Tensor, size: Tensor, make: torch.Generator) -> Tensor:
+    """x with an error of one fp32 step of `size`, up or down."""
+    step = torch.finfo(torch.float32).eps * size
+    return x + step * (2 * torch.randint(2, x.shape, generator=make) - 1)
 
 
 def _capped(case: KernelCase, q: Tensor, k_all: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,30 +282,30 @@ def check(case: KernelCase) -> None:
     assert torch.equal(lse > -torch.inf, seen), "lse: another row is empty"
     assert not (o * ~seen.unsqueeze(-1)).any(), "o: an empty row is not zero"
     if seen.any():
-        _assert_as_good("lse", lse[seen], lse_true[seen], lse_low[seen], FP32_OUTPUT)
+        _assert_as_good("lse", lse[seen], lse_true[seen], lse_low[seen], FP32_OUTPUT, case.gain)
     found, truth, low = (o, *grads), (o_true, *grads_true), (o_low, *grads_low)
     for name, got, expected, baseline in zip(NAMES, found, truth, low, strict=True):
         assert torch.isfinite(got).all(), f"{name}: not finite"
         absolute = 0.0
         if case.dtype == torch.float32:
             absolute = FP32_OUTPUT if name == "o" else FP32_GRADIENT
-        _assert_as_good(name, got, expected, baseline, absolute)
+        _assert_as_good(name, got, expected, baseline, absolute, case.gain)
 
 
 def _assert_as_good(
-    name: str, got: Tensor, truth: Tensor, baseline: Tensor, absolute: float
+    name: str, got: Tensor, truth: Tensor, baseline: Tensor, absolute: float, gain: float
 ) -> None:
     """Within a multiple of the one-device error, largest and RMS, and one rounding step.
 
     absolute: what fp32 may be off in any case, of values up to 1. The RMS of few roundings is no
-    steadier than their maximum.
+    steadier than their maximum; with a large gain few rows, those of ties, hold all of the error.
     """
     found, allowed = error(got, truth), error(baseline, truth)
     text = f"{name}: {found}; one device: {allowed}"
     absolute *= max(1.0, float(truth.abs().max()))
     step = max(absolute, rounding_step(truth, baseline.dtype))
     assert found.max_abs <= max(step, MAX_FACTOR * allowed.max_abs), text
-    factor = RMS_FACTOR if truth.numel() >= FEW else MAX_FACTOR
+    factor = RMS_FACTOR if truth.numel() >= FEW and gain <= 30 else MAX_FACTOR
     rms_step = torch.finfo(baseline.dtype).eps / 4
     allowed_rms = factor * allowed.relative_rms + rms_step
     size = float(truth.square().mean().sqrt())

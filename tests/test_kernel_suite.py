@@ -121,8 +121,8 @@ def subtract_a_rounded_shift(right: Any, module: Any) -> Any:
 
 
 def forget_the_ones_column(right: Any, module: Any) -> Any:
-    def wrong(k: Any, v: Any, *place: Any) -> Any:
-        keys = right(k, v, *place)
+    def wrong(*place: Any) -> Any:
+        keys = right(*place)
         values = keys["v1"]
         last = values.shape[2]
         module.nisa.memset(dst=values[:, :, last - 1 : last], value=2.0)
@@ -191,8 +191,8 @@ def forget_the_carried_key_gradient(right: Any, module: Any) -> Any:
 
 
 def forget_the_carried_dq(right: Any, module: Any) -> Any:
-    def wrong(hbm: Any, *place: Any) -> None:
-        right((*hbm[:4], (), hbm[5]), *place)
+    def wrong(places: Any, *rest: Any) -> None:
+        right({**places, "dq_in": ()}, *rest)
 
     return wrong
 
