@@ -1,0 +1,262 @@
+"""The ring on the device: `ring_fwd` and `ring_bwd` in the simulator of many ranks.
+
+Against fp64, against the ring that the host drives, and in the order that the schedule wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budget
+from cases import NAMES, Case, cut, inputs, join, join_all, one_device, truth
+from torch import Tensor
+
+from nxd_cp.attention import ring_attention
+from nxd_cp.backends import kernel_limits
+from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
+from nxd_cp.context import CPContext
+from nxd_cp.simulators.nki_api import (
+    NkiSimulatorWarning,
+    NkiValidationError,
+    load,
+    record,
+    simulate_ranks,
+)
+
+pytestmark = pytest.mark.filterwarnings("error::nxd_cp.simulators.nki_api.NkiSimulatorWarning")
+
+
+def run(case: Case, generation: str) -> tuple[Tensor, ...]:
+    """o, dq, dk, dv of the whole sequence by the two kernels, one program for all ranks."""
+    kernels = load("nxd_cp.kernels", generation=generation)
+    parts = [[cut(x, case, rank) for x in inputs(case)] for rank in range(case.size)]
+    calls = [arguments(case, part, generation) for part in parts]
+    results = simulate_ranks(kernels.ring_fwd.ring_fwd, calls, generation=generation)
+    rows = [[x.flatten(2, 3) for x in result] for result in results]
+    back = []
+    for (*_, do), (o, lse), call in zip(parts, rows, calls, strict=True):
+        delta = (do.float() * o).sum(-1)
+        back.append(backward_arguments(do, lse.squeeze(-1), delta, call))
+    grads = simulate_ranks(kernels.ring_bwd.ring_bwd, back, generation=generation)
+    found = [(o, *(x.flatten(2, 3) for x in g)) for (o, _), g in zip(rows, grads, strict=True)]
+    return join_all(found, case)
+
+
+def arguments(case: Case, part: list[Tensor], generation: str) -> tuple[Any, ...]:
+    q, k, v, _ = part
+    return forward_arguments(
+        q,
+        k,
+        v,
+        groups=(tuple(range(case.size)),),
+        causal=case.causal,
+        scale=case.D**-0.5,
+        generation=generation,
+    )
+
+
+def check(case: Case, generation: str) -> None:
+    found = run(case, generation)
+    if case.dtype == torch.float32:
+        bounds = (FP32_OUTPUT, FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT)
+        for name, x, y, bound in zip(NAMES, found, truth(case), bounds, strict=True):
+            assert_close(name, x, y, bound)
+        return
+    for name, x, y, z in zip(NAMES, found, truth(case), one_device(case), strict=True):
+        assert_within_budget(name, x, y, z)
+
+
+def zigzag(size: int, rows: int = 36, **changes: Any) -> Case:
+    shape = {"Hq": 2, "Hkv": 1, "D": 32, **changes}
+    return Case(layout="zigzag", size=size, causal=True, S=2 * size * rows, **shape)
+
+
+CASES = [
+    *(zigzag(size) for size in (2, 3, 4, 5, 6, 7, 8)),
+    zigzag(4, 130, dtype=torch.bfloat16, D=64),
+    zigzag(2, 64, B=2, Hq=4, Hkv=2, D=160),
+    zigzag(3, 1),
+    *(
+        Case(layout="contiguous", size=size, causal=False, S=50 * size, Hq=3, Hkv=3, D=32)
+        for size in (2, 5, 8)
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_device_ring_is_fp64_attention(case: Case) -> None:
+    check(case, "gen4" if case.size % 2 else "gen3")
+
+
+@pytest.mark.parametrize("generation", ["gen3", "gen4"])
+def test_the_device_ring_equals_the_ring_that_the_host_drives(
+    generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
+    case = zigzag(4, 64)
+
+    def on_each_rank(cp: CPContext) -> tuple[Tensor, ...]:
+        q, k, v, do = (cut(x, case, cp.rank).clone() for x in inputs(case))
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        o = ring_attention(*leaves, cp=cp, backend="simulate")
+        o.backward(do)
+        return (o.detach(), *(x.grad for x in leaves))
+
+    group = CPContext.local(case.size, layout="zigzag")
+    by_host = join_all(group.run(on_each_rank), case)
+    bounds = (FP32_OUTPUT, FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT)
+    for name, x, y, bound in zip(NAMES, run(case, generation), by_host, bounds, strict=True):
+        assert_close(name, x, y.double(), bound)
+
+
+def test_groups_of_ranks_are_rings_of_their_own() -> None:
+    """Two groups that interleave: every rank gets what its group alone would give it."""
+    kernel = load("nxd_cp.kernels", generation="gen3").ring_fwd.ring_fwd
+    case = zigzag(2)
+    groups = ((0, 2), (1, 3))
+    place = {0: (0, 0), 2: (0, 1), 1: (1, 0), 3: (1, 1)}
+    calls = []
+    for rank in range(4):
+        which, index = place[rank]
+        q, k, v, _ = (cut(x, case, index) * (1 + which) for x in inputs(case))
+        calls.append(forward_arguments(q, k, v, groups=groups, causal=True, scale=0.1))
+    results = [o.flatten(2, 3) for o, _ in simulate_ranks(kernel, calls, generation="gen3")]
+    for which, members in enumerate(groups):
+        q, k, v = (x.double() * (1 + which) for x in inputs(case)[:3])
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=0.1, enable_gqa=True
+        )
+        found = join([results[rank] for rank in members], case)
+        assert_close("o", found, expected, 2 * FP32_OUTPUT)
+
+
+def opcodes(case: Case, direction: str) -> list[list[str]]:
+    """The instructions of every rank."""
+    kernels = load("nxd_cp.kernels", generation="gen3")
+    parts = [[cut(x, case, rank) for x in inputs(case)] for rank in range(case.size)]
+    calls = [arguments(case, part, "gen3") for part in parts]
+    kernel = kernels.ring_fwd.ring_fwd
+    if direction == "backward":
+        kernel = kernels.ring_bwd.ring_bwd
+        rows = torch.zeros(case.B, case.Hq, case.S // case.size)
+        calls = [backward_arguments(p[3], rows, rows, c) for p, c in zip(parts, calls, strict=True)]
+    with record() as log:
+        simulate_ranks(kernel, calls, generation="gen3")
+    return [[r.opcode for r in log.of_core(rank, 0)] for rank in range(case.size)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_all_ranks_run_one_program(direction: str) -> None:
+    first, *others = opcodes(zigzag(4), direction)
+    assert all(other == first for other in others)
+
+
+def moves(program: list[str]) -> list[str]:
+    """The order of permutes and computation, a run of either written once."""
+    kinds = {"collective_permute_implicit": "permute", "nc_matmul": "compute"}
+    named = [kinds[opcode] for opcode in program if opcode in kinds]
+    runs = [a for a, b in zip(named, [None, *named], strict=False) if a != b or a == "permute"]
+    return runs
+
+
+def test_the_next_keys_are_asked_for_before_the_present_ones_are_used() -> None:
+    forward = moves(opcodes(zigzag(4), "forward")[0])
+    assert forward == ["permute", "compute"] * 3
+
+
+def test_gradients_go_on_after_their_step_and_make_the_full_turn() -> None:
+    backward = moves(opcodes(zigzag(3), "backward")[0])
+    assert backward == [
+        *("permute", "compute", "permute"),  # keys out, own step, gradients out
+        *("permute", "compute", "permute"),
+        *("compute", "permute"),  # no more keys; the gradients come home
+    ]
+
+
+Plant = Callable[[Any, pytest.MonkeyPatch], None]
+
+
+def ask_too_late(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(kernels.ring_fwd, "send_on", lambda src, dst, group: None)
+
+
+def take_the_other_side(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    right = kernels.ring_steps.place_of
+
+    def wrong(hbm: Any, index: Any, *rest: Any) -> Any:
+        return right(hbm, 0 if index == "x" else index, *rest)
+
+    patch.setattr(kernels.ring_fwd, "place_of", wrong)
+
+
+def send_before_the_gradients_are_added(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    right, held = kernels.ring_bwd.send_on, []
+
+    def wrong(src: Any, dst: Any, group: Any) -> None:
+        if src.name.startswith("grads"):
+            held.append((src, dst))
+            src, dst = held[0]
+        right(src, dst, group)
+
+    patch.setattr(kernels.ring_bwd, "send_on", wrong)
+
+
+def forget_who_came_first(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    right = kernels.ring_fwd.rectangles
+
+    def wrong(mask: str, step: int) -> Any:
+        return tuple((q, k, m, True, True) for q, k, m, _, _ in right(mask, step))
+
+    patch.setattr(kernels.ring_fwd, "rectangles", wrong)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        ask_too_late,
+        take_the_other_side,
+        send_before_the_gradients_are_added,
+        forget_who_came_first,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_a_fault_planted_in_the_ring_is_caught(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(zigzag(3), "gen3")
+    plant(load("nxd_cp.kernels", generation="gen3"), monkeypatch)
+    with pytest.raises((AssertionError, NkiValidationError, NkiSimulatorWarning)):
+        check(zigzag(3), "gen3")
+
+
+REFUSED = [
+    ({"generation": "gen2"}, {}, "expected gen3 .trn2. or later, got gen2"),
+    ({"groups": ((0, 1), (2,))}, {}, r"groups of one length, got \[1, 2\]"),
+    ({}, {"rows": 9}, "even number of rows .two zigzag chunks., got 9"),
+    ({}, {"keys": 12}, "as many keys as queries on a rank, got 12 and 8"),
+    ({}, {"rows": 16384, "keys": 16384}, "bytes of SBUF per partition, got"),
+    ({}, {"heads": 400}, "instructions in one program, got about"),
+]
+
+
+@pytest.mark.parametrize(("options", "shape", "message"), REFUSED, ids=lambda x: str(x)[:30])
+def test_limits_of_the_device_ring(
+    options: dict[str, Any], shape: dict[str, int], message: str
+) -> None:
+    rows, heads = shape.get("rows", 8), shape.get("heads", 1)
+    q = torch.zeros(1, heads, rows, 64)
+    k = torch.zeros(1, heads, shape.get("keys", rows), 64)
+    given = {"groups": ((0, 1),), "causal": True, "scale": 1.0, **options}
+    with pytest.raises(ValueError, match=message):
+        forward_arguments(q, k, k, **given)
+
+
+def test_the_instructions_of_a_ring_are_within_the_estimate() -> None:
+    case = zigzag(2, 128)
+    program = opcodes(case, "backward")[0]
+    launch = kernel_limits.Launch(2, 128, 128, 32, 32, 4)
+    estimate = 5 * kernel_limits.backward_instructions(launch)
+    assert len(program) <= estimate
