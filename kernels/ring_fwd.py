@@ -46,9 +46,10 @@ def ring_fwd(q_BHCSD, k_BGCSD, v_BGCSE, sides_NN, groups, mask, scale, softcap=0
     """
     batches, heads, chunks, num_rows, head_dim = q_BHCSD.shape
     kv_heads, value_dim = k_BGCSD.shape[1], v_BGCSE.shape[4]
-    shape = (batches, heads, chunks, num_rows)
-    o_hbm = nl.ndarray((*shape, value_dim), dtype=nl.float32, buffer=nl.shared_hbm)
-    lse_hbm = nl.ndarray((*shape, 1), dtype=nl.float32, buffer=nl.shared_hbm)
+    o_shape = (batches, heads, chunks, num_rows, value_dim)
+    lse_shape = (batches, heads, chunks, num_rows, 1)
+    o_hbm = nl.ndarray(o_shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    lse_hbm = nl.ndarray(lse_shape, dtype=nl.float32, buffer=nl.shared_hbm)
     group, size = ncc.ReplicaGroup(groups), len(groups[0])
     eyes = (make_identity(q_BHCSD.dtype), make_identity(nl.bfloat16))
     kv = make_buffers(k_BGCSD, v_BGCSE, k_BGCSD.dtype, "kv")

@@ -66,7 +66,8 @@ def side_of(row_N1, group, step):
 
 def make_buffers(like_k, like_v, dtype, name):
     """Two HBM buffers [B, G, C, S, D + E], keys and values (or their gradients) side by side."""
-    shape = (*like_k.shape[0:4], like_k.shape[4] + like_v.shape[4])
+    batches, groups, chunks, num_rows, head_dim = like_k.shape
+    shape = (batches, groups, chunks, num_rows, head_dim + like_v.shape[4])
     here = nl.ndarray(shape, dtype=dtype, buffer=nl.private_hbm, name=name + "_0")
     there = nl.ndarray(shape, dtype=dtype, buffer=nl.private_hbm, name=name + "_1")
     return here, there
