@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
 import time
 from collections import Counter
@@ -36,13 +37,14 @@ def all_cases(seed: int, per_generation: int) -> dict[str, KernelCase]:
     return {str(case): case for case in [*cases, *PUBLIC]}
 
 
-def run(case: KernelCase) -> str:
-    """Empty, or what was wrong."""
+def run(case: KernelCase) -> tuple[str, str]:
+    """The case's text, and what was wrong or nothing."""
+    torch.set_num_threads(1)
     try:
         check(case)
     except (AssertionError, NkiValidationError, ValueError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return str(case), f"{type(error).__name__}: {error}"
+    return str(case), ""
 
 
 def load(path: Path, wanted: dict[str, KernelCase]) -> dict[str, str]:
@@ -88,8 +90,8 @@ def main() -> int:
     parser.add_argument("--per-generation", type=int, default=210, help="at least so many")
     parser.add_argument("--results", type=Path, default=Path("kernel_cases.jsonl"))
     parser.add_argument("--limit", type=int, help="stop after so many new cases")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     console = Console()
     wanted = all_cases(options.seed, options.per_generation)
     results = load(options.results, wanted)
@@ -101,13 +103,15 @@ def main() -> int:
     with (
         options.results.open("a") as out,
         Progress(*columns, TimeElapsedColumn(), console=console) as bar,
+        multiprocessing.get_context("spawn").Pool(options.workers) as pool,
     ):
         task = bar.add_task("kernel cases", total=len(missing))
-        for name in missing:
-            results[name] = run(wanted[name])
-            print(json.dumps([name, results[name]]), file=out, flush=True)
+        for name, said in pool.imap_unordered(run, [wanted[name] for name in missing]):
+            results[name] = said
+            print(json.dumps([name, said]), file=out, flush=True)
             bar.advance(task)
-    console.print(f"{len(missing)} cases in {time.monotonic() - start:.0f} s on one core")
+    seconds = time.monotonic() - start
+    console.print(f"{len(missing)} cases in {seconds:.0f} s, {options.workers} at a time")
     if len(results) < len(wanted):
         console.print(f"{len(wanted) - len(results)} cases still to run: call again")
     else:

@@ -22,6 +22,7 @@ from budgets import (
 )
 from cases import NAMES, Case, cut, inputs, join_all, one_device, truth
 from kernel_cases import KernelCase, by_kernels, check, exact, problem, rounded
+from kernel_shapes import run_shapes, whole_rectangle
 from torch import Tensor
 
 from nxd_cp.attention import ring_attention
@@ -30,7 +31,8 @@ from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import Bounded
-from nxd_cp.simulators.nki_api import Log, SimParams, parameters, record
+from nxd_cp.simulators.nki_api import NkiValidationError, record
+from nxd_cp.simulators.nki_api.chips import CHIPS, PSUM_BYTES
 
 GENERATIONS = ("gen2", "gen3", "gen4")
 STATIC = ("full", "causal", "strict")
@@ -267,42 +269,34 @@ def test_the_estimates_of_a_launch_hold_and_are_not_far_off(
     launch: Launch, generation: str
 ) -> None:
     found = run_shapes(launch, generation)
-    for name, estimate in (("forward", FORWARD), ("backward", BACKWARD)):
-        instructions, used = found[name]
-        assert instructions <= estimate[0](launch) <= 2 * instructions + 100, name
-        assert used <= estimate[1](launch), name
+    for cost, (instructions, sbuf) in zip(found, (FORWARD, BACKWARD), strict=True):
+        assert cost.instructions <= instructions(launch) <= 2 * cost.instructions + 100
+        assert cost.sbuf <= sbuf(launch)
 
 
 FORWARD = kernel_limits.forward_instructions, kernel_limits.forward_bytes
 BACKWARD = kernel_limits.backward_instructions, kernel_limits.backward_bytes
 
 
-def run_shapes(launch: Launch, generation: str) -> dict[str, tuple[int, int]]:
-    """Instructions and largest SBUF use in bytes per partition, of a shape-only run."""
-    dtype = torch.bfloat16 if launch.itemsize == 2 else torch.float32
-    mask = Bounded(-launch.rows, 0) if launch.mask == "interval" else launch.mask
-    q = torch.zeros(1, launch.heads, launch.rows, launch.head_dim, dtype=dtype)
-    k = torch.zeros(1, 1, launch.keys, launch.head_dim, dtype=dtype)
-    v = torch.zeros(1, 1, launch.keys, launch.value_dim, dtype=dtype)
-    do = torch.zeros(1, launch.heads, launch.rows, launch.value_dim, dtype=dtype)
-    row = torch.zeros(1, launch.heads, launch.rows)
-    backend = KernelBackend("simulate", generation)
-    options = {"mask": mask, "scale": 1.0, "softcap": 10.0 if launch.softcap else None}
-    found = {}
-    with parameters(SimParams(values=False)):
-        with record() as log:
-            backend.forward(q, k, v, **options)
-        found["forward"] = len(log), sbuf_bytes(log)
-        with record() as log:
-            backend.backward(do, q, k, v, do, row, row, **options)
-        found["backward"] = len(log), sbuf_bytes(log)
-    return found
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("mask", ["causal", "interval"])
+def test_a_long_rectangle_never_exceeds_sbuf_or_psum(mask: str, generation: str) -> None:
+    """Up to 32768 rows: scripts/kernel_sizes.py."""
+    launch = Launch(1, 4096, 4096, 128, 128, 2, mask)
+    for total in whole_rectangle(launch, generation):
+        assert total.launches == len(kernel_blocks.split(launch, 1))
+        assert 0 < total.sbuf <= kernel_limits.SBUF_BYTES <= CHIPS[generation].sbuf_usable_bytes
+        assert 0 < total.psum <= PSUM_BYTES
+        assert total.longest <= kernel_limits.MAX_INSTRUCTIONS
 
 
-def sbuf_bytes(log: Log) -> int:
-    """Bytes per partition between the lowest and the highest that were ever in use."""
-    tiles = [b for b in log.buffers if b.space == "sbuf"]
-    return max(b.address + b.row_bytes for b in tiles) - min(b.address for b in tiles)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_launch_that_was_not_cut_is_caught(
+    generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_blocks, "fits", lambda launch: True)
+    with pytest.raises(NkiValidationError, match=r"memory\.capacity"):
+        whole_rectangle(Launch(1, 128, 65536, 128, 128, 4, "full"), generation)
 
 
 REFUSED = [
