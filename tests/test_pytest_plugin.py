@@ -1,5 +1,6 @@
 """The pytest plugin for other people's kernels, and the page that explains it, run as written."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -139,12 +140,16 @@ import pytest
 import {PLUGIN}
 sys.exit(pytest.main(["--version", "-p", "{PLUGIN}"]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # Installed or not: the entry point would register the plugin a second time.
+    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+    def run(source):
+        command = [sys.executable, "-c", source]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+
+    done = run(code)
     assert done.returncode == 0, done.stderr
-    broken = code.replace('["--version"', '["--nki-simulator", "--collect-only"')
-    done = subprocess.run(
-        [sys.executable, "-c", broken], capture_output=True, text=True, check=False
-    )
+    done = run(code.replace('["--version"', '["--nki-simulator", "--collect-only"'))
     assert "install nxd-cp[sim]" in done.stderr
 
 
