@@ -5,6 +5,7 @@ Against fp64, against the ring that the host drives, and in the order that the s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -91,12 +92,13 @@ def test_the_device_ring_is_fp64_attention(case: Case) -> None:
     check(case, "gen4" if case.size % 2 else "gen3")
 
 
-@pytest.mark.parametrize("generation", ["gen3", "gen4"])
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6, 7, 8])
 def test_the_device_ring_equals_the_ring_that_the_host_drives(
-    generation: str, monkeypatch: pytest.MonkeyPatch
+    size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    generation = "gen3" if size % 2 else "gen4"
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
-    case = zigzag(4, 64)
+    case = zigzag(size, 64 if size == 4 else 20)
 
     def on_each_rank(cp: CPContext) -> tuple[Tensor, ...]:
         q, k, v, do = (cut(x, case, cp.rank).clone() for x in inputs(case))
@@ -179,7 +181,7 @@ def test_gradients_go_on_after_their_step_and_make_the_full_turn() -> None:
 Plant = Callable[[Any, pytest.MonkeyPatch], None]
 
 
-def ask_too_late(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+def drop_the_permute_of_the_keys(kernels: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kernels.ring_fwd, "send_on", lambda src, dst, group: None)
 
 
@@ -192,15 +194,42 @@ def take_the_other_side(kernels: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(kernels.ring_fwd, "place_of", wrong)
 
 
-def send_before_the_gradients_are_added(kernels: Any, patch: pytest.MonkeyPatch) -> None:
-    right, held = kernels.ring_bwd.send_on, []
+def drop_the_permute_of_the_gradients(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    right = kernels.ring_bwd.send_on
 
     def wrong(src: Any, dst: Any, group: Any) -> None:
-        if src.name.startswith("grads"):
-            held.append((src, dst))
-            src, dst = held[0]
-        right(src, dst, group)
+        if not src.name.startswith("grads"):
+            right(src, dst, group)
 
+    patch.setattr(kernels.ring_bwd, "send_on", wrong)
+
+
+def send_the_other_buffer(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    right = kernels.ring_fwd.send_on
+    patch.setattr(kernels.ring_fwd, "send_on", lambda src, dst, group: right(dst, src, group))
+
+
+def send_gradients_before_they_are_added(kernels: Any, patch: pytest.MonkeyPatch) -> None:
+    """The permutes change places: gradients leave before their step, keys after it."""
+    right, late = kernels.ring_bwd.send_on, threading.local()
+    make = kernels.ring_bwd.make_buffers
+
+    def remember(*about: Any) -> Any:
+        late.buffers = make(*about)
+        late.keys, late.step = None, 0
+        return late.buffers
+
+    def wrong(src: Any, dst: Any, group: Any) -> None:
+        if src.name.startswith("kv"):
+            right(late.buffers[late.step % 2], late.buffers[(late.step + 1) % 2], group)
+            late.keys, late.step = (src, dst), late.step + 1
+        elif late.keys:
+            right(*late.keys, group)
+            late.keys = None
+        else:
+            right(src, dst, group)
+
+    patch.setattr(kernels.ring_bwd, "make_buffers", remember)
     patch.setattr(kernels.ring_bwd, "send_on", wrong)
 
 
@@ -216,9 +245,11 @@ def forget_who_came_first(kernels: Any, patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "plant",
     [
-        ask_too_late,
+        drop_the_permute_of_the_keys,
+        drop_the_permute_of_the_gradients,
+        send_the_other_buffer,
         take_the_other_side,
-        send_before_the_gradients_are_added,
+        send_gradients_before_they_are_added,
         forget_who_came_first,
     ],
     ids=lambda f: f.__name__,
