@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import KernelCase, check
+from kernel_cases import NAMES, KernelCase, by_kernels, check, exact, problem
 from kernel_suite import (
     FEATURES,
     GENERATIONS,
     PUBLIC,
+    TOLERANCES,
     generate,
     pairs,
     possible_pairs,
@@ -38,6 +39,17 @@ def test_a_generated_case_and_its_gradients_are_those_of_fp64(case: KernelCase) 
 @pytest.mark.parametrize("case", PUBLIC[::2], ids=str)
 def test_the_shapes_of_public_suites(case: KernelCase) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("case", TOLERANCES, ids=str)
+def test_public_shapes_hold_the_tolerance_of_their_suite(case: KernelCase) -> None:
+    """Against fp64, where the suite compares two runs in low precision."""
+    x, allowed = problem(case), TOLERANCES[case]
+    o, _, grads = by_kernels(case, x)
+    o_true, _, true = exact(case, x)
+    for name, found, expected in zip(NAMES, (o, *grads), (o_true, *true), strict=True):
+        excess = (found - expected).abs() - allowed * (1 + expected.abs())
+        assert float(excess.max()) <= 0, f"{name}: {float(excess.max())} above {allowed}"
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
