@@ -18,23 +18,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from kernel_shapes import Total, whole_rectangle
+from kernel_shapes import exceeded, whole_rectangle
 
-from nxd_cp.backends.kernel_limits import MAX_INSTRUCTIONS, Launch
+from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.simulators.nki_api.chips import CHIPS, PSUM_BYTES
 
 MASKS = ("full", "causal", "strict", "interval")
-
-
-def problem(total: Total, sbuf_bytes: int) -> str:
-    """What is exceeded, or nothing."""
-    if total.sbuf > sbuf_bytes:
-        return f"SBUF: {total.sbuf} of {sbuf_bytes} bytes per partition"
-    if total.psum > PSUM_BYTES:
-        return f"PSUM: {total.psum} of {PSUM_BYTES} bytes per partition"
-    if total.longest > MAX_INSTRUCTIONS:
-        return f"instructions: {total.longest} of {MAX_INSTRUCTIONS}"
-    return ""
 
 
 def main() -> int:
@@ -62,7 +51,7 @@ def main() -> int:
                     sbuf = f"{total.sbuf:,} of {chip.sbuf_usable_bytes:,}"
                     psum = f"{total.psum:,} of {PSUM_BYTES:,}"
                     table.add_row(generation, mask, f"{rows}", direction, *sizes, sbuf, psum)
-                    said = problem(total, chip.sbuf_usable_bytes)
+                    said = exceeded(total, chip.sbuf_usable_bytes)
                     if said:
                         problems.append(f"{generation} {mask} {rows} {direction}: {said}")
     console = Console(width=130 if not sys.stdout.isatty() else None)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from nxd_cp.backends.kernel_blocks import split
-from nxd_cp.backends.kernel_limits import Launch
+from nxd_cp.backends.kernel_limits import MAX_INSTRUCTIONS, Launch
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.schedule import Bounded
 from nxd_cp.simulators.nki_api import Log, SimParams, parameters, record
+from nxd_cp.simulators.nki_api.chips import PSUM_BYTES
 
 
 @dataclass(frozen=True)
@@ -97,3 +98,14 @@ def whole_rectangle(launch: Launch, generation: str) -> tuple[Total, Total]:
             )
         )
     return found[0], found[1]
+
+
+def exceeded(total: Total, sbuf_bytes: int) -> str:
+    """What exceeds a chip's SBUF, PSUM or the host's limit on instructions, or nothing."""
+    if total.sbuf > sbuf_bytes:
+        return f"SBUF: {total.sbuf} of {sbuf_bytes} bytes per partition"
+    if total.psum > PSUM_BYTES:
+        return f"PSUM: {total.psum} of {PSUM_BYTES} bytes per partition"
+    if total.longest > MAX_INSTRUCTIONS:
+        return f"instructions: {total.longest} of {MAX_INSTRUCTIONS}"
+    return ""

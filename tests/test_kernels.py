@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from budgets import (
 )
 from cases import NAMES, Case, cut, inputs, join_all, one_device, truth
 from kernel_cases import KernelCase, by_kernels, check, exact, problem, rounded
-from kernel_shapes import run_shapes, whole_rectangle
+from kernel_shapes import Total, exceeded, run_shapes, whole_rectangle
 from torch import Tensor
 
 from nxd_cp.attention import ring_attention
@@ -288,6 +289,29 @@ def test_a_long_rectangle_never_exceeds_sbuf_or_psum(mask: str, generation: str)
         assert 0 < total.sbuf <= kernel_limits.SBUF_BYTES <= CHIPS[generation].sbuf_usable_bytes
         assert 0 < total.psum <= PSUM_BYTES
         assert total.longest <= kernel_limits.MAX_INSTRUCTIONS
+
+
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (Total(1, 10, 10, 180_224, 16_384), ""),
+        (Total(1, 10, 10, 180_225, 0), "SBUF: 180225 of 180224 bytes per partition"),
+        (Total(1, 10, 10, 0, 16_385), "PSUM: 16385 of 16384 bytes per partition"),
+        (Total(2, 50_000, 40_001, 0, 0), "instructions: 40001 of 40000"),
+    ],
+    ids=["fits", "sbuf", "psum", "instructions"],
+)
+def test_what_a_launch_exceeds_is_named(total: Total, message: str) -> None:
+    assert exceeded(total, CHIPS["gen2"].sbuf_usable_bytes) == message
+
+
+def test_the_table_of_sizes_has_a_row_for_every_chip_and_direction() -> None:
+    script = Path(__file__).parent.parent / "scripts" / "kernel_sizes.py"
+    command = [sys.executable, str(script), "--lengths", "200", "--masks", "causal"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for generation in GENERATIONS:
+        rows = [line for line in said.splitlines() if generation in line]
+        assert [("fwd" in row, "bwd" in row) for row in rows] == [(True, False), (False, True)]
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
