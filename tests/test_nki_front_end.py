@@ -113,3 +113,37 @@ def test_many_findings_of_one_kind_are_one_warning():
         Kernel(kernel, "gen3")(X)
     (text,) = {str(w.message) for w in caught}
     assert "and 2 more in this function" in text
+
+
+def _if_register(x):
+    register = nisa.register_alloc(1)
+    if register:  # bad
+        return store(load(x))
+    return x
+
+
+def _not_register(x):
+    register = nisa.register_alloc(0)
+    return store(load(x)) if not register else x  # bad
+
+
+@pytest.mark.parametrize("kernel", [_if_register, _not_register])
+def test_an_if_over_a_register_is_reported_at_its_line(kernel):
+    with pytest.warns(NkiSimulatorWarning, match=r"rule front_end\.if_register") as caught:
+        Kernel(kernel, "gen3")(X)
+    assert caught[0].filename == __file__
+    assert str(caught[0].message).endswith("# bad")
+    with parameters(SimParams(strict=True)), pytest.raises(NkiValidationError, match="if_register"):
+        Kernel(kernel, "gen3")(X)
+
+
+def test_a_while_over_a_register_is_no_if():
+    def kernel(x):
+        register = nisa.register_alloc(1)
+        while register:
+            nisa.register_move(register, 0)
+        return store(load(x))
+
+    with pytest.warns(NkiSimulatorWarning) as caught:
+        Kernel(kernel, "gen3")(X)
+    assert all("front_end.python" in str(w.message) for w in caught)

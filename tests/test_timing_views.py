@@ -179,6 +179,8 @@ def test_arrays_and_options_are_read_as_written():
         ({"target": "somewhere"}, "expected flash_fwd, flash_bwd or module:function"),
         ({"target": "json:dumps"}, "expected an @nki.jit function in json, got 'dumps'"),
         ({"generation": "trn9"}, "generation: expected one of trn1"),
+        ({}, r"expected arguments \(.*\), got 0 unnamed and \[\].*add --array SHAPE:DTYPE"),
+        ({"ranks": 2, "options": ("size=1",)}, "unexpected keyword argument 'size'|missing"),
     ],
 )
 def test_wrong_calls_are_caught(user_kernel, change, message):
@@ -223,6 +225,9 @@ def test_the_commands_take_a_kernel_of_anybody(user_kernel):
     bad = CliRunner().invoke(app, ["trace", user_kernel, "--array", "x"])
     assert bad.exit_code == 2
     assert "SHAPE:DTYPE" in bad.output
+    bare = CliRunner().invoke(app, ["profile", user_kernel])
+    assert bare.exit_code == 2
+    assert "expected arguments" in re.sub(r"[^\w:]+", " ", bare.output)
     ours = CliRunner().invoke(app, ["profile", "flash_fwd", "--lnc", "2"])
     assert ours.exit_code == 2
     assert "are for module:function" in re.sub(r"[^\w:]+", " ", ours.output)

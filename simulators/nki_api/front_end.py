@@ -19,7 +19,7 @@ from typing import Any
 
 from nxd_cp.nki_constructs import constructs
 
-from .errors import report
+from .errors import broken, report, user_frame
 from .rules import inferred
 
 _GUIDE = "NKI migration guide, Language restrictions; nki-library@d2ad3a5 uses it"
@@ -39,6 +39,11 @@ _RULES = {
         "a kernel stays in NKI's subset of Python",
     ),
 }
+_IF = inferred(
+    "front_end.if_register",
+    "NKI language guide, Control Flow and Dynamic Control Flow",
+    "an `if` is resolved when the kernel is built; a register is a condition of `while` alone",
+)
 _LIST = inferred(
     "front_end.list_argument",
     "NKI migration guide, Language restrictions",
@@ -51,15 +56,20 @@ _NESTED = inferred(
 )
 
 
+def _source(code: CodeType) -> tuple[ast.Module, int]:
+    """A function's syntax tree and first line; an empty tree where its source cannot be read."""
+    try:
+        lines, first = inspect.getsourcelines(code)
+        return ast.parse(textwrap.dedent("".join(lines))), first
+    except (OSError, TypeError, SyntaxError):
+        return ast.Module(body=[], type_ignores=[]), 0
+
+
 @functools.lru_cache(maxsize=4096)
 def _findings(code: CodeType) -> tuple[tuple[str, str, int], ...]:
     """(kind, sentence, line) in the source of a function; nothing where it cannot be read."""
-    try:
-        lines, first = inspect.getsourcelines(code)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return ()
-    function = tree.body[0]
+    tree, first = _source(code)
+    function = tree.body[0] if tree.body else None
     if not isinstance(function, ast.FunctionDef):
         return ()  # a lambda or an expression: the statement around it is not the kernel
     found = [(*item, function.lineno) for item in constructs(function)]
@@ -87,6 +97,27 @@ def check_kernel(function: Callable[..., Any], args: Any, kwargs: Any, strict: b
     if any(isinstance(value, list) for value in (*args, *kwargs.values())):
         place = (code.co_filename, code.co_firstlineno)
         report(_LIST, name, "a list as an argument", place, registry, strict)
+
+
+@functools.lru_cache(maxsize=4096)
+def _while_lines(code: CodeType) -> frozenset[int] | None:
+    """Lines of the conditions of `while` in a function; None where its source cannot be read."""
+    tree, first = _source(code)
+    if not tree.body:
+        return None
+    tests = [node.test for node in ast.walk(tree) if isinstance(node, ast.While)]
+    spans = [range(test.lineno, (test.end_lineno or test.lineno) + 1) for test in tests]
+    return frozenset(first + line - 1 for span in spans for line in span)
+
+
+def check_condition(instr: str) -> None:
+    """Report a register that decides an `if`, `not`, `and`, `or` or assert of the user's line."""
+    frame = user_frame()
+    if frame is None:
+        return
+    allowed = _while_lines(frame.f_code)
+    if allowed is not None and frame.f_lineno not in allowed:
+        broken(_IF, instr, "its value is known on the device only; select by data or loop over it")
 
 
 def check_nested(function: Callable[..., Any], strict: bool) -> None:

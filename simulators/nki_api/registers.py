@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import broken, fail, unsupported
+from .front_end import check_condition
 from .initmap import OTHER
 from .memory import PSUM
 from .rules import documented, inferred
@@ -74,6 +75,7 @@ class Register:
 
     def __bool__(self) -> bool:
         instr = "a register as a condition"
+        check_condition(instr)
         if read(instr, self) == 0:
             self.turns = 0
             return False

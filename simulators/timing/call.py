@@ -7,6 +7,7 @@ Does not: time anything, or parse a command line.
 from __future__ import annotations
 
 import ast
+import inspect
 import io
 import re
 import sys
@@ -64,6 +65,7 @@ class Call:
             else:
                 positional.append(array)
         named.update(parse_option(text) for text in self.options)
+        _check_arguments(self.target, function, positional, named)
         generation = constants_for(self.generation).generation
         quiet = redirect_stdout(io.StringIO())  # kernels may print; standard output is the table's
         with quiet, parameters(SimParams(values=self.values)), record() as log:
@@ -89,10 +91,22 @@ class Call:
         return function
 
 
+def _check_arguments(
+    target: str, function: Any, positional: list[Any], named: dict[str, Any]
+) -> None:
+    """ValueError where the arguments are not those of the kernel."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*positional, **named)
+    except TypeError as error:
+        raise ValueError(
+            f"{target}: expected arguments {signature}, got {len(positional)} unnamed and "
+            f"{sorted(named)} ({error}); add --array SHAPE:DTYPE or --option NAME=VALUE"
+        ) from error
+
+
 def positional_names(function: Any, count: int) -> list[str]:
     """Names of a kernel's first `count` parameters."""
-    import inspect
-
     return list(inspect.signature(function).parameters)[:count]
 
 
