@@ -220,18 +220,26 @@ def refusal(cp: CPContext, change: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"k": torch.ones(1, 3, 1, 8)}, "k: expected [1, 2, tokens, 8] as in the cache"),
-        ({"v": torch.ones(1, 2, 1, 9)}, "v: expected [1, 2, tokens, 8] as in the cache"),
-        ({"v": torch.ones(1, 2, 2, 8)}, "v: expected as many tokens as k, got 2 and 1"),
-        ({"k": torch.ones(1, 2, 1, 8).half()}, "k: expected torch.float32 on cpu as in the cache"),
-        ({"q": torch.ones(1, 4, 1, 8).half()}, "and q in torch.float16"),
+        ({"k": torch.ones(1, 3, 1, 8)}, "k and v: expected equal shapes but for the head dim"),
+        ({name: torch.ones(1, 1, 1, 8) for name in "kv"}, "k: expected [1, 2, tokens, 8] as in"),
         ({"q": torch.ones(1, 4, 2, 8)}, "q: expected [1, heads, 1, 8] to go with k"),
-        ({"q": torch.ones(1, 3, 1, 8)}, "heads: expected a multiple of 2, got 3"),
+        (
+            {"q": torch.ones(1, 3, 1, 8)},
+            "heads: expected key/value heads that divide query heads, got 2 and 3",
+        ),
         ({"q": torch.ones(1, 4, 1, 8, requires_grad=True)}, "expected no gradients"),
         ({"scale": 0.0}, "scale: expected a number"),
-        ({"window": 0}, "window: expected at least 1, got 0"),
+        ({"window": 0}, "window: expected a whole number of at least 1"),
         ({"softcap": -1.0}, "softcap: expected a positive number"),
-        ({"sinks": torch.ones(3)}, "sinks: expected [4], got (3,)"),
+        ({"v": torch.ones(1, 1, 1, 8)}, "k and v: expected equal shapes"),
+        ({"v": torch.ones(1, 2, 1, 4)}, "v: expected [1, 2, tokens, 8] as in the cache"),
+        ({"v": torch.ones(1, 2, 1, 8, requires_grad=True)}, "expected no gradients"),
+        ({name: torch.ones(1, 2, 1, 8).bfloat16() for name in "qkv"}, "as in the cache, got"),
+        ({"q": [1.0]}, "q: expected a torch.Tensor, got list"),
+        ({"window": (3, 2)}, "window: expected (left, 0)"),
+        ({"softcap": float("nan")}, "softcap: expected a positive number"),
+        ({"sinks": [1.0]}, "sinks: expected a float32"),
+        ({"sinks": torch.ones(3)}, "sinks: expected shape (4,)"),
     ],
 )
 def test_what_one_rank_refuses_all_refuse_and_no_cache_changes(
@@ -240,6 +248,45 @@ def test_what_one_rank_refuses_all_refuse_and_no_cache_changes(
     for rank, said in enumerate(CPContext.local(3).run(lambda cp: refusal(cp, change))):
         assert text in said
         assert ("rank 1 refuses" in said) == (rank != 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "text"),
+    [
+        (torch.tensor([9, 2]), "lengths: expected [2] numbers from 0 to 8"),
+        (torch.tensor([-1, 2]), "lengths: expected [2] numbers from 0 to 8"),
+        (torch.tensor([1, 2, 3]), "lengths: expected [2] numbers"),
+        (torch.tensor(3), "lengths: expected [2] numbers"),
+        (torch.tensor([1.0, 2.0]), "lengths: expected an int32 or int64 tensor"),
+        ([1, 2], "lengths: expected an int32 or int64 tensor"),
+        (torch.tensor([2, 1]), "new tokens = "),  # rank 0 says [1, 2], whose sum is equal
+    ],
+)
+def test_lengths_that_make_no_sense_are_refused_on_all_ranks(lengths: Any, text: str) -> None:
+    def work(cp: CPContext) -> str:
+        cache = KVCache(batch=2, num_kv_heads=1, head_dim=8, capacity=64, dtype=torch.float32)
+        x = torch.ones(2, 1, 4, 8)
+        mine = lengths if cp.rank == 1 else torch.tensor([1, 2])
+        with pytest.raises(ValueError, match=r".") as caught:
+            prefill(x, x, x, cache=cache, cp=cp, lengths=mine)
+        assert not cache.num_used.any()
+        assert not cache.next_position.any()
+        return str(caught.value)
+
+    assert all(text in said for said in CPContext.local(2).run(work))
+
+
+def test_a_pair_is_the_window_that_it_says() -> None:
+    def work(cp: CPContext, window: Any) -> Tensor:
+        cache = KVCache(batch=2, num_kv_heads=2, head_dim=16, capacity=53, dtype=torch.float32)
+        q, k, v = Case().inputs()
+        part = [shard(x[:, :, :24], cp, dim=2) for x in (q, k, v)]
+        o = unshard(prefill(*part, cache=cache, cp=cp, window=window), cp, dim=2)
+        token = [x[:, :, 24:25] for x in (q, k, v)]
+        return torch.cat([o, decode(*token, cache=cache, cp=cp, window=window)], dim=2)
+
+    run = CPContext.local(2).run
+    assert torch.equal(run(lambda cp: work(cp, (6, 0)))[0], run(lambda cp: work(cp, 7))[0])
 
 
 def test_ranks_that_decode_different_things_are_named() -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from nxd_cp.context import CPContext
-from nxd_cp.inference.arguments import agree
-from nxd_cp.inference.attend import Rule, attend, merge_all
+from nxd_cp.inference.arguments import Places, agree
+from nxd_cp.inference.attend import attend, merge_all
 from nxd_cp.inference.cache import EMPTY, KVCache
+from nxd_cp.schedule import Window
 
 
 def decode(
@@ -28,7 +29,7 @@ def decode(
     cache: KVCache,
     cp: CPContext,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
@@ -49,19 +50,23 @@ def decode(
         o [B, Hq, T, Dv] in q's dtype, equal bit by bit on all ranks.
 
     Raises:
-        ValueError: shapes that do not fit, or no room in the cache of one rank; on all ranks, and
+        ValueError: arguments that do not fit each other, the cache (its dtype too) or those of
+            other ranks, or no room in the cache of one rank; on all ranks, and
             no cache is changed.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rule = Rule(scale, window, softcap)
-    steps = torch.arange(k.shape[2], device=cache.next_position.device)
-    positions = cache.next_position[:, None] + steps
-    ours = torch.where(positions % cp.size == cp.rank, positions, EMPTY)
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+
+    def places() -> Places:
+        steps = torch.arange(k.shape[2], device=cache.next_position.device)
+        positions = cache.next_position[:, None] + steps
+        ours = torch.where(positions % cp.size == cp.rank, positions, EMPTY)
+        return Places(torch.full_like(cache.next_position, k.shape[2]), positions, ours)
+
     with cp.transport.call("decode") as call:
-        agree(call, cp, q, k, v, cache, rule, lambda: cache.check_room(ours), sinks=sinks)
-    cache.store(k, v, ours)
-    cache.next_position += k.shape[2]
-    o, lse = attend(q, positions, *cache.used(), rule)
+        rule, place = agree(call, cp, cache, (q, k, v), options, places)
+    cache.store(k, v, place.ours)
+    cache.next_position += place.counts
+    o, lse = attend(q, place.positions, *cache.used(), rule)
     # One tensor, one gather: o with lse as its last column.
     gathered = cp.transport.all_gather(torch.cat([o, lse.unsqueeze(-1)], dim=-1))
     o, lse = merge_all([(one[..., :-1], one[..., -1]) for one in gathered], sinks)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
-from nxd_cp.inference.arguments import agree
+from nxd_cp.inference.arguments import Places, agree
 from nxd_cp.inference.attend import Rule, attend, merge_all, nothing_seen
 from nxd_cp.inference.cache import EMPTY, KVCache
 from nxd_cp.ring import merge_
-from nxd_cp.schedule import ring_moves, token_runs
+from nxd_cp.schedule import Window, ring_moves, token_runs
 from nxd_cp.transport import Call, Parcel
 
 
@@ -33,7 +34,7 @@ def prefill(
     cp: CPContext,
     lengths: Tensor | None = None,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: str = "auto",
@@ -56,36 +57,51 @@ def prefill(
         o [B, Hq, L, Dv] in q's dtype.
 
     Raises:
-        ValueError: shapes that do not fit, or no room in the cache of one rank; on all ranks, and
+        ValueError: arguments that do not fit each other, the cache (its dtype too) or those of
+            other ranks, or no room in the cache of one rank; on all ranks, and
             no cache is changed.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    rule = Rule(scale, window, softcap)
-    at = _positions(cp, k.shape[2]).to(k.device)
-    counts = torch.full_like(cache.next_position, k.shape[2] * cp.size)
-    counts = counts if lengths is None else lengths.to(counts)
-    positions = cache.next_position[:, None] + at
-    ours = torch.where(at < counts[:, None], positions, EMPTY)
-
-    def check() -> None:
-        if counts.shape != cache.next_position.shape or bool((counts < 0).any()):
-            raise ValueError(f"lengths: expected [B] of at least 0, got {lengths}")
-        cache.check_room(ours)
-
-    first = bool((cache.next_position == 0).all())
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+    }
     with cp.transport.call("prefill") as call:
-        agree(call, cp, q, k, v, cache, rule, check, sinks=sinks)
-    if first:
-        options: dict[str, Any] = {"window": window, "softcap": softcap, "sinks": sinks}
-        o = ring_attention(q, k, v, cp=cp, scale=scale, backend=backend, **options)
+        rule, place = agree(
+            call, cp, cache, (q, k, v), options, lambda: _places(cp, k, cache, lengths)
+        )
+    if bool((cache.next_position == 0).all()):
+        o = ring_attention(q, k, v, cp=cp, backend=backend, **options)
         assert isinstance(o, Tensor), "lse was not asked for"
-        cache.store(k, v, ours)
+        cache.store(k, v, place.ours)
     else:
-        cache.store(k, v, ours)
+        cache.store(k, v, place.ours)
         with cp.transport.call("prefill") as call:
-            o = _over_caches(call, cp, q, positions, cache, rule, sinks).to(q.dtype)
-    cache.next_position += counts
+            o = _over_caches(call, cp, q, place.positions, cache, rule, sinks).to(q.dtype)
+    cache.next_position += place.counts
     return o
+
+
+def _places(cp: CPContext, k: Tensor, cache: KVCache, lengths: Tensor | None) -> Places:
+    """Raises ValueError for a chunk that the layout cannot cut, and for lengths beyond it."""
+    at, num_tokens = _positions(cp, k.shape[2]).to(k.device), k.shape[2] * cp.size
+    counts = torch.full_like(cache.next_position, num_tokens)
+    if lengths is not None:
+        if not isinstance(lengths, Tensor) or lengths.dtype not in validation.INTEGERS:
+            got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+            raise ValueError(f"lengths: expected an int32 or int64 tensor or None, got {got}")
+        fits = lengths.shape == counts.shape and bool(
+            ((lengths >= 0) & (lengths <= num_tokens)).all()
+        )
+        if not fits:
+            raise ValueError(
+                f"lengths: expected [{counts.shape[0]}] numbers from 0 to {num_tokens} (the chunk "
+                f"of all ranks), got {lengths.tolist()}"
+            )
+        counts = lengths.to(counts)
+    positions = cache.next_position[:, None] + at
+    return Places(counts, positions, torch.where(at < counts[:, None], positions, EMPTY))
 
 
 def _positions(cp: CPContext, local_len: int) -> Tensor:
