@@ -17,6 +17,11 @@ PAGES = (
     "traces.md",
     "strategies.md",
     "inference.md",
+    "kernels/index.md",
+    "kernels/flash_fwd.md",
+    "kernels/flash_bwd.md",
+    "kernels/ring.md",
+    "kernels/support.md",
 )
 _BLOCK = re.compile(r"^```.*?^```", flags=re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
@@ -45,10 +50,14 @@ def test_the_links_of_a_page_lead_to_files(page):
     assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def test_the_pictures_of_the_pages_are_those_that_the_script_draws(tmp_path):
-    script = [sys.executable, str(ROOT / "scripts" / "draw_concepts.py"), str(tmp_path)]
+@pytest.mark.parametrize(
+    ("name", "pages"),
+    [("concepts", ("concepts.md", "traces.md")), ("kernels", ("kernels/*.md",))],
+)
+def test_the_pictures_of_the_pages_are_those_that_the_script_draws(name, pages, tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / f"draw_{name}.py"), str(tmp_path)]
     subprocess.run(script, check=True, env={"PYTHONPATH": str(ROOT)}, timeout=100)
     drawn = {path.name for path in tmp_path.iterdir()}
-    text = "".join((DOCS / page).read_text() for page in ("concepts.md", "traces.md"))
-    shown = set(re.findall(r"images/(concepts_\w+\.png)", text))
+    text = "".join(page.read_text() for pattern in pages for page in DOCS.glob(pattern))
+    shown = set(re.findall(rf"images/({name}_\w+\.png)", text))
     assert drawn == shown
