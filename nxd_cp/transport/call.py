@@ -73,7 +73,8 @@ class Call:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if error is not None:
-            if self._open:
+            # A lost rank may show already when a hop is posted, before it is open.
+            if self._open or isinstance(error, RingError):
                 self.transport.fail(f"{self} stopped in mid-ring: {error}")
             return
         for ticket in self._joined:
