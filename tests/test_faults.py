@@ -19,6 +19,7 @@ from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.schedule import Move
+from nxd_cp.transport import LocalTransport, RingError
 
 GROUP_TIMEOUT_S = 3.0
 BOUND_S = 20.0
@@ -346,3 +347,21 @@ def test_after_a_write_in_flight_the_group_of_that_rank_says_that_it_is_broken(
     outcomes = own_ranks.run(gloo_write_in_flight)
     assert "was written while it was in flight" in outcomes[1][0]
     assert "cannot be used any more" in outcomes[1][1]
+
+
+def test_a_rank_that_is_lost_while_a_hop_is_posted_ends_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(self: LocalTransport, *_: Any) -> None:
+        raise RingError("planted")
+
+    def work(cp: CPContext) -> str:
+        with pytest.raises(RingError, match="planted"):
+            attend(cp)
+        with pytest.raises(RingError) as caught:
+            attend(cp)
+        return str(caught.value)
+
+    monkeypatch.setattr(LocalTransport, "post", lost)
+    for text in CPContext.local(2).run(work):
+        assert "cannot be used any more" in text
