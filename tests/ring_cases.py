@@ -80,6 +80,7 @@ def make_case(number: int, seed: int = 0) -> Generated:
     draw = random.Random(f"{seed} {number}")
     num_tokens = draw.randrange(max(8, 2 * size), 97)
     group, num_kv_heads = draw.choice((1, 2, 4)), draw.choice((1, 2, 3, 4))
+    together = draw.choice((None, 1, 2)) if strategy in ("ring", "gather") else None
     options: dict[str, Any] = {}
     if mask in ("window", "documents + window"):
         options["window"] = draw.randrange(1, num_tokens + 2)
@@ -106,7 +107,7 @@ def make_case(number: int, seed: int = 0) -> Generated:
         D=draw.choice((8, 16, 40, 64)),
         dtype=draw.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
         sinks=draw.random() < 0.3,
-        strategy=Strategy(strategy, heads_per_round=draw.choice((1, 2))),
+        strategy=Strategy(strategy, heads_per_round=together),
         **options,
     )
     where = "threads"

@@ -28,7 +28,12 @@ from nxd_cp.strategies import Strategy, StrategyPlan, heads, plan_strategy
 from nxd_cp.strategies.cost import FIGURES, Shape, candidates, choose, compare, estimate
 
 MASKS = [(True, None), (True, 5), (False, None)]
-SOME = [Strategy("gather"), Strategy("gather", heads_per_round=3), Strategy("heads")]
+SOME = [
+    Strategy("gather"),
+    Strategy("gather", heads_per_round=3),
+    Strategy("ring", heads_per_round=3),
+    Strategy("heads"),
+]
 
 
 def check_fp32(case: Case, found: tuple[Tensor, ...]) -> None:
@@ -245,6 +250,7 @@ def test_ways_that_do_not_divide_are_refused_on_all_ranks() -> None:
     [
         ({"name": "rings"}, "expected one of ring, gather, heads, auto, got rings"),
         ({"name": "gather", "heads_per_round": 0}, "heads_per_round: expected at least 1"),
+        ({"name": "heads", "heads_per_round": 1}, "heads_per_round: expected at least 1"),
         ({"name": "ring", "ways": 2}, 'ways: expected at least 1 with strategy "heads"'),
     ],
 )

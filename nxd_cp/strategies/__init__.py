@@ -61,7 +61,7 @@ def forward(
         # The all-to-all moves what is returned, so o is rounded here, once.
         lse, o = to_tokens(call, group, [lse, o.to(q.dtype)])
         return o, lse
-    if work.strategy.name == "ring":
+    if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.forward(q, k, v, call=call, sinks=sinks, document_ids=document_ids, **options)
     found = [
         ring.forward(
@@ -107,11 +107,11 @@ def backward(
         dq, dk, dv = to_tokens(call, group, [x.to(q.dtype) for x in grads])
         return dq, dk, dv, _all_sinks(work, rank, dsinks)
     options |= {"document_ids": document_ids}
-    if work.strategy.name == "ring":
+    if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.backward(do, q, k, v, o, lse, call=call, sinks=sinks, **options)
     found = []
     for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
-        gradients = ring.backward(
+        dq, dk, dv, dsinks = ring.backward(
             do[:, mine],
             q[:, mine],
             k[:, heads],
@@ -122,7 +122,7 @@ def backward(
             sinks=None if sinks is None else sinks[mine],
             **options,
         )
-        found.append(gradients)
+        found.append((dq, dk.clone(), dv.clone(), dsinks))  # they may lie in a message buffer
     *by_tensor, by_sink = zip(*found, strict=True)
     dq, dk, dv = (torch.cat(parts, dim=1) for parts in by_tensor)
     return dq, dk, dv, None if sinks is None else torch.cat(by_sink)

@@ -130,8 +130,7 @@ def _buffer_bytes(
     if work.strategy.name == "gather" and size > 1:
         return min(rounds, 2) * 2 * (size - 1) * kv + 2 * kv + 3 * grad
     exchanged = heads * (2 * (ways - 1) + ways) if ways > 1 else 0
-    buffers = 2 if size > ways else 1
-    return exchanged + buffers * (kv + grad)
+    return exchanged + 2 * (kv + grad)
 
 
 def _seconds(work: StrategyPlan, shape: Shape, figures: Figures, pairs: list[int]) -> float:
@@ -142,12 +141,12 @@ def _seconds(work: StrategyPlan, shape: Shape, figures: Figures, pairs: list[int
     flop = 4.0 * shape.batch * (shape.num_heads / ways) * shape.head_dim
     kv, heads = _message_bytes(work, shape)
     grad = kv * GRADIENT_ITEMSIZE // shape.itemsize
-    compute = [flop * count / rate for count in pairs]
+    compute = [flop * count / rate / rounds for count in pairs]
     if work.strategy.name == "gather" and plan.size > 1:
         wide = link * figures.fan_out
         senders = max(sum(_receives(step.kv) for step in steps) for steps in plan.steps)
         gather, home = latency + senders * kv / wide, latency + senders * grad / wide
-        one = sum(compute) / rounds
+        one = sum(compute)
         forward = gather + (rounds - 1) * max(one, gather) + one
         backward = gather + (rounds - 1) * max(2.5 * one, gather + home) + 2.5 * one + home
         return forward + backward
@@ -160,7 +159,7 @@ def _seconds(work: StrategyPlan, shape: Shape, figures: Figures, pairs: list[int
     exchange = 0.0
     if ways > 1:
         exchange = 4 * latency + 3 * (ways - 1) * heads / (link * figures.fan_out)
-    return forward + backward + exchange
+    return rounds * (forward + backward) + exchange
 
 
 def _receives(move: object) -> bool:

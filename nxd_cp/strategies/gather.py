@@ -1,9 +1,9 @@
-"""The "gather" strategy: every message of a round of heads under way before it is needed.
+"""Rounds of heads; and the "gather" strategy, where every message of a round is under way early.
 
-Does: post the keys and values of one round to all ranks that see them while the round before is
-computed, and hand them to the ring's own loop as it asks for them. Does not: choose tiles or routes
-(`plan.py`).
-Memory: two rounds of keys and values of every rank that we see, besides our own.
+Does: give each round's buffers back as it ends; for "gather", post the keys and values of one round
+to all ranks that see them while the round before is computed, and hand them to the ring's own loop
+as it asks for them. Does not: choose tiles or routes (`plan.py`).
+Memory: "ring": two blocks of one round's heads. "gather": two rounds of every rank that we see.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from nxd_cp.strategies.plan import StrategyPlan
 from nxd_cp.transport import Call, Hop, Parcel
 
 
-class PostedCall(Call):
-    """A call whose hops of keys and values are under way already; all others it starts as asked."""
+class RoundCall(Call):
+    """One round of heads within a call: its buffers are given back when the round is done."""
 
-    def __init__(self, call: Call, posted: list[tuple[Parcel, Hop]]) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__(call.transport, call.kind, call.number)
         self._call = call
-        self._hops = iter([hop for _, hop in posted])
-        self._parcels = [parcel for parcel, _ in posted]
 
     def parcel(
         self, channel: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -39,6 +37,29 @@ class PostedCall(Call):
         """See `Call.start`."""
         return self._call.start(parcel, move, into)
 
+    def count_hop(self, channel: str) -> int:
+        """See `Call.count_hop`."""
+        return self._call.count_hop(channel)
+
+    def release(self, parcels: list[Parcel]) -> None:
+        """See `Call.release`."""
+        for parcel in list(parcels):
+            self._parcels.remove(parcel)
+            self._call.release([parcel])
+
+    def end(self) -> None:
+        """The round is done: its buffers serve a later one."""
+        self.release(self._parcels)
+
+
+class PostedCall(RoundCall):
+    """A round whose hops of keys and values are under way already; others it starts as asked."""
+
+    def __init__(self, call: Call, posted: list[tuple[Parcel, Hop]]) -> None:
+        super().__init__(call)
+        self._hops = iter([hop for _, hop in posted])
+        self._parcels = [parcel for parcel, _ in posted]
+
     def posted_hop(self) -> Hop | None:
         """See `Call.posted_hop`."""
         return next(self._hops)
@@ -47,28 +68,22 @@ class PostedCall(Call):
         """See `Call.count_hop`; those of keys and values were counted when they were posted."""
         return 0 if channel == "kv" else self._call.count_hop(channel)
 
-    def release(self, parcels: list[Parcel]) -> None:
-        """Buffers serve until the round is done."""
-
-    def end(self) -> None:
-        """The round is done: its buffers serve a later one."""
-        self._call.release(self._parcels)
-
 
 def rounds_of(
     call: Call, work: StrategyPlan, rank: int, q: Tensor, k: Tensor, v: Tensor
-) -> Iterator[tuple[slice, slice, PostedCall]]:
+) -> Iterator[tuple[slice, slice, RoundCall]]:
     """For each round: its query heads, its key/value heads, and the call to run the ring with."""
     group_size = q.shape[1] // k.shape[1]
-    posted = _post(call, work.plan, rank, k[:, work.rounds[0]], v[:, work.rounds[0]])
+    in_advance = work.strategy.name == "gather"
+    posted = []
+    if in_advance:
+        posted = _post(call, work.plan, rank, k[:, work.rounds[0]], v[:, work.rounds[0]])
     for index, heads in enumerate(work.rounds):
         following = work.rounds[index + 1 : index + 2]
-        ready = posted
-        if following:
+        one = PostedCall(call, posted) if in_advance else RoundCall(call)
+        if in_advance and following:
             posted = _post(call, work.plan, rank, k[:, following[0]], v[:, following[0]])
-        q_heads = slice(heads.start * group_size, heads.stop * group_size)
-        one = PostedCall(call, ready)
-        yield q_heads, heads, one
+        yield slice(heads.start * group_size, heads.stop * group_size), heads, one
         one.end()
 
 

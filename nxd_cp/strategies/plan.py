@@ -7,7 +7,7 @@ Standard library only.
 Letters: n ranks, u ranks that split heads among them, L tokens per rank.
 
 Note [Three strategies, one form]
-    "ring"    Keys and values go round; this is the ring plan itself.
+    "ring"    Keys and values go round; this is the ring plan itself. It may run in rounds of heads.
     "gather"  Keys and values go from their owner straight to every rank that sees some of them, one
               round of key/value heads at a time; the messages of a round are under way while the
               round before is computed. Partial gradients go straight back. The same steps and tiles
@@ -54,20 +54,25 @@ class Strategy:
     name: "ring", "gather", "heads", or "auto" (by cost; see `nxd_cp.strategies.cost`).
     ways: "heads" only: the number of ranks that split heads; it divides ranks, query heads and
     key/value heads. None is the largest that does.
-    heads_per_round: "gather" only: key/value heads that travel together.
+    heads_per_round: "ring" and "gather" only: key/value heads that travel together; None is all
+    for the ring and one for the gather. Fewer heads make smaller buffers and more messages.
     chip: "auto" only: whose figures the cost rule reads, a name in `cost.FIGURES`.
     """
 
     name: str = "ring"
     ways: int | None = None
-    heads_per_round: int = 1
+    heads_per_round: int | None = None
     chip: str = "trn2"
 
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.name}")
-        if self.heads_per_round < 1:
-            raise ValueError(f"heads_per_round: expected at least 1, got {self.heads_per_round}")
+        has_rounds = self.name in ("ring", "gather")
+        if self.heads_per_round is not None and (self.heads_per_round < 1 or not has_rounds):
+            raise ValueError(
+                'heads_per_round: expected at least 1 with strategy "ring" or "gather" and None '
+                f'with others, got {self.heads_per_round} with "{self.name}"'
+            )
         if self.ways is not None and (self.name != "heads" or self.ways < 1):
             raise ValueError(
                 f'ways: expected at least 1 with strategy "heads" and None with others, got '
@@ -75,6 +80,8 @@ class Strategy:
             )
 
     def __str__(self) -> str:
+        if self.heads_per_round is not None:
+            return f"{self.name} by {self.heads_per_round}"
         return self.name if self.ways is None else f"{self.name} x{self.ways}"
 
 
@@ -162,7 +169,6 @@ def plan_strategy(
 
     Raises ValueError when `ways` does not divide ranks and heads.
     """
-    ring = StrategyPlan(Strategy("ring"), plan, rounds=(slice(0, num_kv_heads),))
     if strategy.name == "heads":
         ways = head_ways(strategy.ways, plan.size, num_heads, num_kv_heads)
         strategy = dataclasses.replace(strategy, ways=ways)
@@ -174,12 +180,17 @@ def plan_strategy(
         if ways > 1:
             return StrategyPlan(strategy, *_head_plan(plan, ways, num_kv_heads))
     if strategy.name == "gather" and plan.size > 1:
-        step = strategy.heads_per_round
-        starts = range(0, num_kv_heads, step)
-        rounds = tuple(slice(start, min(start + step, num_kv_heads)) for start in starts)
+        rounds = _rounds(num_kv_heads, strategy.heads_per_round or 1)
         return StrategyPlan(strategy, gather_plan(plan), rounds)
     assert strategy.name != "auto", "the cost rule comes first"
-    return ring
+    together = strategy.heads_per_round if strategy.name == "ring" and plan.size > 1 else None
+    rounds = _rounds(num_kv_heads, together or num_kv_heads)
+    return StrategyPlan(Strategy("ring", heads_per_round=together), plan, rounds)
+
+
+def _rounds(num_kv_heads: int, together: int) -> tuple[slice, ...]:
+    starts = range(0, num_kv_heads, together)
+    return tuple(slice(start, min(start + together, num_kv_heads)) for start in starts)
 
 
 def head_ways(asked: int | None, size: int, num_heads: int, num_kv_heads: int) -> int:

@@ -4,6 +4,7 @@ Does: cut a whole sequence as each library wants it, and run forward, or forward
 one rank's part. Does not: time, or repair anything: what a library computes is what is shown.
 
     ours               nxd_cp.ring_attention, zigzag, on torch.distributed
+    ours-by-heads      the same in rounds of two key/value heads: smaller buffers
     torch-alltoall     torch.distributed.tensor.experimental's templated ring attention (private
     torch-allgather    API), load-balanced, over PyTorch's CPU flash attention, both rotations
     lucidrains         ring_attention_pytorch.ring_flash_attn, contiguous, its default bucket size
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from nxd_cp import CPContext, ring_attention, shard
 from nxd_cp.schedule import token_runs
+from nxd_cp.strategies import Strategy
 
 Tensors = list[Tensor]
 
@@ -54,7 +56,7 @@ def differentiate(attention: Callable[..., Tensor], qkv: Tensors, do: Tensor) ->
 class Ours:
     """nxd_cp; window: keys that each query sees. strategy: as in `CPContext`."""
 
-    def __init__(self, window: int | None = None, strategy: str = "ring") -> None:
+    def __init__(self, window: int | None = None, strategy: str | Strategy = "ring") -> None:
         self.cp = CPContext.from_group(dist.group.WORLD, strategy=strategy)
         self.window = window
 
@@ -153,6 +155,7 @@ class Lucidrains:
 
 PEERS: dict[str, Callable[[], Peer]] = {
     "ours": Ours,
+    "ours-by-heads": lambda: Ours(strategy=Strategy("ring", heads_per_round=2)),
     "torch-alltoall": lambda: TorchRing("alltoall"),
     "torch-allgather": lambda: TorchRing("allgather"),
     "lucidrains": Lucidrains,
