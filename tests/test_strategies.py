@@ -176,6 +176,16 @@ def test_sixteen_bit_error_is_that_of_one_device(one: Strategy, dtype: torch.dty
         assert_within_budget(f"{case} {name}", x, y, baseline)
 
 
+def test_rounds_of_heads_hold_smaller_buffers() -> None:
+    def held(cp: CPContext) -> int:
+        ring_attention(*torch.randn(3, 1, 4, 128, 32), cp=cp)
+        return sum(buffer.numel() for buffer in cp.transport.buffers._free)
+
+    whole, *_ = CPContext.local(2).run(held)
+    rounds, *_ = CPContext.local(2, strategy=Strategy("ring", heads_per_round=2)).run(held)
+    assert 0 < rounds <= 0.51 * whole, (rounds, whole)
+
+
 @pytest.mark.parametrize("one", SOME, ids=str)
 def test_packed_documents_work_with_every_strategy(one: Strategy) -> None:
     case = Case(size=4, S=48, Hq=8, Hkv=4, strategy=one)

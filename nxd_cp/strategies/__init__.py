@@ -56,15 +56,17 @@ def forward(
         group = work.groups[rank]
         parts = to_heads(call, group, [q, k, v])
         ids = _join_ids(work, document_ids)
-        mine = _own_sinks(work, rank, sinks)
-        o, lse = ring.forward(*parts, call=call, sinks=mine, document_ids=ids, **options)
+        own = _own_sinks(work, rank, sinks)
+        o, lse = ring.forward(*parts, call=call, sinks=own, document_ids=ids, **options)
         # The all-to-all moves what is returned, so o is rounded here, once.
         lse, o = to_tokens(call, group, [lse, o.to(q.dtype)])
         return o, lse
     if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.forward(q, k, v, call=call, sinks=sinks, document_ids=document_ids, **options)
-    found = [
-        ring.forward(
+    o = _rows_first_like(q, v.shape[-1])  # filled round by round, rounded once; never held twice
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
+        o[:, mine], lse[:, mine] = ring.forward(
             q[:, mine],
             k[:, heads],
             v[:, heads],
@@ -73,9 +75,6 @@ def forward(
             document_ids=document_ids,
             **options,
         )
-        for mine, heads, posted in rounds_of(call, work, rank, q, k, v)
-    ]
-    o, lse = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
     return o, lse
 
 
@@ -109,9 +108,10 @@ def backward(
     options |= {"document_ids": document_ids}
     if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.backward(do, q, k, v, o, lse, call=call, sinks=sinks, **options)
-    found = []
+    dq, dk, dv = (_rows_first_like(x, x.shape[-1]) for x in (q, k, v))
+    by_sink: list[Tensor] = []
     for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
-        dq, dk, dv, dsinks = ring.backward(
+        *found, dsinks = ring.backward(
             do[:, mine],
             q[:, mine],
             k[:, heads],
@@ -122,10 +122,17 @@ def backward(
             sinks=None if sinks is None else sinks[mine],
             **options,
         )
-        found.append((dq, dk.clone(), dv.clone(), dsinks))  # they may lie in a message buffer
-    *by_tensor, by_sink = zip(*found, strict=True)
-    dq, dk, dv = (torch.cat(parts, dim=1) for parts in by_tensor)
+        # They may lie in a message buffer, which the next round writes, so they are copied here.
+        for whole, part, its in zip((dq, dk, dv), found, (mine, heads, heads), strict=True):
+            whole[:, its] = part
+        by_sink += [] if dsinks is None else [dsinks]
     return dq, dk, dv, None if sinks is None else torch.cat(by_sink)
+
+
+def _rows_first_like(x: Tensor, dim: int) -> Tensor:
+    """Unspecified [B, H, S, dim] in the dtype of x [B, H, S, any], in memory [B, S, H, dim]."""
+    B, H, S, _ = x.shape
+    return x.new_empty(B, S, H, dim).transpose(1, 2)
 
 
 def _own_sinks(work: StrategyPlan, rank: int, sinks: Tensor | None) -> Tensor | None:
