@@ -72,3 +72,28 @@ def test_wrong_arguments_exit_with_2(script):
 def test_the_rules_page_is_current():
     page = ROOT / "docs" / "simulator_rules.md"
     assert page.read_text(encoding="utf-8") == rules_table(ROOT / "tests")
+
+
+def test_any_exception_of_the_script_ends_with_1_and_its_own_lines(tmp_path):
+    for code, last in (
+        ("def f():\n    raise KeyError('mine')\nf()\n", "KeyError: 'mine'"),
+        ("x = (1,\n", "SyntaxError: '(' was never closed"),
+        ("import nothing_of_this_name\n", "No module named 'nothing_of_this_name'"),
+        ("import nki.nothing\n", "No module named 'nki.nothing'"),
+    ):
+        path = tmp_path / "raises.py"
+        path.write_text(code)
+        done = nki_sim(path)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.rstrip().endswith(last), done.stderr
+        assert "runpy" not in done.stderr
+        assert "cli.py" not in done.stderr
+        assert str(path) in done.stderr
+    path.write_text("import sys\nsys.exit(7)\n")
+    assert nki_sim(path).returncode == 7
+
+
+def test_a_broken_kernel_shows_no_frame_of_the_simulator(script):
+    shown = nki_sim(script, "fail").stderr
+    assert shown.count('File "') == 2, shown
+    assert "simulators/" not in shown

@@ -200,7 +200,8 @@ def test_a_collective_of_both_cores_orders_its_tensors():
 def reused(x, use_first):
     """SBUF of a permute, used again under another name."""
     group = ncc.ReplicaGroup([[0, 1]])
-    src, dst = (nl.ndarray(x.shape, x.dtype, nl.sbuf, address=(0, at)) for at in (0, 32))
+    src = nl.ndarray(x.shape, x.dtype, nl.sbuf, address=(0, 0))
+    dst = nl.ndarray(x.shape, x.dtype, nl.sbuf, address=(0, 32))
     nisa.dma_copy(src, x)
     ncc.collective_permute_implicit([[src]], [[dst]], group)  # started
     out = shared(x)

@@ -201,3 +201,10 @@ import nki, nki.language, nki.isa
 assert callable(nki.jit)
 """
     _run(sys.executable, code, tmp_path)
+
+
+def test_python_m_nxd_cp_is_the_command():
+    command = [sys.executable, "-m", "nxd_cp", "plan", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout

@@ -20,6 +20,7 @@ from .dtypes import DType
 from .errors import fail, unsupported
 from .isa.copy import memset
 from .isa.dma import dma_copy
+from .log import HELPERS
 from .memory import HBM, MemoryRegion, Storage
 from .rules import documented
 from .runtime import Run, current
@@ -80,8 +81,10 @@ def ndarray(
             run.describe_buffer(storage)
     else:
         storage = _hbm(run, sizes, kind, buffer, name)
-    frame = sys._getframe(1)
-    storage.site = (frame.f_code, frame.f_lineno)
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_filename in HELPERS:
+        frame = frame.f_back
+    storage.site = (frame.f_code.co_filename, frame.f_lineno)
     return NkiTensor(storage, sizes, row_major(sizes), 0, kind)
 
 

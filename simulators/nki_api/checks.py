@@ -155,7 +155,7 @@ def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
     if FRESH in storage.init.codes(tensor.rect, tensor.dense, tensor.pattern):
         where = ""
         if storage.site is not None:
-            where = f", allocated at {storage.site[0].co_filename}:{storage.site[1]}"
+            where = f", allocated at {storage.site[0]}:{storage.site[1]}"
         fail(
             _UNWRITTEN,
             instr,

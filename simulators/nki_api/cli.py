@@ -12,11 +12,14 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from . import chips
+from .errors import NkiValidationError
 from .loading import install
+from .log import HELPERS
 from .params import SimParams, parameters
 
 
@@ -41,9 +44,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the script as __main__; its own exit status counts. Returns 0.
+    """Run the script as __main__. Returns 0, or 1 after an exception of the script.
 
-    Exits with status 2 for an unknown generation, a missing script or a real nki.
+    A script that calls sys.exit ends with that status. Exits with status 2 for an unknown
+    generation, a missing script or a real nki.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -61,9 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with parameters(SimParams(strict=options.strict, values=not options.shape_only)):
             runpy.run_path(str(options.script), run_name="__main__")
+    except Exception as error:
+        _show(error)
+        return 1
     finally:
         _restore(*before)
     return 0
+
+
+def _show(error: Exception) -> None:
+    """The script's traceback, without the frames that run it or, for a broken rule, check it."""
+    shown = traceback.TracebackException.from_exception(error)
+    runners = {__file__, runpy.__file__, "<frozen runpy>"}
+    if isinstance(error, NkiValidationError):
+        runners |= HELPERS
+    kept = [frame for frame in shown.stack if frame.filename not in runners]
+    shown.stack = traceback.StackSummary.from_list(kept)
+    print("".join(shown.format()), end="", file=sys.stderr)
 
 
 def _restore(target: str | None, argv: list[str], path: list[str]) -> None:

@@ -7,6 +7,7 @@ here, when something is already wrong. Does not decide whether something is wron
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import sys
 import warnings
@@ -21,6 +22,9 @@ from .rules import DOCUMENTED, Rule
 STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
 PLACE: ContextVar[str] = ContextVar("nki_simulator_place", default="")  # when there are several
 _PACKAGE = __name__.rpartition(".")[0]
+_BLAMED: ContextVar[tuple[tuple[str, int], dict[Any, Any]] | None] = ContextVar(
+    "nki_simulator_blamed", default=None
+)
 
 
 @contextmanager
@@ -31,6 +35,41 @@ def strictness(strict: bool) -> Iterator[None]:
         yield
     finally:
         STRICT.reset(token)
+
+
+@contextmanager
+def blamed(place: tuple[str, int], function: Any = None) -> Iterator[None]:
+    """Rules broken in this block are about (file, line), not about where the caller is now.
+
+    For what is found out when the kernel `function` has ended, or before it starts; by default
+    the one of the block around this one.
+    """
+    around = _BLAMED.get()
+    registry = {} if around is None else around[1]
+    if function is not None:
+        spaces = getattr(inspect.unwrap(function), "__globals__", {})
+        registry = spaces.setdefault("__warningregistry__", {})
+    token = _BLAMED.set((place, registry))
+    try:
+        yield
+    finally:
+        _BLAMED.reset(token)
+
+
+@contextmanager
+def placed(label: str) -> Iterator[None]:
+    """Messages of this block say which rank and core they are about."""
+    token = PLACE.set(label)
+    try:
+        yield
+    finally:
+        PLACE.reset(token)
+
+
+def definition(function: Any) -> tuple[str, int]:
+    """File and line where a function starts."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return ("", 0) if code is None else (code.co_filename, code.co_firstlineno)
 
 
 class NkiValidationError(ValueError):
@@ -49,16 +88,24 @@ class NkiSimulatorWarning(UserWarning):
     """A rule of the inferred tier was broken."""
 
 
+def outside(frame: FrameType) -> bool:
+    """Whether a frame is not the simulator's."""
+    return not frame.f_globals.get("__name__", "").startswith(_PACKAGE)
+
+
 def user_frame() -> FrameType | None:
     """The innermost frame outside the simulator, or None."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+    while frame is not None and not outside(frame):
         frame = frame.f_back
     return frame
 
 
 def user_place() -> tuple[str, int]:
-    """File and line of the user's frame."""
+    """File and line of the user's frame, or what is blamed."""
+    blame = _BLAMED.get()
+    if blame is not None:
+        return blame[0]
     frame = user_frame()
     return ("", 0) if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
@@ -79,7 +126,7 @@ def _operand(name: str, value: Any) -> str:
 
 
 def message(rule: Rule, instruction: str, detail: str, operands: dict[str, Any]) -> str:
-    """The full text of a broken rule."""
+    """The full text of a broken rule; its last line is the user's."""
     lines = [
         f"{instruction}: {detail}",
         f"  rule {rule.id} ({rule.tier}; {rule.source}): {rule.text}",
@@ -94,30 +141,12 @@ def broken(rule: Rule, instruction: str, detail: str, **operands: Any) -> None:
     text = message(rule, instruction, detail, operands)
     if rule.tier == DOCUMENTED or STRICT.get():
         raise NkiValidationError(text)
-    frame = user_frame()
-    if frame is None:
-        warnings.warn(text, NkiSimulatorWarning, stacklevel=2)
-        return
-    seen = frame.f_globals.setdefault("__warningregistry__", {})
-    file, line = frame.f_code.co_filename, frame.f_lineno
-    warnings.warn_explicit(text, NkiSimulatorWarning, file, line, registry=seen)
-
-
-def report(
-    rule: Rule,
-    instruction: str,
-    detail: str,
-    place: tuple[str, int],
-    registry: dict[Any, Any],
-    strict: bool,
-) -> None:
-    """Warn of a broken inferred rule at (file, line), or raise it if strict."""
-    file, line = place
-    text = f"{instruction}: {detail}\n  rule {rule.id} ({rule.tier}; {rule.source}): {rule.text}"
-    text += f"\n  at {file}:{line}: {linecache.getline(file, line).strip()}"
-    if strict:
-        raise NkiValidationError(text)
-    warnings.warn_explicit(text, NkiSimulatorWarning, file, line, registry=registry)
+    frame, blame = user_frame(), _BLAMED.get()
+    if blame is not None:
+        registry = blame[1]
+    else:
+        registry = {} if frame is None else frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, NkiSimulatorWarning, *user_place(), registry=registry)
 
 
 def fail(rule: Rule, instruction: str, detail: str, **operands: Any) -> NoReturn:

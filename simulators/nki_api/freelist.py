@@ -5,7 +5,8 @@ Knows bytes only, neither tensors nor rules.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
+from operator import itemgetter
 
 
 class FreeList:
@@ -18,6 +19,7 @@ class FreeList:
         self.used = 0
         self.peak = 0
         self.reserved = 0
+        self._taken: set[tuple[int, int]] = set()
 
     def take(self, num_bytes: int) -> int | None:
         """The address of a new block, or None; high addresses first (people place from 0)."""
@@ -44,15 +46,15 @@ class FreeList:
 
     def reserve(self, start: int, end: int) -> None:
         """Take [start, end) out of automatic use for the rest of the run."""
-        pieces = [
-            (s, e)
-            for low, high in self.free
-            for s, e in ((low, min(high, start)), (max(low, end), high))
-            if s < e
-        ]
-        before = sum(e - s for s, e in self.free)
-        self.free = sorted(set(pieces))
-        self.reserved += before - sum(e - s for s, e in self.free)
+        if (start, end) in self._taken:
+            return
+        self._taken.add((start, end))
+        first = bisect_left(self.free, start, key=itemgetter(1))
+        last = bisect_left(self.free, end, key=itemgetter(0))
+        touched = self.free[first:last]
+        sides = [(s, e) for low, high in touched for s, e in ((low, start), (end, high)) if s < e]
+        self.free[first:last] = sides
+        self.reserved += sum(e - s for s, e in touched) - sum(e - s for s, e in sides)
 
     def give(self, at: int, num_bytes: int) -> None:
         """Give a block back; neighbours merge."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from nxd_cp.nki_constructs import constructs
 
-from .errors import broken, report, user_frame
+from .errors import blamed, broken, definition, strictness, user_frame
 from .rules import inferred
 
 _GUIDE = "NKI migration guide, Language restrictions; nki-library@d2ad3a5 uses it"
@@ -85,7 +85,6 @@ def check_kernel(function: Callable[..., Any], args: Any, kwargs: Any, strict: b
     code = getattr(function, "__code__", None)
     if code is None:
         return
-    registry = function.__globals__.setdefault("__warningregistry__", {})
     name = f"nki.jit {function.__name__}"
     found: dict[str, list[tuple[str, int]]] = {}
     for kind, text, line in _findings(code):
@@ -93,10 +92,11 @@ def check_kernel(function: Callable[..., Any], args: Any, kwargs: Any, strict: b
     for kind, places in found.items():
         text, line = places[0]
         more = f" (and {len(places) - 1} more in this function)" if len(places) > 1 else ""
-        report(_RULES[kind], name, text + more, (code.co_filename, line), registry, strict)
+        with blamed((code.co_filename, line), function), strictness(strict):
+            broken(_RULES[kind], name, text + more)
     if any(isinstance(value, list) for value in (*args, *kwargs.values())):
-        place = (code.co_filename, code.co_firstlineno)
-        report(_LIST, name, "a list as an argument", place, registry, strict)
+        with blamed(definition(function), function), strictness(strict):
+            broken(_LIST, name, "a list as an argument")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -122,10 +122,6 @@ def check_condition(instr: str) -> None:
 
 def check_nested(function: Callable[..., Any], strict: bool) -> None:
     """Warn of a decorated kernel that is called inside another kernel."""
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        registry = function.__globals__.setdefault("__warningregistry__", {})
-        place = (code.co_filename, code.co_firstlineno)
-        report(
-            _NESTED, f"nki.jit {function.__name__}", "called by a kernel", place, registry, strict
-        )
+    if getattr(function, "__code__", None) is not None:
+        with blamed(definition(function), function), strictness(strict):
+            broken(_NESTED, f"nki.jit {function.__name__}", "called by a kernel")

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import dtypes
 from .dtypes import fill_unwritten
-from .errors import broken, fail
+from .errors import blamed, broken, definition, fail
 from .initmap import FRESH
 from .memory import HBM, MemoryRegion
 from .rules import documented, inferred
@@ -141,29 +141,35 @@ def to_device(run: Run, value: Any, name: str, after: list[Callable[[], None]]) 
     return value
 
 
-def to_host(value: Any, as_torch: bool) -> Any:
-    """Replace returned tensors by arrays."""
+def to_host(value: Any, as_torch: bool, function: Any) -> Any:
+    """Replace returned tensors by arrays; errors show where they were allocated."""
     if type(value) is NkiTensor:
-        if value.space != HBM or value.buffer is not MemoryRegion.shared_hbm:
-            fail(_OUTPUT, "nki.jit", "the kernel returns another kind of tensor", output=value)
-        if value.storage.collective:
-            fail(_IO_OUTPUT, "nki.jit", "a collective's tensor is returned", output=value)
-        init = value.storage.init
-        if init.uniform <= 0 and FRESH in init.codes(value.rect, value.dense, value.pattern):
-            if init.uniform == FRESH:
-                value.storage.fill()
-            broken(_UNWRITTEN, "nki.jit", "part of an output was never written", output=value)
-        array = value.array
-        if value.storage.silent:
-            array = np.empty(value.shape, value.storage.stored_as(value.dtype))
-            fill_unwritten(array, value.dtype)
-        if not array.flags.c_contiguous:
-            array = np.ascontiguousarray(array)
-        if value.dtype is dtypes.bool_:
-            array = array.view(np.bool_)
-        return _numpy_to_torch(array) if as_torch else array
+        with blamed(value.storage.site or definition(function)):
+            return _output(value, as_torch)
     if type(value) in (tuple, list):
-        return type(value)(to_host(v, as_torch) for v in value)
+        return type(value)(to_host(v, as_torch, function) for v in value)
     if type(value) is dict:
-        return {k: to_host(v, as_torch) for k, v in value.items()}
+        return {k: to_host(v, as_torch, function) for k, v in value.items()}
     return value
+
+
+def _output(value: NkiTensor, as_torch: bool) -> Any:
+    """The array of one returned tensor, checked."""
+    if value.space != HBM or value.buffer is not MemoryRegion.shared_hbm:
+        fail(_OUTPUT, "nki.jit", "the kernel returns another kind of tensor", output=value)
+    if value.storage.collective:
+        fail(_IO_OUTPUT, "nki.jit", "a collective's tensor is returned", output=value)
+    init = value.storage.init
+    if init.uniform <= 0 and FRESH in init.codes(value.rect, value.dense, value.pattern):
+        if init.uniform == FRESH:
+            value.storage.fill()
+        broken(_UNWRITTEN, "nki.jit", "part of an output was never written", output=value)
+    array = value.array
+    if value.storage.silent:
+        array = np.empty(value.shape, value.storage.stored_as(value.dtype))
+        fill_unwritten(array, value.dtype)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    if value.dtype is dtypes.bool_:
+        array = array.view(np.bool_)
+    return _numpy_to_torch(array) if as_torch else array

@@ -106,6 +106,8 @@ def simulate_ranks(
         raise ValueError("expected the arguments of at least one rank, got none")
     if current_or_none() is not None:
         raise RuntimeError("simulate_ranks cannot be called inside a kernel")
+    for call in calls:
+        check_kernel(made.function, call.args, call.kwargs, parameters_in_force().strict)
     return launch(
         made.function, chips.generation_name(generation or made.generation), calls, made.lnc
     )

@@ -20,7 +20,7 @@ MAX_OPERANDS = 6  # the destination first
 WIDTH = 6 + MAX_OPERANDS  # opcode, engine, line, elements, flags, detail, operands
 NONE = -1
 # Files of the simulator: not the kernel's line.
-_HELPERS = frozenset(str(path) for path in Path(__file__).parent.rglob("*.py"))
+HELPERS = frozenset(str(path) for path in Path(__file__).parent.rglob("*.py"))
 
 # Bits of `flags`. Bits 8..15 hold a row tile size of TensorE, 16..23 a column tile size (0: 128).
 ACCUMULATE = 1  # a matmul adds onto its PSUM destination
@@ -178,7 +178,7 @@ class Log:
     ) -> None:
         """Append one instruction; the kernel's line is outside the simulator."""
         frame: FrameType | None = sys._getframe(depth)
-        while frame is not None and frame.f_code.co_filename in _HELPERS:
+        while frame is not None and frame.f_code.co_filename in HELPERS:
             frame = frame.f_back
         assert frame is not None, "a kernel is outside the helpers"
         key = (frame.f_code, frame.f_lineno)

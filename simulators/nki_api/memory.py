@@ -101,7 +101,7 @@ class Storage:
         self.core: Core | None = None
         self.epoch = 0
         self.silent = False  # shape-only mode: contents do not matter
-        self.site: Any = None  # (code, line) of the allocation
+        self.site: Any = None  # (file, line) of the allocation
         self.io = False  # an input of the kernel
         self.collective = False  # an operand of a collective
         self.own: InitMap | None = None  # a placed tensor: what was written by its own name

@@ -25,6 +25,8 @@ class SimParams:
     adversarial: a seed for the worst legal order: who runs next is drawn, implicit rings go round
         in a drawn order per channel, and DMA writes to HBM that two cores share land as late as
         they may. A correct kernel gives the same results with every seed.
+    stall_seconds: processor time without an instruction after which a kernel counts as endless and
+        ends with an error that shows its line (sleeping: ten times as much); None never ends it.
     precise_fp: False stores bfloat16 and 8-bit floats as float32, to tell a wrong algorithm from
         lost precision; outputs of these types are then float32. None: NKI_PRECISE_FP, or True.
     """
@@ -33,7 +35,14 @@ class SimParams:
     log: bool = False
     values: bool = True
     adversarial: int | None = None
+    stall_seconds: float | None = 60.0
     precise_fp: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.stall_seconds is not None and not self.stall_seconds > 0:
+            raise ValueError(
+                f"expected stall_seconds above 0, or None for no limit, got {self.stall_seconds!r}"
+            )
 
     def precise(self) -> bool:
         """Whether low-precision types are stored as what they are."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from . import dtypes, errors, memory
+from . import dtypes, memory
 from .core_memory import Core, CorePool
+from .errors import placed, strictness
 from .log import NONE, BufferInfo, Log
 from .params import SimParams
 from .ranks.program import Trace
@@ -162,12 +163,10 @@ def running(world: World, place: Place, params: SimParams, log: Log | None) -> I
     core = _POOL.borrow(world.chip, params.precise())
     run = Run(world, place, core, params, log)
     label = f"{place}: " if len(world.places) > 1 else ""
-    tokens = (_RUN.set(run), errors.STRICT.set(params.strict), errors.PLACE.set(label))
+    token = _RUN.set(run)
     try:
-        with np.errstate(all="ignore"):
+        with strictness(params.strict), placed(label), np.errstate(all="ignore"):
             yield run
     finally:
-        _RUN.reset(tokens[0])
-        errors.STRICT.reset(tokens[1])
-        errors.PLACE.reset(tokens[2])
+        _RUN.reset(token)
         _POOL.give_back(core)

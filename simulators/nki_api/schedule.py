@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from .errors import fail
+from .errors import blamed, fail, user_place
 from .rules import documented
 from .runtime import current
 
@@ -46,6 +46,7 @@ def edges_of(schedule: Iterable[Any]) -> dict[str, set[str]]:
 
 def scheduled(function: Callable[..., Any], edges: dict[str, set[str]]) -> Callable[..., Any]:
     """`function`, whose instructions must then have every name that the edges use."""
+    place = user_place()
     wanted = set(edges).union(*edges.values())
 
     @functools.wraps(function)
@@ -53,7 +54,8 @@ def scheduled(function: Callable[..., Any], edges: dict[str, set[str]]) -> Calla
         result = function(*args, **kwargs)
         unknown = sorted(wanted - current(NAME).names)
         if unknown:
-            fail(_SCHEDULE, NAME, f"no instruction is called {', '.join(unknown)}")
+            with blamed(place, function):
+                fail(_SCHEDULE, NAME, f"no instruction is called {', '.join(unknown)}")
         return result
 
     return run

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .errors import NkiValidationError
@@ -55,7 +55,7 @@ class Simulator:
         Rules of the inferred tier count, too, because they raise inside the block.
         """
         before = self.params
-        self.params = SimParams(strict=True, values=before.values, adversarial=before.adversarial)
+        self.params = replace(before, strict=True)
         try:
             with parameters(self.params):
                 yield

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import chips
-from nxd_cp.simulators.nki_api.errors import fail, strictness
+from nxd_cp.simulators.nki_api.errors import blamed, definition, fail, placed, strictness
 from nxd_cp.simulators.nki_api.interop import arrays_in, as_numpy, is_torch, to_device, to_host
 from nxd_cp.simulators.nki_api.log import Log
 from nxd_cp.simulators.nki_api.params import parameters_in_force
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import recorder, running
+from nxd_cp.simulators.nki_api.runtime import Run, recorder, running
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
+from nxd_cp.simulators.nki_api.watchdog import watched
 
 from .program import compare
 from .scheduler import Place
@@ -75,18 +76,19 @@ def launch(
             pairs = zip(call.args, names, strict=True)
             args = [to_device(run, value, name, after) for value, name in pairs]
             kwargs = {k: to_device(run, v, k, after) for k, v in call.kwargs.items()}
-            results[place] = function(*args, **kwargs)
+            with watched(params.stall_seconds, lambda: _progress(run), function):
+                results[place] = function(*args, **kwargs)
             run.core.check_lifetimes()
             traces[place] = run.trace
 
     world.scheduler.run(body)
-    with strictness(params.strict):
+    with strictness(params.strict), blamed(definition(function), function):
         for i, rank in enumerate(world.ranks):
             for watch in rank.watches:
                 watch.land()
             if world.lnc == 2:
                 compare(i, traces[Place(i, 0)], traces[Place(i, 1)])
-        outputs = [_outputs(world, i, call, results) for i, call in enumerate(calls)]
+        outputs = [_outputs(world, i, call, results, function) for i, call in enumerate(calls)]
     for action in after:
         action()
     return outputs
@@ -116,14 +118,22 @@ def _overlap(a: Any, b: Any) -> bool:
         return True
 
 
-def _outputs(world: World, rank: int, call: Arguments, results: dict[Place, Any]) -> Any:
+def _progress(run: Run) -> int | None:
+    """How far a core is, for the watchdog; None while it waits for others."""
+    return None if run.world.scheduler.waits(run.place) else run.issued
+
+
+def _outputs(
+    world: World, rank: int, call: Arguments, results: dict[Place, Any], function: Any
+) -> Any:
     first = results[Place(rank, 0)]
     for core in range(1, world.lnc):
         other = results[Place(rank, core)]
         if _identity(first) != _identity(other):
             fail(_SAME_OUTPUTS, "nki.jit", f"rank {rank}: the cores return different results")
     as_torch = any(is_torch(value) for value in arrays_in([list(call.args), call.kwargs]))
-    return to_host(first, as_torch)
+    with placed(f"rank {rank}: " if world.num_ranks > 1 else ""):
+        return to_host(first, as_torch, function)
 
 
 def _identity(value: Any) -> Any:

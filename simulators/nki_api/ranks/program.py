@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from array import array
 
-from nxd_cp.simulators.nki_api.errors import broken, fail, line_text, user_place
+from nxd_cp.simulators.nki_api.errors import blamed, broken, fail, line_text, user_place
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 
 _LOOPS = documented(
@@ -48,20 +48,25 @@ def compare(rank: int, one: Trace, two: Trace) -> None:
     programs = [[entries[number] for number in trace.rows] for trace in (one, two)]
     loops = [[e for e in p if e[0] in (LOOP, ITERATION)] for p in programs]
     difference = _difference(*loops)
-    if difference:
-        fail(_LOOPS, "nki.jit", f"rank {rank}: {difference}")
+    if difference is not None:
+        with blamed(difference[1]):
+            fail(_LOOPS, "nki.jit", f"rank {rank}: {difference[0]}")
     difference = _difference(*programs)
-    if difference:
-        broken(_SAME, "nki.jit", f"rank {rank}: {difference}")
+    if difference is not None:
+        with blamed(difference[1]):
+            broken(_SAME, "nki.jit", f"rank {rank}: {difference[0]}")
 
 
-def _difference(one: list[tuple[str, str, int]], two: list[tuple[str, str, int]]) -> str:
-    """Where the names in two lists first differ, in words; empty if they do not."""
+def _difference(
+    one: list[tuple[str, str, int]], two: list[tuple[str, str, int]]
+) -> tuple[str, tuple[str, int]] | None:
+    """Where the names in two lists first differ, in words and as (file, line); None if nowhere."""
     end = ("the end", "", 0)
     length = max(len(one), len(two))
     for at in range(length):
         a, b = (p[at] if at < len(p) else end for p in (one, two))
         if a[0] != b[0]:
             lines = [f"core {c} has {e[0]} at {line_text(*e[1:])}" for c, e in ((0, a), (1, b))]
-            return f"entry {at} differs\n    {lines[0]}\n    {lines[1]}"
-    return ""
+            place = a[1:] if a[1] else b[1:]
+            return f"entry {at} differs\n    {lines[0]}\n    {lines[1]}", place
+    return None

@@ -98,6 +98,10 @@ class Scheduler:
         if self._failure is not None:
             raise self._failure if len(self.tasks) == 1 else _Abandoned
 
+    def waits(self, place: Place) -> bool:
+        """Whether the task at `place` waits for others."""
+        return self._by_place[place].waiting is not None
+
     def finished(self, place: Place) -> bool:
         """Whether the task at `place` has ended."""
         return self._by_place[place].done
