@@ -81,7 +81,7 @@ def flash_bwd(
         lse_BHS1, delta_BHS1: HBM [B, H, S, 1] fp32, of the whole row over all blocks.
         mask: "full", "causal", "strict" (the last two need S == K) or "interval".
         scale, softcap: as in the forward kernel.
-        carry: () or (dq, dk, dv), HBM fp32, in the shapes of the results.
+        carry: () or (dq,) or (dq, dk, dv), HBM fp32, in the shapes of the results.
         bounds: () or, for mask "interval", two HBM fp32 tensors [B, S, 1]: first and stop key.
 
     Returns:
@@ -100,6 +100,7 @@ def flash_bwd(
     places["dq_in"], places["dk_in"], places["dv_in"] = (), (), ()
     if len(carry) > 0:
         places["dq_in"] = (whole(carry[0]),)
+    if len(carry) > 1:
         places["dk_in"], places["dv_in"] = (whole(carry[1]),), (whole(carry[2]),)
     items = my_items(num_batches, num_groups)
     for i in range(len(items)):

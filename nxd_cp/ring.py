@@ -2,9 +2,9 @@
 
 Does: execute one rank's steps of a `Plan`. Keys and values travel in one message, which leaves
 before the present rectangle is computed; results are merged in fp32, sinks last. Does not: choose
-what to compute (`schedule`), pack keys and values (`blocks.py`), bring their gradients home
-(`gradients.py`), move bytes (`transport/`), compute scores (`backends/`), or check arguments
-(`validation.py`).
+what to compute (`schedule`), pack keys and values (`blocks.py`), hold the running result
+(`running.py`), bring gradients of keys home (`gradients.py`), move bytes (`transport/`), compute
+scores and merge them (`backends/`), or check arguments (`validation.py`).
 
 Contracts
     Step 0 is the rank's own diagonal. o and lse are fp32 from the first step to the last.
@@ -20,12 +20,15 @@ Source: Ring Attention (arXiv 2310.01889); the merge is the online softmax of ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from nxd_cp import gradients
-from nxd_cp.backends.base import Backend, BlockMask, Documents
+from nxd_cp.backends.base import Backend, BlockMask, Documents, QueryRows, Scores
 from nxd_cp.blocks import KeyBlock
+from nxd_cp.running import Running
 from nxd_cp.schedule import Plan, Tile, ring_moves
 from nxd_cp.transport import Call
 
@@ -48,18 +51,17 @@ def forward(
 
     sinks: [Hq]. document_ids: [B, S] of every rank; a query sees keys of its own document only.
     """
-    result = None
+    so_far = Running(q.shape[2], _nothing_seen(q, v), in_place=not backend.carries)
     block = KeyBlock(call, k, v)
     for step in plan.steps[rank]:
         block.start(step.kv)
         for tile in step.tiles:
-            mask = _mask(tile, document_ids, rank, step.owner)
-            part = backend.forward(
-                q[:, :, tile.q], *block.rows(tile.k), mask=mask, scale=scale, softcap=softcap
-            )
-            result = _merge_rows(result, tile.q, part, q.shape[2])
+            keys, whole = block.rows(tile.k), _mask(tile, document_ids, rank, step.owner)
+            for rows, mask in so_far.cut(tile.q, whole):
+                scores, carry = Scores(mask, scale, softcap), so_far.take(rows)
+                so_far.put(rows, backend.forward(q[:, :, rows], *keys, scores, carry))
         block.wait()
-    o, lse = _empty_result(q, v) if result is None else result
+    o, lse = so_far.finish()
     if sinks is not None:
         _merge_sinks_(o, lse, sinks, slice(0, plan.local_tokens[rank]))
     return o, lse
@@ -88,31 +90,25 @@ def backward(
     rank's rows, is None without sinks.
     o and lse are the results of `forward`; o may have been rounded to the dtype of q.
     """
-    o, delta = o.float(), _row_sums(do, o)
-    dq = None
+    delta = backend.row_delta(do, o)
+    saved = QueryRows(do, q, o.float(), lse, delta)
+    so_far = Running(q.shape[2], _no_gradient(q), in_place=not backend.carries)
     block, grads = KeyBlock(call, k, v), gradients.collect(call, plan, k, v)
     for step in plan.steps[rank]:
         block.start(step.kv)
         parts: list[gradients.Part] = []
         for tile in step.tiles:
-            rows = tile.q
-            dq_tile, dk_tile, dv_tile = backend.backward(
-                do[:, :, rows],
-                q[:, :, rows],
-                *block.rows(tile.k),
-                o[:, :, rows],
-                lse[:, :, rows],
-                delta[:, :, rows],
-                mask=_mask(tile, document_ids, rank, step.owner),
-                scale=scale,
-                softcap=softcap,
-            )
-            dq = _add_rows(dq, rows, dq_tile, like=q)
-            parts.append((tile.k, (dk_tile, dv_tile)))
+            keys, whole = block.rows(tile.k), _mask(tile, document_ids, rank, step.owner)
+            for rows, mask in so_far.cut(tile.q, whole):
+                scores, carry = Scores(mask, scale, softcap), so_far.take(rows)
+                before = None if carry is None else carry[0]
+                dq, dk, dv = backend.backward(saved.at(rows), *keys, scores, before)
+                so_far.put(rows, (dq,))
+                parts.append((tile.k, (dk, dv)))
         grads.add(step, parts)
         block.wait()
     dk, dv = grads.finish()
-    dq = torch.zeros_like(q, dtype=torch.float32) if dq is None else dq
+    (dq,) = so_far.finish()
     dsinks = None
     if sinks is not None:
         dsinks = _sink_gradients(sinks, lse, delta, slice(0, plan.local_tokens[rank]))
@@ -136,45 +132,21 @@ def gather(call: Call, local: Tensor, plan: Plan, rank: int) -> list[Tensor]:
     return [found[owner] for owner in sorted(found)]
 
 
-def merge_(o: Tensor, lse: Tensor, o_tile: Tensor, lse_tile: Tensor) -> None:
-    """Add a rectangle to the running result, in place; all fp32.
+def _nothing_seen(q: Tensor, v: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Makes o = 0 and lse = -inf for so many rows."""
 
-    With weight w = sigmoid(lse_tile - lse): o moves to o + w (o_tile - o), lse to their logaddexp.
-    Where the rectangle shows nothing the weight is 0, also where -inf + inf would be NaN.
-    """
-    weight = torch.sigmoid(lse_tile - lse).masked_fill_(lse_tile == -torch.inf, 0.0)
-    o.lerp_(o_tile, weight.unsqueeze(-1))
-    torch.logaddexp(lse, lse_tile, out=lse)
+    def make(num_rows: int) -> tuple[Tensor, Tensor]:
+        shape = (*q.shape[:2], num_rows)
+        o = torch.zeros((*shape, v.shape[-1]), dtype=torch.float32, device=q.device)
+        return o, o.new_full(shape, -torch.inf)
 
-
-Result = tuple[Tensor, Tensor]
+    return make
 
 
-def _merge_rows(result: Result | None, rows: slice, part: Result, num_rows: int) -> Result:
-    """The running result with a part for `rows` merged in; a first part for all rows is the result.
-
-    Usually step 0 covers all rows, and taking its result spares memory and a pass over it.
-    """
-    o_tile, lse_tile = part
-    if result is None:
-        if o_tile.shape[2] == num_rows:
-            return part
-        result = _empty_rows(o_tile, num_rows)
-    o, lse = result
-    merge_(o[:, :, rows], lse[:, :, rows], o_tile, lse_tile)
-    return result
-
-
-def _empty_result(q: Tensor, v: Tensor) -> Result:
-    """What a rank that holds nothing but padding returns."""
-    return _empty_rows(q.new_empty((*q.shape[:2], 0, v.shape[-1])), q.shape[2])
-
-
-def _empty_rows(like: Tensor, num_rows: int) -> Result:
-    """o = 0 and lse = -inf for so many rows of [B, Hq, any, Dv]."""
-    B, H, _, D = like.shape
-    o = torch.zeros((B, H, num_rows, D), dtype=torch.float32, device=like.device)
-    return o, o.new_full((B, H, num_rows), -torch.inf)
+def _no_gradient(q: Tensor) -> Callable[[int], tuple[Tensor]]:
+    """Makes dq = 0 for so many rows."""
+    B, H, _, D = q.shape
+    return lambda rows: (torch.zeros((B, H, rows, D), dtype=torch.float32, device=q.device),)
 
 
 def _merge_sinks_(o: Tensor, lse: Tensor, sinks: Tensor, rows: slice) -> None:
@@ -189,19 +161,3 @@ def _sink_gradients(sinks: Tensor, lse: Tensor, delta: Tensor, rows: slice) -> T
     lse, delta = lse[:, :, rows], delta[:, :, rows]
     weight = torch.exp(sinks.float().view(1, -1, 1) - lse).masked_fill_(lse == -torch.inf, 0.0)
     return -(weight * delta).sum((0, 2))
-
-
-def _add_rows(total: Tensor | None, rows: slice, part: Tensor, *, like: Tensor) -> Tensor:
-    """The sum with a part for `rows` added; a first part for all rows is the sum."""
-    if total is None:
-        if part.shape == like.shape:
-            return part
-        total = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-    total[:, :, rows] += part
-    return total
-
-
-def _row_sums(do: Tensor, o: Tensor) -> Tensor:
-    """delta = rowsum(do * o), fp32 [B, Hq, S]; head by head, so that no product is held whole."""
-    heads = range(o.shape[1])
-    return torch.stack([(do[:, h].float() * o[:, h].float()).sum(-1) for h in heads], dim=1)

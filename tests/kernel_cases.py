@@ -23,7 +23,7 @@ from budgets import (
 )
 from torch import Tensor
 
-from nxd_cp.backends.base import BlockMask, Documents
+from nxd_cp.backends.base import BlockMask, Documents, QueryRows, Scores
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.reference import hidden
 from nxd_cp.schedule import Bounded
@@ -174,27 +174,24 @@ def by_kernels(case: KernelCase, x: Problem, *, before: float = 1.0) -> Results:
         cores=case.cores,
         score_bound=32.0 if case.bounded else None,
     )
-    options = {"scale": case.scale, "softcap": case.softcap}
     carry = None
     if x.sink is not None:
         lse = x.sink.view(1, -1, 1).expand(case.B, case.Hq, case.S)
         carry = torch.zeros(case.B, case.Hq, case.S, case.E), lse
     for keys, mask in x.pieces:
-        carry = backend.forward(
-            x.q, x.k[:, :, keys], x.v[:, :, keys], mask=mask, carry=carry, **options
-        )
+        scores = Scores(mask, case.scale, case.softcap)
+        carry = backend.forward(x.q, x.k[:, :, keys], x.v[:, :, keys], scores, carry)
     assert carry is not None, "there is at least one piece"
     o, lse = carry
-    delta = (x.do.float() * o).sum(-1)
+    rows = QueryRows(x.do, x.q, o, lse, (x.do.float() * o).sum(-1))
     dq, parts = None, []
     for keys, mask in x.pieces:
         k, v = x.k[:, :, keys], x.v[:, :, keys]
         start = None
         if dq is not None:
             start = dq, torch.full(k.shape, before), torch.full(v.shape, before)
-        dq, dk, dv = backend.backward(
-            x.do, x.q, k, v, o, lse, delta, mask=mask, carry=start, **options
-        )
+        scores = Scores(mask, case.scale, case.softcap)
+        dq, dk, dv = backend.backward(rows, k, v, scores, start)
         parts.append((dk, dv) if start is None else (dk - before, dv - before))
     assert dq is not None, "there is at least one piece"
     dk, dv = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nxd_cp.backends.base import QueryRows, Scores
 from nxd_cp.backends.kernel_blocks import split
 from nxd_cp.backends.kernel_limits import MAX_INSTRUCTIONS, Launch
 from nxd_cp.backends.neuron import KernelBackend
@@ -40,12 +41,12 @@ def run_shapes(launch: Launch, generation: str, *, carry: bool = False) -> tuple
     before = (do.float(), row) if carry else None
     grads = (q.float(), k.float(), v.float()) if carry else None
     backend = KernelBackend("simulate", generation)
-    options = {"mask": mask, "scale": 1.0, "softcap": 10.0 if launch.softcap else None}
+    scores = Scores(mask, 1.0, 10.0 if launch.softcap else None)
     with parameters(SimParams(values=False)):
         with record() as forward:
-            backend.forward(q, k, v, carry=before, **options)
+            backend.forward(q, k, v, scores, before)
         with record() as backward:
-            backend.backward(do, q, k, v, do, row, row, carry=grads, **options)
+            backend.backward(QueryRows(do, q, do, row, row), k, v, scores, grads)
     return cost(forward), cost(backward)
 
 

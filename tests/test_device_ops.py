@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nxd_cp.backends import device_ops, neuron
+from nxd_cp.backends import device_ops, kernel_modules
+from nxd_cp.backends.base import Scores
 from nxd_cp.backends.device_ops import (
     DeviceModule,
     Launch,
@@ -167,11 +168,11 @@ def test_backend_nki_runs_the_kernels_through_their_ops(
 ) -> None:
     """With the simulator's kernels under the ops the results are those of backend "simulate"."""
     kernels = load("nxd_cp.kernels", generation="gen3")
-    modules = {f"nxd_cp.kernels.{n}": getattr(kernels, n) for n in ("flash_fwd", "flash_bwd")}
-    modules["nxd_cp.kernels.tiles"] = kernels.tiles
+    names = ("flash_fwd", "flash_bwd", "row_delta", "merge", "permute", "tiles")
+    modules = {f"nxd_cp.kernels.{n}": getattr(kernels, n) for n in names}
     simulated = KernelBackend("simulate", "gen3", cores=cores)
-    monkeypatch.setattr(neuron, "has_nki", lambda: True)
-    monkeypatch.setattr(neuron.importlib, "import_module", modules.__getitem__)
+    monkeypatch.setattr(kernel_modules, "has_nki", lambda: True)
+    monkeypatch.setattr(kernel_modules.importlib, "import_module", modules.__getitem__)
     device = KernelBackend("nki", cores=cores)
     monkeypatch.undo()
     monkeypatch.setattr(device_ops, "_OPS", {})
@@ -201,8 +202,8 @@ class Host:
     def __init__(self) -> None:
         self.module = DeviceModule(SimpleNamespace(flash_fwd=flash_fwd), "flash_fwd")
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        return self.module.flash_fwd[2](q, k, v, options["mask"], options["scale"], carry=(q, k))
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Any:
+        return self.module.flash_fwd[2](q, k, v, scores.mask, scores.scale, carry=(q, k))
 
 
 def test_launches_are_recorded_and_not_made() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nxd_cp import reference, ring
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends import torch_bounded, torch_flash
-from nxd_cp.backends.base import Documents
+from nxd_cp.backends.base import Documents, QueryRows, Scores
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
@@ -141,7 +141,7 @@ def test_rows_without_a_document_in_a_rectangle_are_empty(
     q, k, v, do = (torch.randn(2, h, 20, 16) for h in (4, 2, 2, 4))
     q_ids, k_ids = packed((6, 9), 2, 20), packed((3, 5), 2, 20) + 1
     documents = Documents(mask, q_ids, k_ids)
-    o, lse = TorchBackend().forward(q, k, v, mask=documents, scale=0.25)
+    o, lse = TorchBackend().forward(q, k, v, Scores(documents, 0.25))
     unseen = q_ids[:, None, :, None] != k_ids[:, None, None, :]
     unseen |= reference.hidden(mask, 20, 20, q.device)
     exact = [x.double() for x in (q, k, v, do)]
@@ -151,7 +151,7 @@ def test_rows_without_a_document_in_a_rectangle_are_empty(
     assert torch.equal(lse > -torch.inf, seen)
     assert_close("lse", lse[seen], lse_true[seen], FP32_OUTPUT)
     found = TorchBackend().backward(
-        do, q, k, v, o, lse, (do * o).sum(-1), mask=documents, scale=0.25
+        QueryRows(do, q, o, lse, (do * o).sum(-1)), k, v, Scores(documents, 0.25)
     )
     expected = reference.attention_backward(exact[3], *exact[:3], mask=unseen, scale=0.25)
     for name, x, y in zip(("dq", "dk", "dv"), found, expected, strict=True):

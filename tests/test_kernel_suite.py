@@ -23,7 +23,7 @@ from kernel_suite import (
     valid,
 )
 
-from nxd_cp.backends.base import Documents
+from nxd_cp.backends.base import Documents, QueryRows, Scores
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.reference import attention, attention_backward
 from nxd_cp.simulators.nki_api import NkiValidationError, load
@@ -263,10 +263,9 @@ def test_scattered_documents_are_several_launches_and_still_exact() -> None:
     ids = torch.tensor([3, 1, 3, 7, 1]).repeat_interleave(40).unsqueeze(0)
     seen = (ids[:, :, None] == ids[:, None, :]).tril().unsqueeze(1)
     backend = KernelBackend("simulate", "gen3")
-    mask = Documents("causal", ids, ids)
-    o, lse = backend.forward(q, k, v, mask=mask, scale=0.2)
-    delta = (do * o).sum(-1)
-    grads = backend.backward(do, q, k, v, o, lse, delta, mask=mask, scale=0.2)
+    scores = Scores(Documents("causal", ids, ids), 0.2)
+    o, lse = backend.forward(q, k, v, scores)
+    grads = backend.backward(QueryRows(do, q, o, lse, (do * o).sum(-1)), k, v, scores)
     q, k, v, do = (x.double() for x in (q, k, v, do))
     truth = attention(q, k, v, mask=~seen, scale=0.2)[0]
     torch.testing.assert_close(o.double(), truth, atol=1e-5, rtol=0)

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends import kernel_blocks, kernel_limits
+from nxd_cp.backends.base import QueryRows, Scores
 from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.context import CPContext
@@ -65,9 +66,8 @@ def test_a_row_that_sees_nothing_is_zero_and_has_zero_gradients(generation: str)
 def test_rows_that_are_empty_in_the_whole_sequence_add_nothing(generation: str) -> None:
     x = problem(KernelCase(generation, "causal", S=130, K=130))
     lse = torch.full((1, 2, 130), -torch.inf)
-    grads = KernelBackend("simulate", generation).backward(
-        x.do, x.q, x.k, x.v, x.do, lse, torch.zeros_like(lse), mask="causal", scale=1.0
-    )
+    rows = QueryRows(x.do, x.q, x.do, lse, torch.zeros_like(lse))
+    grads = KernelBackend("simulate", generation).backward(rows, x.k, x.v, Scores("causal", 1.0))
     for found in grads:
         assert torch.equal(found, torch.zeros_like(found))
 
@@ -76,9 +76,10 @@ def test_rows_that_are_empty_in_the_whole_sequence_add_nothing(generation: str) 
 def test_a_carry_that_has_seen_nothing_changes_nothing(generation: str) -> None:
     case = KernelCase(generation, "strict", S=130, K=130)
     x, backend = problem(case), KernelBackend("simulate", generation)
-    o, lse = backend.forward(x.q, x.k, x.v, mask="strict", scale=case.scale)
+    scores = Scores("strict", case.scale)
+    o, lse = backend.forward(x.q, x.k, x.v, scores)
     empty = torch.zeros_like(o), torch.full_like(lse, -torch.inf)
-    again = backend.forward(x.q, x.k, x.v, mask="strict", scale=case.scale, carry=empty)
+    again = backend.forward(x.q, x.k, x.v, scores, empty)
     assert torch.equal(again[0], o)
     assert torch.equal(again[1], lse)
 
@@ -205,7 +206,7 @@ def test_another_packing_is_the_same_program(generation: str) -> None:
         case = KernelCase(generation, S=200, K=200)
         x, backend = problem(case), KernelBackend("simulate", generation)
         with record() as log:
-            backend.forward(x.q, x.k, x.v, mask=Bounded(low, 0), scale=1.0)
+            backend.forward(x.q, x.k, x.v, Scores(Bounded(low, 0), 1.0))
         programs.append([(r.opcode, r.dst, r.sources, r.flags) for r in log])
     assert programs[0] == programs[1]
 
@@ -215,7 +216,7 @@ def test_a_static_mask_issues_nothing_for_tiles_that_nobody_sees() -> None:
     for mask in ("full", "causal"):
         x = problem(KernelCase("gen3", mask, S=1024, K=1024, Hq=1))
         with record() as log:
-            KernelBackend("simulate", "gen3").forward(x.q, x.k, x.v, mask=mask, scale=1.0)
+            KernelBackend("simulate", "gen3").forward(x.q, x.k, x.v, Scores(mask, 1.0))
         counts[mask] = log.counts()["nc_matmul"]
     assert counts["causal"] < 0.7 * counts["full"]
 
@@ -397,7 +398,7 @@ def test_every_limit_names_itself_the_value_and_the_way_out(
     with pytest.raises(ValueError, match=message):
         KernelBackend(
             "simulate", generation, cores=shape["cores"], score_bound=shape.get("score_bound")
-        ).forward(q, k, v, mask="full", **{"scale": 1.0, **options})
+        ).forward(q, k, v, Scores("full", **{"scale": 1.0, **options}))
 
 
 def test_more_rows_than_fp32_can_count_are_refused_under_an_interval_mask() -> None:

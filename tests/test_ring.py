@@ -23,6 +23,7 @@ from nxd_cp.attention import ring_attention
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
+from nxd_cp.merging import merge_
 from nxd_cp.schedule import LAYOUTS, Step, make_plan
 from nxd_cp.transport import Hop
 
@@ -108,9 +109,9 @@ def test_the_next_block_leaves_before_the_present_one_is_computed() -> None:
     events: list[str] = []
 
     class Recorder(TorchBackend):
-        def forward(self, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
             events.append("compute")
-            return super().forward(*tensors, **options)
+            return super().forward(*arguments)
 
     def work(cp: CPContext) -> None:
         x = torch.randn(1, 2, 8, 16)
@@ -139,7 +140,7 @@ def test_merging_parts_is_attention_over_all_keys() -> None:
     for start in (0, 3, 9):
         keys = slice(start, start + (6 if start == 3 else 3))
         part = reference.attention(q, k[:, :, keys], v[:, :, keys], mask="full", scale=1.0)
-        ring.merge_(o, lse, *part)
+        merge_(o, lse, *part)
     exact = [x.double() for x in (q, k, v)]
     o_true, lse_true = reference.attention(*exact, mask="full", scale=1.0)
     assert_close("o", o, o_true, 1e-6)
@@ -148,14 +149,14 @@ def test_merging_parts_is_attention_over_all_keys() -> None:
 
 def test_merging_empty_parts_keeps_zero_and_minus_infinity() -> None:
     o, lse = running(1, 1, 3)
-    ring.merge_(o, lse, *running(1, 1, 3))
+    merge_(o, lse, *running(1, 1, 3))
     assert torch.equal(o, torch.zeros_like(o))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
     part = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3)
-    ring.merge_(o, lse, *part)
+    merge_(o, lse, *part)
     assert torch.equal(o, part[0])
     assert torch.equal(lse, part[1])
-    ring.merge_(o, lse, *running(1, 1, 3))
+    merge_(o, lse, *running(1, 1, 3))
     assert torch.equal(o, part[0])
     assert torch.equal(lse, part[1])
 
@@ -163,14 +164,14 @@ def test_merging_empty_parts_keeps_zero_and_minus_infinity() -> None:
 @pytest.mark.parametrize("high", [3e4, 1e30])
 def test_merging_large_logits_stays_finite(high: float) -> None:
     o, lse = torch.ones(1, 1, 2, 4), torch.tensor([[[high, -high]]])
-    ring.merge_(o, lse, torch.zeros(1, 1, 2, 4), torch.tensor([[[-high, high]]]))
+    merge_(o, lse, torch.zeros(1, 1, 2, 4), torch.tensor([[[-high, high]]]))
     assert torch.equal(lse, torch.full((1, 1, 2), high))
     assert torch.equal(o[0, 0, :, 0], torch.tensor([1.0, 0.0]))
 
 
 def test_a_nan_in_a_part_is_not_hidden_by_the_merge() -> None:
     o, lse = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 1)
-    ring.merge_(o, lse, torch.full((1, 1, 1, 4), torch.nan), torch.full((1, 1, 1), torch.nan))
+    merge_(o, lse, torch.full((1, 1, 1, 4), torch.nan), torch.full((1, 1, 1), torch.nan))
     assert torch.isnan(o).all()
     assert torch.isnan(lse).all()
 

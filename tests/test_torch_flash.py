@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nxd_cp import reference
 from nxd_cp.backends import get_backend, torch_flash
+from nxd_cp.backends.base import QueryRows, Scores
 from nxd_cp.backends.torch_flash import TorchBackend
 
 MASKS = ("full", "causal", "strict")
@@ -35,14 +36,14 @@ def test_a_rectangle_is_the_reference(
 ) -> None:
     Skv = 31 if mask != "full" else 19
     q, k, v, do = problem(31, Skv, Hq, Hkv, D)
-    o, lse = backend.forward(q, k, v, mask=mask, scale=0.25)
+    o, lse = backend.forward(q, k, v, Scores(mask, 0.25))
     exact = [x.double() for x in (q, k, v, do)]
     o_true, lse_true = reference.attention(*exact[:3], mask=mask, scale=0.25)
     assert_close("o", o, o_true, FP32_OUTPUT)
     seen = lse_true > -torch.inf
     assert torch.equal(lse > -torch.inf, seen)
     assert_close("lse", lse[seen], lse_true[seen], FP32_OUTPUT)
-    found = backend.backward(do, q, k, v, o, lse, (do * o).sum(-1), mask=mask, scale=0.25)
+    found = backend.backward(QueryRows(do, q, o, lse, (do * o).sum(-1)), k, v, Scores(mask, 0.25))
     expected = reference.attention_backward(exact[3], *exact[:3], mask=mask, scale=0.25)
     for name, x, y in zip(("dq", "dk", "dv"), found, expected, strict=True):
         assert x.dtype == torch.float32
@@ -56,7 +57,7 @@ def test_partial_gradients_use_the_statistics_of_whole_rows(
     q, k, v, do = problem(12, 12)
     o, lse = torch.randn_like(q), torch.randn(2, 4, 12) + 4.0  # of a longer row
     delta = (do * o).sum(-1)
-    found = backend.backward(do, q, k, v, o, lse, delta, mask=mask, scale=0.25)
+    found = backend.backward(QueryRows(do, q, o, lse, delta), k, v, Scores(mask, 0.25))
     expected = reference.block_backward(
         *(x.double() for x in (do, q, k, v, lse, delta)), mask=mask, scale=0.25
     )
@@ -69,7 +70,7 @@ def test_rows_without_anything_visible_add_nothing(backend: TorchBackend, mask: 
     q, k, v, do = problem(6, 6)
     lse = torch.full((2, 4, 6), -torch.inf)
     o, delta = torch.zeros_like(q), torch.zeros(2, 4, 6)
-    for x in backend.backward(do, q, k, v, o, lse, delta, mask=mask, scale=0.25):
+    for x in backend.backward(QueryRows(do, q, o, lse, delta), k, v, Scores(mask, 0.25)):
         assert torch.equal(x, torch.zeros_like(x))
 
 
@@ -79,7 +80,7 @@ def test_pytorchs_operator_gives_lse_zero_for_a_masked_row_and_ours_does_not() -
     _, theirs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, attn_mask=hidden, scale=0.25
     )
-    o, ours = TorchBackend().forward(q, k, v, mask="strict", scale=0.25)
+    o, ours = TorchBackend().forward(q, k, v, Scores("strict", 0.25))
     assert torch.equal(theirs[:, :, 0], torch.zeros(2, 2))
     assert torch.equal(ours[:, :, 0], torch.full((2, 2), -torch.inf))
     assert torch.equal(o[:, :, 0], torch.zeros(2, 2, 16))
@@ -87,10 +88,10 @@ def test_pytorchs_operator_gives_lse_zero_for_a_masked_row_and_ours_does_not() -
 
 def test_one_strict_row_sees_nothing(backend: TorchBackend) -> None:
     q, k, v, do = problem(1, 1)
-    o, lse = backend.forward(q, k, v, mask="strict", scale=0.25)
+    o, lse = backend.forward(q, k, v, Scores("strict", 0.25))
     assert torch.equal(o, torch.zeros_like(q))
     assert torch.equal(lse, torch.full_like(lse, -torch.inf))
-    for x in backend.backward(do, q, k, v, o, lse, lse * 0, mask="strict", scale=0.25):
+    for x in backend.backward(QueryRows(do, q, o, lse, lse * 0), k, v, Scores("strict", 0.25)):
         assert torch.equal(x, torch.zeros_like(x))
 
 
@@ -99,7 +100,7 @@ def test_sixteen_bit_inputs_are_not_rounded_on_the_way(
     backend: TorchBackend, dtype: torch.dtype
 ) -> None:
     q, k, v, _ = (x.to(dtype) for x in problem(16, 16))
-    o, lse = backend.forward(q, k, v, mask="causal", scale=0.25)
+    o, lse = backend.forward(q, k, v, Scores("causal", 0.25))
     exact, _ = reference.attention(q.double(), k.double(), v.double(), mask="causal", scale=0.25)
     assert o.dtype == lse.dtype == torch.float32
     assert_close("o", o, exact, FP32_OUTPUT)

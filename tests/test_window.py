@@ -20,6 +20,7 @@ import nxd_cp.ops
 from nxd_cp import reference
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends import torch_bounded, torch_flash
+from nxd_cp.backends.base import QueryRows, Scores
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
@@ -256,14 +257,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("Sq", "Skv", "band"), BANDS)
 def test_a_band_is_the_reference(backend: TorchBackend, Sq: int, Skv: int, band: Bounded) -> None:
     q, k, v, do = (torch.randn(2, h, s, 16) for h, s in ((4, Sq), (2, Skv), (2, Skv), (4, Sq)))
-    o, lse = backend.forward(q, k, v, mask=band, scale=0.25)
+    o, lse = backend.forward(q, k, v, Scores(band, 0.25))
     exact = [x.double() for x in (q, k, v, do)]
     o_true, lse_true = reference.attention(*exact[:3], mask=band, scale=0.25)
     assert_close("o", o, o_true, FP32_OUTPUT)
     seen = lse_true > -torch.inf
     assert torch.equal(lse > -torch.inf, seen)
     torch.testing.assert_close(lse[seen].double(), lse_true[seen], rtol=0, atol=FP32_OUTPUT)
-    found = backend.backward(do, q, k, v, o, lse, (do * o).sum(-1), mask=band, scale=0.25)
+    found = backend.backward(QueryRows(do, q, o, lse, (do * o).sum(-1)), k, v, Scores(band, 0.25))
     expected = reference.attention_backward(exact[3], *exact[:3], mask=band, scale=0.25)
     for name, x, y in zip(("dq", "dk", "dv"), found, expected, strict=True):
         assert_close(name, x, y, FP32_GRADIENT)

@@ -1,7 +1,7 @@
 """What a backend is: attention over one rectangle of scores, forward and backward.
 
-Does: name the contract that the ring relies on. Does not: merge rectangles, talk to other ranks,
-or know sinks (the ring merges them once, after the last rectangle).
+Does: name the contract that the ring relies on. Does not: hold the running result (`running.py`),
+talk to other ranks, or know sinks (the ring merges them once, after the last rectangle).
 
     s = scale * q k^T, then with a softcap s = softcap * tanh(s / softcap), then the mask.
 
@@ -12,7 +12,7 @@ Source: FlashAttention-2 (arXiv 2307.08691) for the statistics that pass from fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from torch import Tensor
@@ -33,55 +33,75 @@ class Documents:
 
 
 BlockMask = Mask | Documents
+Pair = tuple[Tensor, Tensor]  # o and lse
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of the q k^T of one rectangle."""
+
+    mask: BlockMask
+    scale: float
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class QueryRows:
+    """What a backward reads of its query rows.
+
+    q: [B, Hq, Sq, D]; do, o: [B, Hq, Sq, Dv]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and
+    delta = rowsum(do * o) belong to the whole row, over all keys of all ranks and the sink.
+    """
+
+    do: Tensor
+    q: Tensor
+    o: Tensor
+    lse: Tensor
+    delta: Tensor
+
+    def at(self, rows: slice) -> QueryRows:
+        """Views of some of the rows."""
+        return QueryRows(*(getattr(self, field.name)[:, :, rows] for field in fields(self)))
 
 
 class Backend(Protocol):
-    """Stateless and safe to call from several threads; results are new tensors, the caller's."""
+    """Stateless and safe to call from several threads.
+
+    carries: how results of earlier rectangles become part of this one. True: they are read once
+    and the sums are new tensors, written once. False: the sums are made in place, in a pass of
+    their own, and what is returned is the carry.
+    """
 
     name: str
+    carries: bool
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: BlockMask,
-        scale: float,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Attention over one rectangle, normalised within it.
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
+    ) -> Pair:
+        """Attention over one rectangle, and over what was seen before it.
 
         q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], any supported dtype, strided
         views allowed; query head h reads key head h // (Hq // Hkv), which is never repeated in
-        memory. Returns o [B, Hq, Sq, Dv] fp32 and lse [B, Hq, Sq] fp32, natural log, scale
-        included. A row that sees nothing returns o = 0 and lse = -inf. `mask` is one of the three
-        names (two of them square), or a `Bounded` band, or either within `Documents`, as far as
-        `validate` let them pass.
+        memory. carry: (o, lse) of these rows over other keys, as returned. Returns
+        o [B, Hq, Sq, Dv] fp32, normalised, and lse [B, Hq, Sq] fp32, natural log, scale included.
+        A row that sees nothing has o = 0 and lse = -inf. The mask is one of the three names (two of
+        them square), or a `Bounded` band, or either within `Documents`, as far as `validate` let
+        them pass.
         """
         ...
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        *,
-        mask: BlockMask,
-        scale: float,
-        softcap: float | None = None,
+        self, rows: QueryRows, k: Tensor, v: Tensor, scores: Scores, carry: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Partial gradients of this rectangle alone.
+        """Partial gradients of this rectangle, dq added to `carry`, that of earlier ones.
 
-        do, o: [B, Hq, Sq, Dv]; lse, delta: [B, Hq, Sq] fp32. o (fp32), lse and
-        delta = rowsum(do * o) belong to the whole row, over all keys of all ranks and the sink.
         Returns dq [B, Hq, Sq, D], dk [B, Hkv, Skv, D] and dv [B, Hkv, Skv, Dv], fp32; rows with
         lse = -inf add zero.
         """
+        ...
+
+    def row_delta(self, do: Tensor, o: Tensor) -> Tensor:
+        """rowsum(do * o) of [B, Hq, S, Dv] each, summed in fp32: [B, Hq, S] fp32."""
         ...
 
     def validate(

@@ -71,14 +71,16 @@ class DeviceKernel:
     def __getitem__(self, cores: int) -> DeviceKernel:
         return DeviceKernel(self._kernel, self._name, cores)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A tuple of tensors, or the only one, as the kernel returns it."""
         tensors, call = pack(args, kwargs, self._cores)
         recorder = _RECORDER.get()
         if recorder is not None:
             recorder.append(Launch(self._kernel, self._name, args, kwargs, self._cores))
-            return tuple(x.zero_() for x in outputs_like(self._name, tensors))
-        op = registered(self._name, self._kernel, stack_of(tensors[0].device))
-        return tuple(op(tensors, call))
+            found = [x.zero_() for x in outputs_like(self._name, tensors)]
+        else:
+            found = registered(self._name, self._kernel, stack_of(tensors[0].device))(tensors, call)
+        return found[0] if len(found) == 1 else tuple(found)
 
 
 @contextmanager
@@ -136,7 +138,8 @@ def registered(name: str, kernel: Any, stack: str) -> Op:
 def _register(name: str, kernel: Any, stack: str) -> Op:
     def launch(tensors: list[Tensor], call: str) -> list[Tensor]:
         args, kwargs, cores = unpack(tensors, call)
-        return list(kernel[cores](*args, **kwargs))
+        found = kernel[cores](*args, **kwargs)
+        return list(found) if isinstance(found, tuple | list) else [found]
 
     full_name = f"nxd_cp::{name}"
     if stack == "native":
@@ -156,15 +159,21 @@ def _register(name: str, kernel: Any, stack: str) -> Op:
 
 
 def outputs_like(name: str, tensors: list[Tensor]) -> list[Tensor]:
-    """Uninitialised results: o, lse of flash_fwd(q, k, v); dq, dk, dv of flash_bwd(do, q, k, v)."""
-    if name == "flash_fwd":
-        q, _, v = tensors[:3]
-        shapes = [(*q.shape[:-1], v.shape[-1]), (*q.shape[:-1], 1)]
-    elif name == "flash_bwd":
+    """Uninitialised results of a kernel, from its tensors in the order of its arguments."""
+    first = tensors[0]
+    if name in ("flash_fwd", "ring_fwd"):  # o, lse of q, k, v
+        shapes = [(*first.shape[:-1], tensors[2].shape[-1]), (*first.shape[:-1], 1)]
+    elif name in ("flash_bwd", "ring_bwd"):  # dq, dk, dv of do, q, k, v
         shapes = [tuple(x.shape) for x in tensors[1:4]]
+    elif name == "merge":  # o, lse of o, lse, o, lse
+        shapes = [tuple(x.shape) for x in tensors[:2]]
+    elif name == "row_delta":
+        shapes = [(*first.shape[:-1], 1)]
+    elif name == "permute_tokens":
+        return [torch.empty_like(first)]
     else:
-        raise ValueError(f"kernel: expected flash_fwd or flash_bwd, got {name!r}")
-    return [tensors[0].new_empty(shape, dtype=torch.float32) for shape in shapes]
+        raise ValueError(f"kernel: expected one of this package's, got {name!r}")
+    return [first.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
 
 def pack(args: tuple[Any, ...], kwargs: dict[str, Any], cores: int) -> tuple[list[Tensor], str]:

@@ -33,6 +33,16 @@ class Block:
     mask: str
 
     @property
+    def queries(self) -> tuple[slice, slice, slice]:
+        """Where it lies in a tensor [pairs, heads, rows, ...]."""
+        return self.groups, self.heads, self.rows
+
+    @property
+    def key_rows(self) -> tuple[slice, slice, slice]:
+        """Where it lies in a tensor [pairs, 1, keys, ...]."""
+        return self.groups, slice(None), self.keys
+
+    @property
     def corner(self) -> tuple[int, int, int]:
         """Where its rows begin: blocks with the same corner have the same rows."""
         return self.groups.start, self.heads.start, self.rows.start

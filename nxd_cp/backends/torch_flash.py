@@ -9,14 +9,17 @@ path, which is exact but not fast. Letters as in `base.py`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from nxd_cp.backends import torch_bounded
-from nxd_cp.backends.base import BlockMask, Documents
+from nxd_cp.backends.base import Documents, Pair, QueryRows, Scores
+from nxd_cp.merging import merge_
 from nxd_cp.reference import block_backward, block_forward
-from nxd_cp.schedule import Bounded, Mask, Plan
+from nxd_cp.schedule import Bounded, Plan
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -27,72 +30,31 @@ class TorchBackend:
     """PyTorch operators; stateless."""
 
     name = "torch"
+    carries = False
 
     def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        mask: BlockMask,
-        scale: float,
-        softcap: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
+    ) -> Pair:
         """See `Backend.forward`."""
-        q, k, v = _widened(q, k, v)
-        flash = softcap is None and has_flash(q)
-        v_dim = v.shape[-1]
-        if flash:  # the operator knows one head dim
-            q, k, v = _equal_head_dims(q, k, v)
-        if isinstance(mask, Bounded | Documents):
-            o, lse = torch_bounded.forward(
-                q, k, v, mask=mask, scale=scale, softcap=softcap, flash=flash
-            )
-        elif mask == "strict":
-            o, lse = self._strict_forward(q, k, v, scale, softcap)
-        elif flash:
-            o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, mask == "causal", scale=scale
-            )
-        else:
-            o, lse = _plain_forward(q, k, v, mask, scale, softcap)
-        return o[..., :v_dim], lse
+        o, lse = _forward(q, k, v, scores)
+        if carry is None:
+            return o, lse
+        merge_(*carry, o, lse)
+        return carry
 
     def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        *,
-        mask: BlockMask,
-        scale: float,
-        softcap: float | None = None,
+        self, rows: QueryRows, k: Tensor, v: Tensor, scores: Scores, carry: Tensor | None = None
     ) -> Gradients:
         """See `Backend.backward`."""
-        do, q, k, v, o = _widened(do, q, k, v, o)
-        flash = softcap is None and has_flash(q)
-        q_dim, v_dim = q.shape[-1], v.shape[-1]
-        if flash:
-            do, q, k, v, o = _equal_head_dims(do, q, k, v, o)
-        if isinstance(mask, Bounded | Documents):
-            dq, dk, dv = torch_bounded.backward(
-                do, q, k, v, o, lse, delta, mask=mask, scale=scale, softcap=softcap, flash=flash
-            )
-        elif mask == "strict":
-            dq, dk, dv = self._strict_backward(do, q, k, v, o, lse, delta, scale, softcap)
-        elif flash:
-            # With lse = -inf the operator computes exp(s + inf); +inf makes those rows zero.
-            lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k, v, o, lse, 0.0, mask == "causal", scale=scale
-            )
-        else:
-            dq, dk, dv = _plain_backward(do, q, k, v, lse, delta, mask, scale, softcap)
-        return dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]
+        dq, dk, dv = _backward(rows, k, v, scores)
+        if carry is not None:
+            dq = carry.add_(dq)
+        return dq, dk, dv
+
+    def row_delta(self, do: Tensor, o: Tensor) -> Tensor:
+        """See `Backend.row_delta`; head by head, so that no product is held whole."""
+        heads = range(o.shape[1])
+        return torch.stack([(do[:, h].float() * o[:, h].float()).sum(-1) for h in heads], dim=1)
 
     def validate(
         self,
@@ -107,50 +69,70 @@ class TorchBackend:
     ) -> None:
         """Every shape, length and mask that the ring accepts is accepted."""
 
-    def _strict_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
-        """Row i sees keys 0..i-1: a causal block of rows 1.. and keys ..-1, and an empty row 0."""
-        o = q.new_zeros((*q.shape[:-1], v.shape[-1]))
-        lse = q.new_full(q.shape[:-1], -torch.inf)
-        if q.shape[2] > 1:
-            o[:, :, 1:], lse[:, :, 1:] = self.forward(
-                q[:, :, 1:],
-                k[:, :, :-1],
-                v[:, :, :-1],
-                mask="causal",
-                scale=scale,
-                softcap=softcap,
-            )
-        return o, lse
 
-    def _strict_backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        o: Tensor,
-        lse: Tensor,
-        delta: Tensor,
-        scale: float,
-        softcap: float | None,
-    ) -> Gradients:
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        if q.shape[2] > 1:
-            dq[:, :, 1:], dk[:, :, :-1], dv[:, :, :-1] = self.backward(
-                do[:, :, 1:],
-                q[:, :, 1:],
-                k[:, :, :-1],
-                v[:, :, :-1],
-                o[:, :, 1:],
-                lse[:, :, 1:],
-                delta[:, :, 1:],
-                mask="causal",
-                scale=scale,
-                softcap=softcap,
-            )
-        return dq, dk, dv
+def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Pair:
+    """This rectangle alone."""
+    q, k, v = _widened(q, k, v)
+    flash = scores.softcap is None and has_flash(q)
+    v_dim = v.shape[-1]
+    if flash:  # the operator knows one head dim
+        q, k, v = _equal_head_dims(q, k, v)
+    if isinstance(scores.mask, Bounded | Documents):
+        o, lse = torch_bounded.forward(q, k, v, **vars(scores), flash=flash)
+    elif scores.mask == "strict":
+        o, lse = _strict_forward(q, k, v, scores)
+    elif flash:
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, scores.mask == "causal", scale=scores.scale
+        )
+    else:
+        o, lse = _plain_forward(q, k, v, scores)
+    return o[..., :v_dim], lse
+
+
+def _backward(rows: QueryRows, k: Tensor, v: Tensor, scores: Scores) -> Gradients:
+    """Of this rectangle alone."""
+    do, q, k, v, o = _widened(rows.do, rows.q, k, v, rows.o)
+    flash = scores.softcap is None and has_flash(q)
+    q_dim, v_dim = q.shape[-1], v.shape[-1]
+    if flash:
+        do, q, k, v, o = _equal_head_dims(do, q, k, v, o)
+    rows = QueryRows(do, q, o, rows.lse, rows.delta)
+    if isinstance(scores.mask, Bounded | Documents):
+        dq, dk, dv = torch_bounded.backward(
+            do, q, k, v, o, rows.lse, rows.delta, **vars(scores), flash=flash
+        )
+    elif scores.mask == "strict":
+        dq, dk, dv = _strict_backward(rows, k, v, scores)
+    elif flash:
+        # With lse = -inf the operator computes exp(s + inf); +inf makes those rows zero.
+        lse = rows.lse.masked_fill(rows.lse == -torch.inf, torch.inf)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            do, q, k, v, o, lse, 0.0, scores.mask == "causal", scale=scores.scale
+        )
+    else:
+        dq, dk, dv = _plain_backward(rows, k, v, scores)
+    return dq[..., :q_dim], dk[..., :q_dim], dv[..., :v_dim]
+
+
+def _strict_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Pair:
+    """Row i sees keys 0..i-1: a causal block of rows 1.. and keys ..-1, and an empty row 0."""
+    o = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    lse = q.new_full(q.shape[:-1], -torch.inf)
+    if q.shape[2] > 1:
+        causal = replace(scores, mask="causal")
+        o[:, :, 1:], lse[:, :, 1:] = _forward(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], causal)
+    return o, lse
+
+
+def _strict_backward(rows: QueryRows, k: Tensor, v: Tensor, scores: Scores) -> Gradients:
+    dq, dk, dv = torch.zeros_like(rows.q), torch.zeros_like(k), torch.zeros_like(v)
+    if dq.shape[2] > 1:
+        causal, later = replace(scores, mask="causal"), rows.at(slice(1, None))
+        dq[:, :, 1:], dk[:, :, :-1], dv[:, :, :-1] = _backward(
+            later, k[:, :, :-1], v[:, :, :-1], causal
+        )
+    return dq, dk, dv
 
 
 def has_flash(q: Tensor) -> bool:
@@ -172,44 +154,24 @@ def _equal_head_dims(*tensors: Tensor) -> list[Tensor]:
     return [x if x.shape[-1] == longest else pad(x, (0, longest - x.shape[-1])) for x in tensors]
 
 
-def _plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Pair:
     o = q.new_empty((*q.shape[:-1], v.shape[-1]))
     lse = q.new_empty(q.shape[:-1])
     for start in range(0, q.shape[2], _QUERY_BLOCK):
         rows = slice(start, min(start + _QUERY_BLOCK, q.shape[2]))
         o[:, :, rows], lse[:, :, rows] = block_forward(
-            q[:, :, rows], k, v, mask=mask, scale=scale, softcap=softcap, first_row=start
+            q[:, :, rows], k, v, **vars(scores), first_row=start
         )
     return o, lse
 
 
-def _plain_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    mask: Mask,
-    scale: float,
-    softcap: float | None,
-) -> Gradients:
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for start in range(0, q.shape[2], _QUERY_BLOCK):
-        rows = slice(start, min(start + _QUERY_BLOCK, q.shape[2]))
-        dq[:, :, rows], dk_rows, dv_rows = block_backward(
-            do[:, :, rows],
-            q[:, :, rows],
-            k,
-            v,
-            lse[:, :, rows],
-            delta[:, :, rows],
-            mask=mask,
-            scale=scale,
-            softcap=softcap,
-            first_row=start,
+def _plain_backward(rows: QueryRows, k: Tensor, v: Tensor, scores: Scores) -> Gradients:
+    dq, dk, dv = torch.empty_like(rows.q), torch.zeros_like(k), torch.zeros_like(v)
+    for start in range(0, dq.shape[2], _QUERY_BLOCK):
+        some = slice(start, min(start + _QUERY_BLOCK, dq.shape[2]))
+        x = rows.at(some)
+        dq[:, :, some], dk_rows, dv_rows = block_backward(
+            x.do, x.q, k, v, x.lse, x.delta, **vars(scores), first_row=start
         )
         dk += dk_rows
         dv += dv_rows

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from nxd_cp.backends.base import Backend
+from nxd_cp.backends.base import Backend, QueryRows, Scores
 from nxd_cp.bench.cases import Case
 from nxd_cp.schedule import MaskKind
 
@@ -77,11 +77,11 @@ class OurKernels:
 
     def prepare(self, case: Case, x: Inputs) -> Call:
         """See `Implementation.prepare`."""
-        mask = cast(MaskKind, case.mask)
+        scores = Scores(cast(MaskKind, case.mask), case.scale)
         if case.kernel == "flash_fwd":
-            return lambda: (self.backend.forward(x.q, x.k, x.v, mask=mask, scale=case.scale)[0],)
-        rows = (x.do, x.q, x.k, x.v, x.o, x.lse, x.delta)
-        return lambda: tuple(self.backend.backward(*rows, mask=mask, scale=case.scale))
+            return lambda: (self.backend.forward(x.q, x.k, x.v, scores)[0],)
+        rows = QueryRows(x.do, x.q, x.o, x.lse, x.delta)
+        return lambda: tuple(self.backend.backward(rows, x.k, x.v, scores))
 
 
 @dataclass(frozen=True)

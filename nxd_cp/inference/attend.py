@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nxd_cp import reference
 from nxd_cp.inference.cache import EMPTY
-from nxd_cp.ring import merge_
+from nxd_cp.merging import merge_
 
 _QUERY_BLOCK = 256  # rows of scores that are held at a time
 

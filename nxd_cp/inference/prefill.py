@@ -20,7 +20,7 @@ from nxd_cp.context import CPContext
 from nxd_cp.inference.arguments import Places, agree
 from nxd_cp.inference.attend import Rule, attend, merge_all, nothing_seen
 from nxd_cp.inference.cache import EMPTY, KVCache
-from nxd_cp.ring import merge_
+from nxd_cp.merging import merge_
 from nxd_cp.schedule import Window, ring_moves, token_runs
 from nxd_cp.transport import Call, Parcel
 
