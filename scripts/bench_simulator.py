@@ -7,7 +7,8 @@
 2. Shape-only mode (no arithmetic, every check, the whole log) on our flash forward kernel: at
    least 25,000 instructions per second.
 3. nki-library's attention_cte, one head, 4096 x 4096, d 128, causal, from the clone given: under
-   5 s. Without a clone it is skipped, and says so.
+   5 s; and in shape-only mode, 25,000 instructions per second (it places every tensor itself).
+   Without a clone it is skipped, and says so.
 
 Times are processor time, one BLAS thread, the best of several rounds. Exits with 1 if a goal is
 missed.
@@ -87,26 +88,30 @@ def measure_stream() -> float:
     return ratio
 
 
-def measure_shape_only() -> float:
-    """Instructions per second in shape-only mode."""
-    kernels = load("nxd_cp.kernels", generation="gen3")
-    q, k, v = (np.zeros((1, 1, 2048, 128), ml_dtypes.bfloat16) for _ in range(3))
+def instructions_per_second(call: Callable[[], object]) -> float:
+    """In shape-only mode, with the log."""
+
+    def once() -> None:
+        with record():
+            call()
+
     with parameters(SimParams(values=False)):
         with record() as log:
-            kernels.flash_fwd.flash_fwd(q, k, v, "causal", 0.125)
-        count = len(log)
+            call()
+        return len(log) / best(once)
 
-        def once() -> None:
-            with record():
-                kernels.flash_fwd.flash_fwd(q, k, v, "causal", 0.125)
 
-        rate = count / best(once)
+def measure_shape_only() -> float:
+    """Instructions per second of our flash forward kernel in shape-only mode."""
+    kernels = load("nxd_cp.kernels", generation="gen3")
+    q, k, v = (np.zeros((1, 1, 2048, 128), ml_dtypes.bfloat16) for _ in range(3))
+    rate = instructions_per_second(lambda: kernels.flash_fwd.flash_fwd(q, k, v, "causal", 0.125))
     print(f"shape only      {rate:8,.0f} instructions/s (goal {GOALS['shape_only']:,})")
     return rate
 
 
-def measure_attention(clone: Path) -> float:
-    """Seconds of attention_cte, unmodified."""
+def measure_attention(clone: Path) -> tuple[float, float]:
+    """Seconds of attention_cte, unmodified, and its instructions per second in shape-only mode."""
     sys.path.insert(0, str(clone / "src" / "nkilib_src"))
     os.environ["NEURON_PLATFORM_TARGET_OVERRIDE"] = "gen3"
     install()
@@ -122,8 +127,10 @@ def measure_attention(clone: Path) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         seconds = best(lambda: attention_cte(q, k, v, **options), rounds=2)
+        rate = instructions_per_second(lambda: attention_cte(q, k, v, **options))
     print(f"attention_cte   {seconds:8.2f} s, 4096 x 4096, d 128, causal (goal 5)")
-    return seconds
+    print(f"  shape only    {rate:8,.0f} instructions/s (goal {GOALS['shape_only']:,})")
+    return seconds, rate
 
 
 def main() -> int:
@@ -137,7 +144,8 @@ def main() -> int:
     if clone is None:
         print("attention_cte   skipped: no clone of nki-library given")
     else:
-        reached = measure_attention(clone) < GOALS["attention_cte_s"] and reached
+        seconds, rate = measure_attention(clone)
+        reached = seconds < GOALS["attention_cte_s"] and rate >= GOALS["shape_only"] and reached
     return 0 if reached else 1
 
 

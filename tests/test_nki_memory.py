@@ -13,6 +13,7 @@ from nki_sim import GENERATIONS, load, nisa, nl, normal, psum, rejects, run, sbu
 from nxd_cp.simulators.nki_api import NkiSimulatorWarning, NkiValidationError, chips
 from nxd_cp.simulators.nki_api.freelist import FreeList
 from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER, InitMap
+from nxd_cp.simulators.nki_api.region import Region
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -321,18 +322,21 @@ def test_automatic_blocks_never_overlap_or_cross_a_bank(requests):
 @settings(deadline=None)
 def test_the_write_map_agrees_with_a_plain_bitmap(writes):
     plain = np.zeros((4, 8), bool)
-    init = InitMap(4, 32, 4)
+    init = InitMap(4, 32)
     for p, num_p, f, num_f, step in writes:
         num_p, num_f = min(num_p, 4 - p), min(num_f, (8 - f - 1) // step + 1)
         span = (num_f - 1) * step + 1
-        rect = (p, p + num_p, 4 * f, 4 * (f + span))
-        pattern = (p, 4 * f, (num_p, num_f), (1, 4 * step), 4)
-        region = plain[p : p + num_p, f : f + span : step]
-        assert (FRESH in init.codes(rect, span == num_f, pattern)) == (not region.all())
-        init.mark(rect, span == num_f, pattern, OTHER)
-        region[...] = True
-    whole = init.codes((0, 4, 0, 32), True, (0, 0, (4, 8), (1, 4), 4))
-    assert (FRESH in whole) == (not plain.all())
+        view = Region((p, 4 * f, (num_p, num_f), (1, 4 * step), 4))
+        cells = plain[p : p + num_p, f : f + span : step]
+        assert init.fresh(view) == (FRESH in init.codes(view)) == (not cells.all())
+        if init.uniform not in (FRESH, OTHER):
+            written = init.written(view).reshape(num_p, num_f, -1)
+            np.testing.assert_array_equal(written.all(axis=-1), cells)
+        init.mark(view, OTHER)
+        cells[...] = True
+    whole = Region.of_rect((0, 4, 0, 32))
+    assert (FRESH in init.codes(whole)) == (not plain.all())
+    assert (init.uniform == OTHER) == plain.all()
 
 
 def _two_placed(reader, at=32, dtype=None):

@@ -84,12 +84,10 @@ def copied(instr: str, role: str, tensor: Any, rule: Rule) -> tuple[Any, Any]:
     if not (type(tensor) is NkiTensor and tensor.checked):
         check_tile(instr, role, tensor)
     init = tensor.storage.init
-    if init.uniform < 0:
-        codes = init.codes(tensor.rect, tensor.dense, tensor.pattern)
-        if FRESH in codes and len(codes) > 1:
-            broken(rule, instr, f"{role} was written only in part", **{role: tensor})
-            written = init.cell_view(tensor.pattern) != FRESH
-            return tensor.array, written.all(axis=-1) if written.ndim > tensor.ndim else written
+    if init.uniform < 0 and unwritten(tensor) and len(init.codes(tensor.region)) > 1:
+        broken(rule, instr, f"{role} was written only in part", **{role: tensor})
+        written = init.written(tensor.region)
+        return tensor.array, written.all(axis=-1) if written.ndim > tensor.ndim else written
     return source(instr, role, tensor), None
 
 
@@ -105,16 +103,17 @@ def destination(instr: str, role: str, tensor: Any, code: int = OTHER) -> Any:
 
 def mark(tensor: NkiTensor, code: int) -> None:
     """Record that an instruction writes this view; fresh memory is filled first if needed."""
-    storage = tensor.storage
-    rect = tensor.rect
-    if storage.init.uniform == FRESH and not (tensor.dense and rect == storage.init.whole):
+    storage, region = tensor.storage, tensor.own_region
+    init, own = storage.init, storage.own
+    if own is not None:
+        new = own.uniform == FRESH or (region.dense and region.rect == own.whole)
+        own.mark(region, code)
+        init.mark_later(region, storage.map_origin, code)
+        storage.group.owners.write(storage.number, region, new)
+        return
+    if init.uniform == FRESH and not (region.dense and region.rect == init.whole):
         storage.fill()
-    storage.init.mark(rect, tensor.dense, tensor.pattern, code)
-    if storage.own is not None:
-        own_rect, own_pattern = tensor.own_place
-        storage.own.mark(own_rect, tensor.dense, own_pattern, code)
-        if storage.group.shared:
-            storage.group.owners.write(storage.number, tensor.rect, tensor.dense, tensor.pattern)
+    init.mark(region, code)
 
 
 def mark_where(tensor: NkiTensor, chosen: Any) -> None:
@@ -122,8 +121,8 @@ def mark_where(tensor: NkiTensor, chosen: Any) -> None:
     storage = tensor.storage
     if storage.init.uniform == FRESH:
         storage.fill()
-    if FRESH in storage.init.codes(tensor.rect, tensor.dense, tensor.pattern):
-        storage.init.mark_where(tensor.pattern, chosen, OTHER)
+    if storage.init.fresh(tensor.region):
+        storage.init.mark_where(tensor.region, chosen, OTHER)
     else:
         mark(tensor, OTHER)
 
@@ -136,23 +135,37 @@ def check_tile(instr: str, role: str, tensor: Any) -> None:
         fail(_STATIC, instr, f"{role} has a run-time address", **{role: tensor})
     if tensor.space == HBM:
         fail(_TILE, instr, f"{role} is in HBM; load it with nisa.dma_copy first", **{role: tensor})
-    count, start = tensor.shape[0], tensor.partition_start
+    count, row = tensor.shape[0], tensor.row
+    start = tensor.storage.first_partition + tensor.offset // row
     step = 128 if count > 64 else 64 if count > 32 else 32
-    if count > NUM_PARTITIONS or start % step or (count > 1 and tensor.strides[0] != tensor.row):
+    if count > NUM_PARTITIONS or start % step or (count > 1 and tensor.strides[0] != row):
         fail(_START, instr, f"{role} takes {count} partitions from {start}", **{role: tensor})
     tensor.checked = True
 
 
+def unwritten(tensor: NkiTensor) -> bool:
+    """Whether any byte of the view was never written, by any tensor placed there."""
+    own = tensor.storage.own
+    if own is not None and not own.fresh(tensor.own_region):
+        return False
+    return tensor.storage.init.fresh(tensor.region)
+
+
 def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
     """Raise if any byte of the view was never written."""
-    storage = tensor.storage
-    if storage.group is not None and storage.group.shared:
-        view = (tensor.rect, tensor.dense, tensor.pattern)
-        if not storage.group.owners.holds(storage.number, *view):
+    storage, own = tensor.storage, tensor.storage.own
+    if own is not None:  # placed
+        ours = own.uniform > FRESH or not own.fresh(tensor.own_region)
+        group = storage.group
+        if (
+            group.shared
+            and not (ours and storage.number in group.clean)
+            and not group.owners.holds(storage.number, tensor.own_region)
+        ):
             broken(_OVERWRITTEN, instr, f"{role} holds what another tensor wrote", **{role: tensor})
-    if storage.own is not None and storage.own.uniform > FRESH:
-        return  # placed, and written whole by this name
-    if FRESH in storage.init.codes(tensor.rect, tensor.dense, tensor.pattern):
+        if ours:
+            return
+    if storage.init.fresh(tensor.region):
         where = ""
         if storage.site is not None:
             where = f", allocated at {storage.site[0]}:{storage.site[1]}"
@@ -167,6 +180,8 @@ def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
 def in_sbuf(instr: str, **operands: Any) -> None:
     """GpSimdE and TensorE inputs: no PSUM."""
     for role, tensor in operands.items():
+        if type(tensor) is NkiTensor and tensor.space == SBUF:
+            continue
         if isinstance(tensor, NkiTensor) and type(tensor) is not NkiTensor:
             check_tile(instr, role, tensor)
         if type(tensor) is not NkiTensor or tensor.space != SBUF:

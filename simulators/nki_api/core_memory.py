@@ -23,8 +23,9 @@ from .errors import broken, fail, message
 from .freelist import FreeList
 from .initmap import FRESH, InitMap
 from .lifetimes import CAPACITY, QUARTERS, Lifetimes, quarters
-from .memory import PSUM, SBUF, SPACES, MemoryRegion, Storage
+from .memory import PSUM, SBUF, MemoryRegion, Storage
 from .owners import Owners
+from .region import Region
 from .rules import documented, inferred
 
 ROW_PAD = 192  # bytes between partitions, so that rows do not share cache sets
@@ -46,6 +47,14 @@ _ALIGNMENT = inferred(
     "nki.language.tile_size.sbuf_min_align; nki-library@d2ad3a5 places bf16 at even bytes",
     "an SBUF address is a multiple of 4 bytes",
 )
+
+
+Live = tuple[int, int, tuple[str, int, tuple[int, ...]], int, int]
+# (space, address, (name, number, shape), bytes per partition, quarters of the partitions)
+
+
+def _label(name: str, number: int, shape: tuple[int, ...]) -> str:
+    return name or f"tensor {number} {shape}"
 
 
 class Core:
@@ -75,7 +84,7 @@ class Core:
         self.psum_list = FreeList(chips.PSUM_BYTES, chips.PSUM_BANK_BYTES)
         self.flights: list[Any] = []  # collectives that may still run (ranks/flights.py)
         self.lifetimes: dict[int, Lifetimes] = {}  # of memories that were full once
-        self.live: dict[int, tuple[int, int, str, int, int]] = {}  # with the quarters
+        self.live: dict[int, Live] = {}
         self.placed: dict[int, Owners] = {}
         self.placed_init: dict[int, InitMap] = {}
 
@@ -89,20 +98,19 @@ class Core:
         address: tuple[int, int] | None,
     ) -> Storage:
         """Place a tensor of `shape`; `number` identifies it in the log."""
-        space = SPACES[region.value]
+        space = SBUF if region is MemoryRegion.sbuf else PSUM
         free = self.sbuf_list if space == SBUF else self.psum_list
         row_bytes = dtype.itemsize
         for count in shape[1:]:
             row_bytes *= count
-        asked = (shape, str(dtype), region.value)
         if shape[0] > chips.NUM_PARTITIONS:
-            fail(_PARTITIONS, "nki.language.ndarray", f"{shape[0]} partitions", tensor=asked)
+            fail(_PARTITIONS, "nki.language.ndarray", f"{shape[0]} partitions", tensor=shape)
         padded = -(-row_bytes // MIN_ALIGN) * MIN_ALIGN
         at = self._at(address, shape, dtype, row_bytes, space) if address else free.take(padded)
-        label = name or f"tensor {number} {shape}"
         if address is None:
             if at is None or space in self.lifetimes:
                 area = padded * quarters(shape[0])
+                asked = (shape, str(dtype), region.value)
                 self._overflow(space, free, number, padded, area, at is not None, asked)
             scale = 1 if self.precise else dtypes.wide_scale(dtype)
             pitch = padded * scale
@@ -110,7 +118,7 @@ class Core:
             data = spare.pop() if spare else np.empty(shape[0] * pitch, np.uint8)
             place = (data, 0, pitch)
             if at is not None:
-                self.live[number] = (space, at, label, padded, quarters(shape[0]))
+                self.live[number] = (space, at, (name, number, shape), padded, quarters(shape[0]))
         else:
             assert at is not None, "an address is checked, not searched"
             memory = self.sbuf if space == SBUF else self.psum
@@ -122,10 +130,10 @@ class Core:
         storage.silent = not self.values
         if address is not None:
             storage.first_partition = address[0]
-            self._share(storage, space, storage.address, label)
+            self._share(storage, space, storage.address)
         return storage
 
-    def _share(self, storage: Storage, space: int, at: int, label: str) -> None:
+    def _share(self, storage: Storage, space: int, at: int) -> None:
         """Enter a placed tensor: its write state is that of the memory it lies in.
 
         Memory under no other live placed tensor starts as never written.
@@ -133,27 +141,26 @@ class Core:
         end = at + storage.row_bytes
         first = storage.first_partition
         rect = (first, first + storage.partitions, at, end)
-        for other_space, other, name, size, _ in self.live.values():
+        free = self.sbuf_list if space == SBUF else self.psum_list
+        for other_space, other, name, size, _ in () if free.holds(at, end) else self.live.values():
             if other_space == space and other < end and at < other + size:
                 fail(
                     _ADDRESS,
                     "nki.language.ndarray",
-                    f"address {(first, at)} of {label} collides "
-                    f"with {name}, which the simulator placed automatically; place both",
+                    f"address {(first, at)} of {storage.name or 'a tensor'} collides "
+                    f"with {_label(*name)}, which the simulator placed automatically; place both",
                 )
-        (self.sbuf_list if space == SBUF else self.psum_list).reserve(at, end)
+        free.reserve(at, end)
         init = self.placed_init.get(space)
         size = self.chip.sbuf_bytes if space == SBUF else chips.PSUM_BYTES
         if init is None:
-            init = InitMap(chips.NUM_PARTITIONS, size, MIN_ALIGN, collapse=False)
+            init = InitMap(chips.NUM_PARTITIONS, size, collapse=False)
             self.placed_init[space] = init
-        storage.init, storage.map_origin = init, (first, at)
-        storage.own = InitMap(storage.partitions, storage.row_bytes, MIN_ALIGN)
+        storage.own, storage.init, storage.map_origin = storage.init, init, (first, at)
         owners = self.placed.setdefault(space, Owners(chips.NUM_PARTITIONS, size))
         storage.group, shares = owners.enter(storage.number, rect)
         if not shares:
-            shape = (storage.partitions, storage.row_bytes)
-            init.mark(rect, True, (first, at, shape, (1, 1), 1), FRESH)
+            init.mark(Region.of_rect(rect), FRESH)
             storage.fill()
 
     def _at(
@@ -209,7 +216,7 @@ class Core:
 
     def _full(self, space: int, wanted: int, free: FreeList) -> str:
         rows = sorted((r for r in self.live.values() if r[0] == space), key=lambda r: -r[3])
-        largest = ", ".join(f"{r[2]}: {r[3]}" for r in rows[:5])
+        largest = ", ".join(f"{_label(*r[2])}: {r[3]}" for r in rows[:5])
         word = "PSUM" if space == PSUM else "SBUF"
         return (
             f"no room in {word} for {wanted} bytes per partition: {free.used} of {free.size} "

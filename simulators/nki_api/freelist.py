@@ -44,6 +44,10 @@ class FreeList:
         limit = (end - 1) // block * block  # start of the last block before `end`
         return at if at >= limit else limit - num_bytes
 
+    def holds(self, start: int, end: int) -> bool:
+        """Whether exactly [start, end) was reserved before."""
+        return (start, end) in self._taken
+
     def reserve(self, start: int, end: int) -> None:
         """Take [start, end) out of automatic use for the rest of the run."""
         if (start, end) in self._taken:

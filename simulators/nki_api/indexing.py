@@ -51,17 +51,25 @@ class Indexing:
                 f"{len(keys)} indices for {len(self.shape)} dims",
                 tensor=self,
             )
-        shape, strides, offset = [], [], self.offset
         old_shape, old_strides = self.shape, self.strides
+        shape, strides, offset = [], [], self.offset
         for dim, k in enumerate(keys):
             count, stride = old_shape[dim], old_strides[dim]
             if type(k) is Slice:
+                if k.step is None:  # most slices are of this kind
+                    first = 0 if k.start is None else k.start
+                    last = count if k.stop is None else k.stop
+                    if 0 <= first < last <= count:
+                        offset += first * stride
+                        shape.append(last - first)
+                        strides.append(stride)
+                        continue
                 start, size, step = self._slice(dim, k, count)
                 offset += start * stride
                 shape.append(size)
                 strides.append(stride * step)
             elif type(k) is DynamicSlice:
-                if not 0 <= k.start <= k.start + k.size <= count or k.size < self._least:
+                if not 0 <= k.start <= k.start + k.size <= count or k.size < (self.space != HBM):
                     self._out_of_bounds(dim, f"ds({k.start}, {k.size})")
                 offset += k.start * stride
                 shape.append(k.size)
@@ -80,11 +88,6 @@ class Indexing:
             strides.append(1)
         return self._made(tuple(shape), tuple(strides), offset)
 
-    @property
-    def _least(self) -> int:
-        """The smallest slice: a core's share of an HBM tensor may be empty, a tile may not."""
-        return 0 if self.space == HBM else 1
-
     def _slice(self, dim: int, k: Slice, count: int) -> tuple[int, int, int]:
         start = 0 if k.start is None else k.start
         stop = count if k.stop is None else k.stop
@@ -93,9 +96,10 @@ class Indexing:
             start += count
         if stop < 0:
             stop += count
-        if not 0 <= start <= stop - self._least <= stop <= count or step < 1:
+        least = 0 if self.space == HBM else 1  # a core's share in HBM may be empty, a tile not
+        if not 0 <= start <= stop - least <= stop <= count or step < 1:
             self._out_of_bounds(dim, f"{k.start}:{k.stop}:{k.step}")
-        return start, -(-(stop - start) // step), step
+        return start, stop - start if step == 1 else -(-(stop - start) // step), step
 
     def _index(self, dim: int, k: Any, count: int) -> int:
         if isinstance(k, Indexing):

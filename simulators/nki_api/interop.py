@@ -160,7 +160,7 @@ def _output(value: NkiTensor, as_torch: bool) -> Any:
     if value.storage.collective:
         fail(_IO_OUTPUT, "nki.jit", "a collective's tensor is returned", output=value)
     init = value.storage.init
-    if init.uniform <= 0 and FRESH in init.codes(value.rect, value.dense, value.pattern):
+    if init.fresh(value.region):
         if init.uniform == FRESH:
             value.storage.fill()
         broken(_UNWRITTEN, "nki.jit", "part of an output was never written", output=value)

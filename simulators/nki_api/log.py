@@ -10,15 +10,16 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 MAX_OPERANDS = 6  # the destination first
 WIDTH = 6 + MAX_OPERANDS  # opcode, engine, line, elements, flags, detail, operands
 NONE = -1
+_PADDING = [NONE] * MAX_OPERANDS
 # Files of the simulator: not the kernel's line.
 HELPERS = frozenset(str(path) for path in Path(__file__).parent.rglob("*.py"))
 
@@ -32,8 +33,7 @@ SKIPPED = 32  # a DMA skipped because its index is out of bounds
 ONEZERO = 64  # a matmul operand declared to hold ones and zeros
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """One access pattern: element offset, shape and strides in a buffer, read as `dtype`."""
 
     buffer: int
@@ -43,8 +43,7 @@ class View:
     dtype: str
 
 
-@dataclass(frozen=True)
-class BufferInfo:
+class BufferInfo(NamedTuple):
     """One allocation: `space` is hbm, sbuf or psum; `address` in bytes within a partition.
 
     `core` is -1 for HBM that the cores of a rank share.
@@ -170,7 +169,7 @@ class Log:
         opcode: str,
         engine: str,
         dst: Any,
-        sources: tuple[Any, ...],
+        sources: Sequence[Any],
         elements: int,
         flags: int = 0,
         depth: int = 1,
@@ -188,10 +187,10 @@ class Log:
             self.lines.append((frame.f_code.co_filename, frame.f_lineno))
         operands = [NONE if dst is None else self._view(dst)]
         operands += [self._view(s) for s in sources]
-        operands += [NONE] * (MAX_OPERANDS - len(operands))
-        names = self._name(opcode), self._name(engine), self._name(detail)
-        self.rows.extend((names[0], names[1], line, elements, flags, names[2]))
-        self.rows.extend(operands[:MAX_OPERANDS])
+        operands += _PADDING[len(operands) :]
+        first, second, third = self._name(opcode), self._name(engine), self._name(detail)
+        head = [first, second, line, elements, flags, third]
+        self.rows.extend(head + operands[:MAX_OPERANDS])
 
     def _name(self, name: str) -> int:
         found = self._name_ids.get(name)
@@ -209,5 +208,6 @@ class Log:
         found = self._view_ids.get(key)
         if found is None:
             found = self._view_ids[key] = len(self.views)
-            self.views.append(View(*key[:4], str(tensor.dtype)))
+            number, offset, shape, strides, dtype = key
+            self.views.append(View(number, offset, shape, strides, str(dtype)))
         return found

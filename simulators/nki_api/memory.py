@@ -96,7 +96,7 @@ class Storage:
         self.row_bytes = row_bytes
         self.dtype = dtype
         self.name = name
-        self.init = InitMap(partitions, row_bytes, dtype.itemsize)
+        self.init = InitMap(partitions, row_bytes)  # a placed tensor: of the whole memory
         self.number = -1
         self.core: Core | None = None
         self.epoch = 0

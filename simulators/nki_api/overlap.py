@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import broken
+from .region import overlap
 from .rules import inferred
 from .tensor import NkiTensor
 
@@ -46,8 +47,8 @@ def check_overlap(instr: str, dst: NkiTensor, src: NkiTensor) -> None:
     """Break the rule if `dst` shares only some elements with `src`, or in another order."""
     if dst.storage is not src.storage:
         own = dst.storage.own is not None and src.storage.own is not None
-        if not own:
-            return  # placed automatically: they share nothing
+        if not own or not overlap(dst.storage.group.rect, src.storage.group.rect):
+            return  # they share nothing
     elif _same(dst, src):
         return
     if src.size == src.shape[0] and dst.size != src.size:
@@ -57,13 +58,14 @@ def check_overlap(instr: str, dst: NkiTensor, src: NkiTensor) -> None:
 
 
 def _shared(a: NkiTensor, b: NkiTensor) -> bool:
-    one, two = a.array, b.array
-    if not np.may_share_memory(one, two):
+    if not overlap(a.rect, b.rect):
         return False
     if a.storage is not b.storage and _place(a) == _place(b):
         return False  # two names for the same bytes, in the same order
+    if a.own_region.dense and b.own_region.dense:
+        return True
     try:
-        return bool(np.shares_memory(one, two, max_work=MAX_WORK))  # type: ignore[arg-type]
+        return bool(np.shares_memory(a.array, b.array, max_work=MAX_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return False
 

@@ -94,7 +94,7 @@ class Run:
         storage.number = self.next_number()
         storage.silent = data is None and not self.values
         if self.num_programs > 1 and region is memory.MemoryRegion.shared_hbm:
-            storage.watch = self.rank.watch(num_bytes, dtype.itemsize)
+            storage.watch = self.rank.watch(num_bytes)
         if self.log is not None:
             self.describe_buffer(storage)
         return storage

@@ -9,6 +9,7 @@ Source: nki.language.NkiTensor and its methods.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,10 +19,20 @@ from . import dtypes
 from .errors import unsupported
 from .indexing import DynamicSlice as DynamicSlice
 from .indexing import Indexing
-from .initmap import Pattern
 from .memory import HBM, MemoryRegion, Storage
+from .region import Rect, Region
 from .view_rules import row_major as row_major
 from .views import Views
+
+
+@functools.lru_cache(maxsize=65536)
+def _on_chip(
+    offset: int, row: int, shape: tuple[int, ...], strides: tuple[int, ...], item: int
+) -> Region:
+    """The bytes of an on-chip view; loops ask for the same ones again and again."""
+    first, inner = divmod(offset, row)
+    steps = (strides[0] // row, *[s * item for s in strides[1:]])
+    return Region((first, inner * item, shape, steps, item))
 
 
 class NkiTensor(Indexing, Views):
@@ -30,10 +41,9 @@ class NkiTensor(Indexing, Views):
     __slots__ = (
         "array_",
         "checked",
-        "dense",
         "dtype",
         "offset",
-        "rect_",
+        "own_region_",
         "row",
         "shape",
         "space",
@@ -57,8 +67,7 @@ class NkiTensor(Indexing, Views):
         self.dtype = dtype
         self.row = storage.row_bytes // dtype.itemsize
         self.array_: Any = None
-        self.rect_: Any = None
-        self.dense = False
+        self.own_region_: Any = None
         self.checked = False  # operand rules already passed (checks.py)
 
     @property
@@ -121,64 +130,43 @@ class NkiTensor(Indexing, Views):
             storage = self.storage
             item = self.dtype.itemsize * storage.scale
             if self.space == HBM:
-                steps = tuple(s * item for s in self.strides)
+                steps = [s * item for s in self.strides]
                 at = storage.base + self.offset * item
             else:
                 partition, inner = divmod(self.offset, self.row)
                 at = storage.base + partition * storage.pitch + inner * item
-                steps = (
-                    self.strides[0] // self.row * storage.pitch,
-                    *(s * item for s in self.strides[1:]),
-                )
-            stored_as = storage.stored_as(self.dtype)
+                steps = [s * item for s in self.strides]
+                steps[0] = self.strides[0] // self.row * storage.pitch
+            one = storage.scale == 1
+            stored_as = self.dtype.np_dtype if one else storage.stored_as(self.dtype)
             found = np.ndarray(self.shape, stored_as, storage.data, at, steps)
             self.array_ = found
         return found
 
     @property
-    def rect(self) -> Any:
-        """(partition, end, byte, end) bounds in the storage's InitMap; sets `dense`."""
-        found = self.rect_
+    def region(self) -> Region:
+        """The bytes of this view in the storage's InitMap."""
+        own, origin = self.own_region, self.storage.map_origin
+        return own if origin == (0, 0) else own.moved(*origin)
+
+    @property
+    def own_region(self) -> Region:
+        """The same counted from the storage's start; worked out once."""
+        found = self.own_region_
         if found is None:
-            storage, item = self.storage, self.dtype.itemsize
+            item = self.dtype.itemsize
             if self.space == HBM:
-                first, counts, strides, at = 0, self.shape, self.strides, self.offset
-                last = 1
+                steps = (0, *[s * item for s in self.strides])
+                found = Region((0, self.offset * item, (1, *self.shape), steps, item))
             else:
-                first, at = divmod(self.offset, self.row)
-                counts, strides = self.shape[1:], self.strides[1:]
-                last = first + self.shape[0]
-            span, num = 1, 1
-            for count, stride in zip(counts, strides, strict=True):
-                span += (count - 1) * stride
-                num *= count
-            partition, byte = storage.map_origin
-            start = byte + at * item
-            found = (partition + first, partition + last, start, start + span * item)
-            self.rect_ = found
-            self.dense = num == span
+                found = _on_chip(self.offset, self.row, self.shape, self.strides, item)
+            self.own_region_ = found
         return found
 
     @property
-    def pattern(self) -> Pattern:
-        """The access pattern in the storage's InitMap."""
-        item = self.dtype.itemsize
-        partition, byte = self.storage.map_origin
-        if self.space == HBM:
-            steps = (0, *(s * item for s in self.strides))
-            return (0, self.offset * item, (1, *self.shape), steps, item)
-        first, inner = divmod(self.offset, self.row)
-        steps = (self.strides[0] // self.row, *(s * item for s in self.strides[1:]))
-        return (partition + first, byte + inner * item, self.shape, steps, item)
-
-    @property
-    def own_place(self) -> tuple[Any, Pattern]:
-        """`rect` and `pattern` counted from the storage's start (placed tensors)."""
-        partition, byte = self.storage.map_origin
-        first, last, start, end = self.rect
-        at, inner, counts, steps, item = self.pattern
-        rect = (first - partition, last - partition, start - byte, end - byte)
-        return rect, (at - partition, inner - byte, counts, steps, item)
+    def rect(self) -> Rect:
+        """(partition, end, byte, end): the bounds of `region`."""
+        return self.own_region.moved_rect(*self.storage.map_origin)
 
     def _made(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import mark
+from nxd_cp.simulators.nki_api.checks import mark, unwritten
 from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds, rows
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER
@@ -179,7 +179,7 @@ def _check_mode(
 def check_padding(instr: str, src: NkiTensor) -> None:
     """Warn if a DMA moves bytes that were never written."""
     storage = src.storage
-    if FRESH not in storage.init.codes(src.rect, src.dense, src.pattern):
+    if not unwritten(src):
         return
     if storage.init.uniform == FRESH:
         storage.fill()

@@ -97,6 +97,6 @@ def issue(
             check_overlap(f"nki.isa.{opcode}", dst, source)
     if run.log is not None:
         elements = sized if type(sized) is int else sized.size // sized.shape[0]
-        tensors = tuple(s for s in sources if isinstance(s, NkiTensor))
+        tensors = [s for s in sources if isinstance(s, NkiTensor)]
         run.log.add(opcode, engine, dst, tensors, elements, flags, detail=detail)
     return NkiInstruction(run, opcode, name)

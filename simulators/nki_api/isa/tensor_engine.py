@@ -17,7 +17,7 @@ import numpy as np
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import destination, in_psum, in_sbuf, like, require, source
 from nxd_cp.simulators.nki_api.errors import fail
-from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, MIXED, OTHER, ZEROED
+from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, OTHER, ZEROED
 from nxd_cp.simulators.nki_api.log import ACCUMULATE, DOUBLE_ROW, ONEZERO, TRANSPOSE
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
@@ -124,18 +124,15 @@ def _accumulates(
     """True or False, or a boolean array where accumulate=None finds both kinds of memory."""
     if accumulate is not None and not accumulate:
         return False
-    init = dst.storage.init
-    rect, pattern = dst.rect, dst.pattern
-    if accumulate is None and dst.storage.own is not None:
-        init = dst.storage.own  # first write by this tensor, whatever else used the address
-        rect, pattern = dst.own_place
-    codes = {init.uniform} if init.uniform != MIXED else init.codes(rect, dst.dense, pattern)
+    init, region = dst.storage.own, dst.own_region
+    if accumulate is not None or init is None:  # else what counts is this tensor's own first write
+        init, region = dst.storage.init, dst.region
+    codes = init.codes(region)
+    if accumulate is None and codes <= {FRESH, ZEROED}:
+        return False
     operands = {"dst": dst, "stationary": stationary, "moving": moving}
     instr = "nki.isa.nc_matmul"
-    if accumulate is None:
-        if codes <= {FRESH, ZEROED}:
-            return False
-    elif FRESH in codes:
+    if accumulate is not None and FRESH in codes:
         fail(_FIRST, instr, "accumulate=True onto PSUM that was never written", **operands)
     foreign = OTHER in codes or (ZEROED in codes and accumulate is not None)
     if foreign and not run.chip.matmul_on_foreign_psum:
@@ -147,6 +144,6 @@ def _accumulates(
         )
     if FRESH in codes:
         require(False, _PARTIAL, instr, "part of dst was never written", **operands)
-        written = init.cell_view(pattern) != FRESH
+        written = init.written(region)
         return written if written.ndim == dst.ndim else written.all(axis=-1)
     return True

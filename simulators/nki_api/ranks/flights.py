@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nxd_cp.simulators.nki_api.errors import broken, line_text, user_place
-from nxd_cp.simulators.nki_api.initmap import Rect, overlap
+from nxd_cp.simulators.nki_api.region import Rect, overlap
 from nxd_cp.simulators.nki_api.rules import inferred
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api.errors import broken, fail, line_text, user_place
-from nxd_cp.simulators.nki_api.initmap import InitMap, Pattern, overlap
+from nxd_cp.simulators.nki_api.region import Grid, Region, overlap
 from nxd_cp.simulators.nki_api.rules import documented, inferred
 
 _RACE = documented(
@@ -58,16 +58,16 @@ class Access:
     """One access, for the report."""
 
     write: bool
-    pattern: Pattern
-    rect: Any
+    region: Region
     line: tuple[str, int]
 
 
 class Watch:
     """The accesses of both cores to one storage; `meetings` counts those of the rank."""
 
-    def __init__(self, num_bytes: int, granule: int, meetings: Callable[[], int]) -> None:
-        self.cells = InitMap(1, num_bytes, granule)
+    def __init__(self, num_bytes: int, meetings: Callable[[], int]) -> None:
+        self.num_bytes = num_bytes
+        self.cells: Grid | None = None  # once there is something to compare
         self.history: tuple[list[Access], list[Access]] = ([], [])
         self.late: list[tuple[int, Any, Any]] = []  # (core, place, values) not landed yet
         self._meetings = meetings
@@ -95,9 +95,9 @@ class Watch:
 
     def send(self, core: int, instr: str, tensor: Any) -> None:
         """A collective that both cores call reads a view; warns if the other core wrote it."""
-        access = Access(False, tensor.pattern, tensor.rect, ("", 0))
+        access = Access(False, tensor.region, ("", 0))
         self._mark_history()
-        bits, other = self.cells.cell_view(access.pattern), 1 - core
+        bits, other = self._grid().at(access.region), 1 - core
         if (bits & OLD_TOO * (WRITE << 2 * other)).any():
             where = line_text(*self._culprit(other, access, True).line)
             broken(
@@ -107,7 +107,7 @@ class Watch:
     def met(self) -> None:
         """Both cores met over this tensor: everything before is ordered."""
         self.land()
-        self.cells = InitMap(1, self.cells.whole[3], self.cells.granule)
+        self.cells = None
         self.history = ([], [])
         self._marked = [0, 0]
         self._written = False
@@ -123,7 +123,7 @@ class Watch:
     def _enter(
         self, core: int, instr: str, tensor: Any, write: bool, same: Callable[[], bool]
     ) -> None:
-        access = Access(write, tensor.pattern, tensor.rect, user_place())
+        access = Access(write, tensor.region, user_place())
         if self._written:
             self._age()
             self._mark_history()
@@ -135,22 +135,27 @@ class Watch:
         if self._seen != self._meetings():
             self._mark_history()
             self._seen = self._meetings()
-            if self.cells.cells is not None:
+            if self.cells is not None:
                 bits = self.cells.cells
                 bits |= bits << 4
                 bits &= 0xF0
 
+    def _grid(self) -> Grid:
+        if self.cells is None:
+            self.cells = Grid(1, self.num_bytes, np.uint8)
+        return self.cells
+
     def _mark_history(self) -> None:
         for core in (0, 1):
             for access in self.history[core][self._marked[core] :]:
-                bits = self.cells.cell_view(access.pattern)
+                bits = self._grid().at(access.region)
                 bits |= (WRITE if access.write else READ) << 2 * core
             self._marked[core] = len(self.history[core])
 
     def _check(
         self, core: int, instr: str, tensor: Any, access: Access, same: Callable[[], bool]
     ) -> None:
-        bits = self.cells.cell_view(access.pattern)
+        bits = self._grid().at(access.region)
         mine, theirs = 2 * core, 2 * (1 - core)
         if access.write:
             conflicts = (WRITE | READ) << theirs
@@ -177,7 +182,7 @@ class Watch:
     def _culprit(self, core: int, access: Access, write: bool) -> Access:
         """The other core's latest write or read that may conflict."""
         others = [a for a in self.history[core] if a.write is write]
-        return ([a for a in others if overlap(a.rect, access.rect)] or others)[-1]
+        return ([a for a in others if overlap(a.region.rect, access.region.rect)] or others)[-1]
 
 
 def _equal(tensor: Any, values: Any) -> bool:

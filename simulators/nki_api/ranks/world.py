@@ -73,9 +73,9 @@ class Rank:
         self._shared: dict[Any, tuple[Storage, int]] = {}
         self._counts: dict[Any, int] = {}
 
-    def watch(self, num_bytes: int, granule: int) -> Watch:
+    def watch(self, num_bytes: int) -> Watch:
         """A new watch over a tensor in shared HBM."""
-        made = Watch(num_bytes, granule, lambda: self.meetings)
+        made = Watch(num_bytes, lambda: self.meetings)
         self.watches.add(made)
         return made
 
