@@ -5,18 +5,21 @@ Against fp64, against the ring that the host drives, and in the order that the s
 
 from __future__ import annotations
 
+import importlib
 import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budget
-from cases import NAMES, Case, cut, inputs, join, join_all, one_device, truth
+from cases import NAMES, Case, check_fp32, cut, inputs, join, join_all, one_device, one_rank, truth
 from torch import Tensor
 
+from nxd_cp import device_ring
 from nxd_cp.attention import ring_attention
-from nxd_cp.backends import kernel_limits
+from nxd_cp.backends import device_ops, kernel_limits, kernel_modules
 from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
 from nxd_cp.context import CPContext
 from nxd_cp.simulators.nki_api import (
@@ -26,24 +29,17 @@ from nxd_cp.simulators.nki_api import (
     record,
     simulate_ranks,
 )
+from nxd_cp.transport import RankMismatchError
 
 pytestmark = pytest.mark.filterwarnings("error::nxd_cp.simulators.nki_api.NkiSimulatorWarning")
 
 
 def run(case: Case, generation: str) -> tuple[Tensor, ...]:
     """o, dq, dk, dv of the whole sequence by the two kernels, one program for all ranks."""
-    kernels = load("nxd_cp.kernels", generation=generation)
-    parts = [[cut(x, case, rank) for x in inputs(case)] for rank in range(case.size)]
-    calls = [arguments(case, part, generation) for part in parts]
-    results = simulate_ranks(kernels.ring_fwd.ring_fwd, calls, generation=generation)
-    rows = [[x.flatten(2, 3) for x in result] for result in results]
-    back = []
-    for (*_, do), (o, lse), call in zip(parts, rows, calls, strict=True):
-        delta = (do.float() * o).sum(-1)
-        back.append(backward_arguments(do, lse.squeeze(-1), delta, call))
-    grads = simulate_ranks(kernels.ring_bwd.ring_bwd, back, generation=generation)
-    found = [(o, *(x.flatten(2, 3) for x in g)) for (o, _), g in zip(rows, grads, strict=True)]
-    return join_all(found, case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
+        group = CPContext.local(case.size, layout=case.layout)
+        return join_all(group.run(lambda cp: one_rank(cp, case, backend="simulate_ring")), case)
 
 
 def arguments(case: Case, part: list[Tensor], generation: str) -> tuple[Any, ...]:
@@ -100,15 +96,8 @@ def test_the_device_ring_equals_the_ring_that_the_host_drives(
     monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
     case = zigzag(size, 64 if size == 4 else 20)
 
-    def on_each_rank(cp: CPContext) -> tuple[Tensor, ...]:
-        q, k, v, do = (cut(x, case, cp.rank).clone() for x in inputs(case))
-        leaves = [x.requires_grad_() for x in (q, k, v)]
-        o = ring_attention(*leaves, cp=cp, backend="simulate")
-        o.backward(do)
-        return (o.detach(), *(x.grad for x in leaves))
-
     group = CPContext.local(case.size, layout="zigzag")
-    by_host = join_all(group.run(on_each_rank), case)
+    by_host = join_all(group.run(lambda cp: one_rank(cp, case, backend="simulate")), case)
     bounds = (FP32_OUTPUT, FP32_GRADIENT, FP32_GRADIENT, FP32_GRADIENT)
     for name, x, y, bound in zip(NAMES, run(case, generation), by_host, bounds, strict=True):
         assert_close(name, x, y.double(), bound)
@@ -283,6 +272,97 @@ def test_limits_of_the_device_ring(
     given = {"groups": ((0, 1),), "causal": True, "scale": 1.0, **options}
     with pytest.raises(ValueError, match=message):
         forward_arguments(q, k, k, **given)
+
+
+def refused(
+    message: str, *, layout: str = "zigzag", shape: tuple[int, ...] = (1, 2, 8, 16), **options: Any
+) -> None:
+    """Two ranks whose call raises on both, before keys or values are sent."""
+
+    def on_each_rank(cp: CPContext) -> int:
+        q, k, v = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+        with pytest.raises(ValueError, match=message):
+            ring_attention(q, k, v, cp=cp, **{"backend": "simulate_ring", **options})
+        return cp.transport.counters.messages["gather"]
+
+    assert CPContext.local(2, layout=layout).run(on_each_rank) == [0, 0]
+
+
+NOT_IN_THE_KERNELS = [
+    ({"window": 4}, "expected no window, got one"),
+    ({"segment_ids": torch.zeros(1, 8).int()}, "expected no segment_ids, got one"),
+    ({"cu_seqlens": torch.tensor([0, 5, 16])}, "expected no cu_seqlens, got one"),
+    ({"sinks": torch.zeros(2)}, "expected no sinks, got one"),
+    ({"seq_len": 15}, "expected no padding, got seq_len=15 in 16 slots"),
+    ({"dropout_p": 0.1}, "no generator gives equal masks"),
+    ({"layout": "striped"}, 'expected layout="zigzag" where causal, got "striped"'),
+    ({"shape": (1, 2, 7, 16)}, "expected a multiple of 2 .chunks per rank, .*, got 7"),
+    ({"backend": "nki_ring"}, "AWS Neuron SDK"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), NOT_IN_THE_KERNELS, ids=lambda x: str(x)[:30])
+def test_what_the_ring_kernels_do_not_know_is_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    refused(message, **options)
+
+
+def test_the_device_ring_needs_gen3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", "trn1")
+    refused("expected gen3 .trn2. or later, got gen2")
+
+
+def test_the_device_ring_needs_a_context_of_equal_parts() -> None:
+    x = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(ValueError, match='cp=None; a single device needs no ring, use backend="si'):
+        ring_attention(x, x, x, backend="simulate_ring")
+
+    def on_each_rank(cp: CPContext) -> str:
+        x = torch.zeros(1, 1, 8 + 2 * cp.rank, 16)
+        with pytest.raises(RankMismatchError) as caught:
+            ring_attention(x, x, x, cp=cp, backend="simulate_ring")
+        return str(caught.value)
+
+    for said in CPContext.local(2).run(on_each_rank):
+        assert "q = (1, 1, 8, 16) on rank 0, (1, 1, 10, 16) on rank 1" in said
+
+
+@pytest.fixture
+def kernels_under_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backend "nki" with the simulator's kernels under its ops, on CPU tensors."""
+    kernels = load("nxd_cp.kernels", generation="gen3")
+    right = importlib.import_module
+
+    def find(name: str) -> Any:
+        folder, _, file = name.rpartition(".")
+        return getattr(kernels, file) if folder == "nxd_cp.kernels" else right(name)
+
+    monkeypatch.setattr(kernel_modules, "has_nki", lambda: True)
+    monkeypatch.setattr(kernel_modules, "importlib", SimpleNamespace(import_module=find))
+    monkeypatch.setattr(device_ops, "_OPS", {})
+    monkeypatch.setattr(device_ops, "STACKS", {"cpu": "xla"})
+    monkeypatch.setattr(device_ring, "launch_cores", lambda: 1)
+
+
+def test_on_a_device_every_rank_launches_its_own_program(
+    kernels_under_ops: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ring of one, with stand-ins: never run on a device."""
+    monkeypatch.setattr(device_ring._Ring, "_check_job", lambda self: None)
+    case = zigzag(1)
+    group = CPContext.local(1)
+    found = join_all(group.run(lambda cp: one_rank(cp, case, backend="nki_ring")), case)
+    assert {name for name, _ in device_ops._OPS} == {"ring_fwd", "ring_bwd", "row_delta"}
+    check_fp32(case, found)
+
+
+def test_a_device_ring_is_one_core_per_rank_and_the_whole_job(
+    kernels_under_ops: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused("a context of all 1 processes of the job, got CPContext", backend="nki_ring")
+    monkeypatch.setattr(device_ring, "launch_cores", lambda: 2)
+    refused("expected one core per rank .LNC1., got 2", backend="nki_ring")
 
 
 def test_the_instructions_of_a_ring_are_within_the_estimate() -> None:

@@ -109,5 +109,5 @@ def test_sixteen_bit_inputs_are_not_rounded_on_the_way(
 def test_names_become_backends_and_never_fall_back() -> None:
     cpu = torch.device("cpu")
     assert get_backend("auto", cpu).name == "torch"
-    with pytest.raises(ValueError, match="expected one of torch, simulate, nki, auto, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"expected one of torch, simulate, .*, auto, got 'cuda'"):
         get_backend("cuda", cpu)

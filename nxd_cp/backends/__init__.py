@@ -6,7 +6,7 @@ import torch
 
 from nxd_cp.backends.base import Backend
 
-BACKENDS = ("torch", "simulate", "nki", "auto")
+BACKENDS = ("torch", "simulate", "nki", "simulate_ring", "nki_ring", "auto")
 NEURON_DEVICE_TYPES = ("neuron", "xla")
 
 

@@ -1,8 +1,7 @@
 """Arguments of the kernels that run the whole ring on the device (`ring_fwd`, `ring_bwd`).
 
 Does: check every limit of these kernels on the host, and bring tensors into their shapes. Does not:
-launch them; on a device a launch belongs to the framework's graph, and in the simulator to
-`simulate_ranks`. The ring that `ring_attention` drives from the host has none of these limits.
+launch them (`nxd_cp/device_ring.py`). The ring that the host drives has none of these limits.
 
 Letters: B batch, H query heads, G key/value heads, C chunks, S rows of a chunk, D, E head dims.
 """
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from nxd_cp.backends import kernel_limits as limits
 
-HOST_RING = "use the ring that the host drives, ring_attention(...)"
+HOST_RING = 'use the ring that the host drives, backend="nki" or "simulate"'
 
 
 def forward_arguments(
@@ -29,13 +28,13 @@ def forward_arguments(
     causal: bool,
     scale: float,
     softcap: float | None = None,
-    generation: str = "gen3",
+    generation: str | None = None,
 ) -> tuple[Any, ...]:
     """Positional arguments of `ring_fwd` for one rank.
 
     q [B, H, rows, D], k [B, G, rows, D] and v [B, G, rows, E] are the rank's own: its two zigzag
     chunks one after the other where `causal`, else any part of the sequence. groups: ranks by
-    group, all of one length; the runtime orders each ring.
+    group, all of one length; the runtime orders each ring. generation: the chip's, if known.
     """
     _check(q, k, v, groups, causal, scale, softcap, generation)
     size, chunks = len(groups[0]), 2 if causal else 1
@@ -71,7 +70,7 @@ def _check(
     causal: bool,
     scale: float,
     softcap: float | None,
-    generation: str,
+    generation: str | None,
 ) -> None:
     """Raise ValueError for what the ring kernels cannot take."""
     limits.check_tensors("device ring", q, k, v)
