@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from nki_sim import FP32_ROUNDING, load, nisa, nl, normal, psum, rejects, run, sbuf, store
 
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning
+
 X, Y = normal(128, 48), normal(128, 48, seed=1)
 BF16 = ml_dtypes.bfloat16
 
@@ -39,6 +41,9 @@ def test_dma_transpose_rules():
     rejects("dma_transpose.mode", _transpose((48, 128), **hardware), X.astype(BF16))
     rejects("dma_transpose.mode", _transpose((48, 128), dge_mode=nisa.dge_mode.swdge), X)
     rejects("dma_transpose.mode", _transpose((48, 128), priority=1), X)
+    for none in (nisa.dge_mode.none, 3):
+        with pytest.warns(NkiSimulatorWarning, match="dma_transpose.no_dge"):
+            assert (run(_transpose((48, 128), dge_mode=none), X) == X.T).all()
     rejects("dma_transpose.operands", _transpose((48, 128), axes=(0, 1)), X)
     rejects("dma_transpose.operands", _transpose((128, 48)), X)
     rejects("dma_transpose.operands", to_psum, X)

@@ -39,6 +39,26 @@ def test_gather_by_a_vector_of_rows():
     np.testing.assert_array_equal(run(select, X, ROWS), X[ROWS[:, 0]])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nl_dtype", "columns"), [(np.float16, nl.float16, 96), (np.int32, nl.int32, 48)]
+)
+def test_gather_of_the_bits_as_another_dtype(dtype, nl_dtype, columns):
+    def by_vector(x, rows):
+        out, index = sbuf((32, columns), nl_dtype), load(rows)
+        pattern = [[columns, 32], [1, columns]]
+        nisa.dma_copy(out, x.ap(pattern, vector_offset=index, dtype=out.dtype))
+        return store(out)
+
+    def by_scalar(x, row):
+        out = sbuf((1, columns), nl_dtype)
+        row = load(row)
+        nisa.dma_copy(out, x.ap([[1, 1], [1, columns]], scalar_offset=row, dtype=out.dtype))
+        return store(out)
+
+    np.testing.assert_array_equal(run(by_vector, X, ROWS), X[ROWS[:, 0]].view(dtype))
+    np.testing.assert_array_equal(run(by_scalar, X, ROWS[:1]), X[ROWS[0]].view(dtype))
+
+
 def test_an_index_out_of_bounds_raises_or_is_skipped():
     rows = ROWS.copy()
     rows[3], rows[4] = 64, -1

@@ -9,6 +9,8 @@ from nxd_cp.simulators.nki_api import (
     NkiDeadlockError,
     NkiSimulatorWarning,
     NkiValidationError,
+    SimParams,
+    parameters,
     record,
 )
 
@@ -178,16 +180,25 @@ def test_a_barrier_is_for_two_cores_over_shared_hbm():
     def three(x):
         nisa.core_barrier(x, (0, 1, 2))  # bad
 
+    def number(x):
+        nisa.core_barrier(3, (0, 1))  # bad
+
     def on_chip(x):
         nisa.core_barrier(mine(x), (0, 1))  # bad
+        return swap(x)
 
     def private(x):
         own = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.private_hbm)
         nisa.core_barrier(own, (0, 1))  # bad
+        return swap(x)
 
     pair_rejects(r"pair\.cores", three, X)
-    pair_rejects(r"core_barrier\.data", on_chip, X)
-    pair_rejects(r"core_barrier\.data", private, X)
+    pair_rejects(r"core_barrier\.data", number, X)
+    for kernel in (on_chip, private):
+        with pytest.warns(NkiSimulatorWarning, match=r"core_barrier\.data"):
+            np.testing.assert_array_equal(pair(kernel, X), pair(swap, X))
+        with parameters(SimParams(strict=True)):
+            pair_rejects(r"core_barrier\.data", kernel, X)
 
     def alone(x):
         nisa.core_barrier(x, (0,))

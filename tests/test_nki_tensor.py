@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nki_sim import load, nisa, nl, normal, rejects, run, sbuf, store
 
-from nxd_cp.simulators.nki_api import NkiUnsupportedError
+from nxd_cp.simulators.nki_api import (
+    NkiSimulatorWarning,
+    NkiUnsupportedError,
+    NkiValidationError,
+    SimParams,
+    parameters,
+)
 
 X = normal(128, 4, 6)
 
@@ -114,7 +120,12 @@ def test_illegal_views_are_caught():
         load(x).ap([[12, 128], [1, 4]])  # bad
 
     def reach(x):
-        load(x).ap([[24, 128], [1, 25]])  # bad
+        beyond = load(x).ap([[24, 128], [1, 25]])
+        nisa.tensor_copy(dst=sbuf((128, 25)), src=beyond)  # bad
+
+    def into(x):
+        beyond = sbuf((128, 24)).ap([[24, 128], [1, 24]], offset=24)
+        nisa.dma_copy(dst=beyond, src=x.reshape((128, 24)))  # bad
 
     def names(x):
         load(x).rearrange(("p", "a", "b"), ("p", "a", "c"))  # bad
@@ -126,7 +137,50 @@ def test_illegal_views_are_caught():
     rejects("view.partition_dim", resize, X)
     rejects("view.shape", size, X)
     rejects("view.partition_dim", pattern, X)
-    rejects("view.bounds", reach, X)
+    for outside in (reach, into):
+        with pytest.warns(NkiSimulatorWarning, match="view.outside"):
+            assert "made at" in rejects("view.bounds", outside, X)
+
+
+def test_a_pattern_outside_its_tensor_may_be_made_but_not_used():
+    def kernel(x):
+        tile, out = load(x), sbuf((128, 8))
+        for i in range(4):  # the fourth is one too many
+            part = tile.ap([[24, 128], [1, 8]], offset=8 * i)
+            if i < 3:
+                nisa.tensor_copy(dst=out, src=part)
+        return store(out)
+
+    with pytest.warns(NkiSimulatorWarning, match=r"view\.outside"):
+        got = run(kernel, X)
+    np.testing.assert_array_equal(got, X.reshape(128, 24)[:, 16:])
+
+
+def test_a_pattern_steps_by_one_partition_also_where_another_step_is_tolerated():
+    def kernel(x):
+        return store(load(x).ap([[12, 128], [1, 12]]))
+
+    with (
+        parameters(SimParams(tolerate=("view.partition_dim",))),
+        pytest.warns(NkiSimulatorWarning, match="view.partition_dim"),
+    ):
+        got = run(kernel, X)
+    np.testing.assert_array_equal(got, X.reshape(128, 24)[:, :12])
+
+
+def test_a_tensor_as_a_condition_is_there_whatever_it_holds():
+    def kernel(x):
+        tile = sbuf((128, 4))
+        nisa.memset(tile, 0.0 if tile else 1.0)
+        return store(tile)
+
+    with pytest.warns(NkiSimulatorWarning, match=r"tensor\.truth"):
+        assert (run(kernel, X) == 0).all()
+    with (
+        parameters(SimParams(strict=True)),
+        pytest.raises(NkiValidationError, match=r"tensor\.truth"),
+    ):
+        run(kernel, X)
 
 
 def test_what_is_not_implemented_names_itself():
@@ -135,11 +189,3 @@ def test_what_is_not_implemented_names_itself():
 
     with pytest.raises(NkiUnsupportedError, match="indirect"):
         run(kernel, X)
-
-
-def test_python_control_flow_on_values_is_refused():
-    def kernel():
-        return 1 if sbuf((128, 1)) else 0
-
-    with pytest.raises(TypeError, match="control flow cannot depend"):
-        run(kernel)

@@ -174,6 +174,8 @@ def test_scalar_tensor_tensor():
     first, second = run(kernel, X, Y, V)
     np.testing.assert_array_equal(first, X * V + Y)
     np.testing.assert_array_equal(second, Y - X * 2)
+    v = V.astype(ml_dtypes.bfloat16)  # operand0 may be of any dtype here, unlike tensor_scalar's
+    np.testing.assert_array_equal(run(kernel, X, Y, v)[0], X * v.astype(np.float32) + Y)
 
 
 def test_scalar_tensor_tensor_takes_one_psum_input_at_most():

@@ -116,15 +116,21 @@ def mark(tensor: NkiTensor, code: int) -> None:
     init.mark(region, code)
 
 
-def mark_where(tensor: NkiTensor, chosen: Any) -> None:
+def mark_moved(dst: NkiTensor, written: Any, code: int = OTHER) -> None:
+    """Record that an engine moved memory here of which `written` (bool) was ever written."""
+    mark(dst, FRESH)
+    mark_where(dst, like(written, dst.shape), code)
+
+
+def mark_where(tensor: NkiTensor, chosen: Any, code: int = OTHER) -> None:
     """Record that an engine writes the elements of this view that `chosen` (bool) selects."""
     storage = tensor.storage
     if storage.init.uniform == FRESH:
         storage.fill()
     if storage.init.fresh(tensor.region):
-        storage.init.mark_where(tensor.region, chosen, OTHER)
+        storage.init.mark_where(tensor.region, chosen, code)
     else:
-        mark(tensor, OTHER)
+        mark(tensor, code)
 
 
 def check_tile(instr: str, role: str, tensor: Any) -> None:
@@ -169,12 +175,10 @@ def check_written(instr: str, role: str, tensor: NkiTensor) -> None:
         where = ""
         if storage.site is not None:
             where = f", allocated at {storage.site[0]}:{storage.site[1]}"
-        fail(
-            _UNWRITTEN,
-            instr,
-            f"{role} was never written (or only in part){where}",
-            **{role: tensor},
-        )
+        detail = f"{role} was never written (or only in part){where}"
+        broken(_UNWRITTEN, instr, detail, **{role: tensor})
+        if storage.init.uniform == FRESH:
+            storage.fill()  # the rule is tolerated
 
 
 def in_sbuf(instr: str, **operands: Any) -> None:

@@ -109,8 +109,12 @@ def indirect_view(
     scalar: Any,
     vector: Any,
     dim: int,
+    dtype: dtypes.DType | None = None,
 ) -> IndirectTensor:
-    """A view of `base`'s storage that starts index * base.strides[dim] elements further on."""
+    """A view of `base`'s storage that starts index * base.strides[dim] elements further on.
+
+    dtype: that of the view, whose elements shape, strides and offset count; None: that of `base`.
+    """
     index = scalar if vector is None else vector
     count = 1 if vector is None else shape[0]
     legal = (scalar is None) is not (vector is None)
@@ -122,8 +126,9 @@ def indirect_view(
     legal = legal and -1 < dim < base.ndim and (base.space == HBM or dim != 0)
     if not legal:
         fail(_OFFSET, "NkiTensor", f"indirect_dim={dim}", tensor=base, offset=index)
-    view = IndirectTensor(base.storage, shape, strides, offset, base.dtype)
-    view.index, view.index_stride, view.vector = index, base.strides[dim], vector is not None
+    view = IndirectTensor(base.storage, shape, strides, offset, dtype or base.dtype)
+    view.index, view.vector = index, vector is not None
+    view.index_stride = base.strides[dim] * base.dtype.itemsize // view.dtype.itemsize
     return view
 
 

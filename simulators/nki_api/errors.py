@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from .rules import DOCUMENTED, Rule
 
 STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
+TOLERATED: ContextVar[frozenset[str]] = ContextVar("nki_tolerated_rules", default=frozenset())
 PLACE: ContextVar[str] = ContextVar("nki_simulator_place", default="")  # when there are several
 _PACKAGE = __name__.rpartition(".")[0]
 _BLAMED: ContextVar[tuple[tuple[str, int], dict[Any, Any]] | None] = ContextVar(
@@ -28,13 +29,14 @@ _BLAMED: ContextVar[tuple[tuple[str, int], dict[Any, Any]] | None] = ContextVar(
 
 
 @contextmanager
-def strictness(strict: bool) -> Iterator[None]:
-    """Whether inferred rules raise in this block."""
-    token = STRICT.set(strict)
+def strictness(strict: bool, tolerated: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Whether inferred rules raise in this block, and the ids of rules that only warn."""
+    tokens = STRICT.set(strict), TOLERATED.set(tolerated)
     try:
         yield
     finally:
-        STRICT.reset(token)
+        STRICT.reset(tokens[0])
+        TOLERATED.reset(tokens[1])
 
 
 @contextmanager
@@ -137,9 +139,10 @@ def message(rule: Rule, instruction: str, detail: str, operands: dict[str, Any])
 
 
 def broken(rule: Rule, instruction: str, detail: str, **operands: Any) -> None:
-    """Raise NkiValidationError for a documented rule, warn for an inferred one."""
+    """Raise NkiValidationError for a documented rule, warn for an inferred or tolerated one."""
     text = message(rule, instruction, detail, operands)
-    if rule.tier == DOCUMENTED or STRICT.get():
+    raises = rule.tier == DOCUMENTED or STRICT.get()
+    if raises and rule.id not in TOLERATED.get():
         raise NkiValidationError(text)
     frame, blame = user_frame(), _BLAMED.get()
     if blame is not None:

@@ -10,10 +10,11 @@ or quarters of the partitions. Whether the rectangles can be packed is not worke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from .errors import NkiValidationError
+from .errors import TOLERATED, NkiSimulatorWarning, NkiValidationError
 from .rules import documented
 from .tensor import NkiTensor
 
@@ -76,4 +77,7 @@ class Lifetimes:
         for _, _, change in sorted(changes):
             used += change
             if used > self.capacity:
-                raise NkiValidationError(self.problem)
+                if CAPACITY.id not in TOLERATED.get():
+                    raise NkiValidationError(self.problem)
+                warnings.warn(self.problem, NkiSimulatorWarning, stacklevel=2)
+                return

@@ -6,10 +6,12 @@ Source of NKI_PRECISE_FP: nki_simulator guide (Precise Floating-Point Mode).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+
+from .rules import RULES
 
 PRECISE_VARIABLE = "NKI_PRECISE_FP"
 
@@ -27,6 +29,8 @@ class SimParams:
         they may. A correct kernel gives the same results with every seed.
     stall_seconds: processor time without an instruction after which a kernel counts as endless and
         ends with an error that shows its line (sleeping: ten times as much); None never ends it.
+    tolerate: ids of rules that warn where they would raise, for kernels that cannot be changed.
+        Breaches after which nothing sensible can be computed raise all the same.
     precise_fp: False stores bfloat16 and 8-bit floats as float32, to tell a wrong algorithm from
         lost precision; outputs of these types are then float32. None: NKI_PRECISE_FP, or True.
     """
@@ -36,6 +40,7 @@ class SimParams:
     values: bool = True
     adversarial: int | None = None
     stall_seconds: float | None = 60.0
+    tolerate: Collection[str] = ()
     precise_fp: bool | None = None
 
     def __post_init__(self) -> None:
@@ -43,6 +48,17 @@ class SimParams:
             raise ValueError(
                 f"expected stall_seconds above 0, or None for no limit, got {self.stall_seconds!r}"
             )
+
+    def tolerated(self) -> frozenset[str]:
+        """The ids in `tolerate`; ValueError for one that no rule has."""
+        given = frozenset((self.tolerate,) if isinstance(self.tolerate, str) else self.tolerate)
+        unknown = sorted(given - RULES.keys())
+        if unknown:
+            raise ValueError(
+                f"expected ids of rules in SimParams(tolerate=), got {', '.join(unknown)}; a "
+                "message names its rule"
+            )
+        return given
 
     def precise(self) -> bool:
         """Whether low-precision types are stored as what they are."""

@@ -165,7 +165,8 @@ def running(world: World, place: Place, params: SimParams, log: Log | None) -> I
     label = f"{place}: " if len(world.places) > 1 else ""
     token = _RUN.set(run)
     try:
-        with strictness(params.strict), placed(label), np.errstate(all="ignore"):
+        tolerated = params.tolerated()
+        with strictness(params.strict, tolerated), placed(label), np.errstate(all="ignore"):
             yield run
     finally:
         _RUN.reset(token)

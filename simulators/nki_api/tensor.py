@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
-from .errors import unsupported
+from .errors import broken, unsupported
 from .indexing import DynamicSlice as DynamicSlice
 from .indexing import Indexing
 from .memory import HBM, MemoryRegion, Storage
 from .region import Rect, Region
+from .view_rules import TRUTH
 from .view_rules import row_major as row_major
 from .views import Views
 
@@ -102,10 +103,8 @@ class NkiTensor(Indexing, Views):
     __repr__ = describe
 
     def __bool__(self) -> bool:
-        raise TypeError(
-            "a tensor's values are not known while a kernel is built; "
-            "Python control flow cannot depend on them"
-        )
+        broken(TRUTH, "NkiTensor", "as a condition is true whatever it holds", tensor=self)
+        return True
 
     def __eq__(self, other: object) -> bool:
         if self is not other and isinstance(other, (int, float, np.generic, np.ndarray)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from .rules import documented
+from .rules import documented, inferred
 
 BOUNDS = documented(
     "view.bounds",
@@ -28,6 +28,16 @@ PARTITION = documented(
     "view.partition_dim",
     "nki.language.NkiTensor",
     "dim 0 of an on-chip tensor stays the partition dim, in steps of one",
+)
+TRUTH = inferred(
+    "tensor.truth",
+    "nki.language.NkiTensor, which has no truth value; nki-library@d2ad3a5 (mlp_tkg_constants.py)",
+    "a condition asks whether a tensor is there with != None, and cannot ask what it holds",
+)
+UNUSED = inferred(
+    "view.outside",
+    "NKI access patterns deep dive (.ap does not access memory); nki-library@d2ad3a5",
+    "a pattern that reaches outside its tensor is not even made; used, it breaks view.bounds",
 )
 MAX_DIMS = 5
 

@@ -10,8 +10,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from . import dtypes
-from .errors import fail, unsupported
+from .errors import broken, fail, unsupported
 from .memory import HBM
+from .outside import outside
 from .rearrange import rearrange
 from .view_rules import (
     BOUNDS,
@@ -193,38 +194,32 @@ class Views:
     ) -> NkiTensor:
         """Explicit [[stride, count], ...] over the storage, `offset` elements from this view."""
         dynamic = scalar_offset is not None or vector_offset is not None
-        if dynamic and dtype is not None:
-            unsupported("NkiTensor.ap with a run-time offset and dtype=")
         new = self.dtype if dtype is None else dtypes.dtype_of(dtype)
         base = self.offset * self.dtype.itemsize // new.itemsize + (offset or 0)
         shape = tuple(int(count) for _, count in pattern)
         strides = tuple(int(stride) for stride, _ in pattern)
         made = self._made(shape, strides, base, new)
+        if self.space != HBM and shape[0] > 1 and strides[0] != made.row:
+            detail = f"the first stride is {strides[0]}, one partition is {made.row} elements"
+            broken(PARTITION, "NkiTensor.ap", detail, tensor=self)
+            strides = (made.row, *strides[1:])  # tolerated: engines can step by nothing else
+            made = self._made(shape, strides, base, new)
         skip = 0 if vector_offset is None else 1  # each row has an address of its own
         pairs = zip(shape[skip:], strides[skip:], strict=True)
         last = base + sum((c - 1) * s for c, s in pairs if s > 0)
         total = self.storage.partitions * made.row
         if len(shape) > MAX_DIMS or min(shape) < 1:
             fail(SHAPE, "NkiTensor.ap", f"pattern {pattern}", tensor=self)
-        if self.space != HBM and shape[0] > 1 and strides[0] != made.row:
-            fail(
-                PARTITION,
-                "NkiTensor.ap",
-                f"the first stride is {strides[0]}, one partition is {made.row} elements",
-                tensor=self,
-            )
         if not 0 <= base <= last < total:
-            fail(
-                BOUNDS,
-                "NkiTensor.ap",
-                f"pattern {pattern} from {base} ends at {last} of {total}",
-                tensor=self,
-            )
+            detail = f"pattern {pattern} from {base} ends at {last} of {total}"
+            if dynamic:
+                fail(BOUNDS, "NkiTensor.ap", detail, tensor=self)
+            return outside(made, "NkiTensor.ap", detail)
         if dynamic:
             from .dynamic import indirect_view  # built on this module
 
             return indirect_view(
-                self, shape, strides, base, scalar_offset, vector_offset, indirect_dim
+                self, shape, strides, base, scalar_offset, vector_offset, indirect_dim, new
             )
         return made
 

@@ -19,13 +19,12 @@ from nxd_cp.simulators.nki_api.checks import (
     destination,
     in_psum,
     like,
-    mark,
-    mark_where,
+    mark_moved,
     same_tiles,
 )
 from nxd_cp.simulators.nki_api.dynamic import resolved
 from nxd_cp.simulators.nki_api.errors import broken, fail
-from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER, ZEROED
+from nxd_cp.simulators.nki_api.initmap import OTHER, ZEROED
 from nxd_cp.simulators.nki_api.log import DYNAMIC
 from nxd_cp.simulators.nki_api.memory import PSUM
 from nxd_cp.simulators.nki_api.rules import documented, inferred
@@ -73,8 +72,7 @@ def tensor_copy(
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, src=src)
     if written is not None:
-        mark(dst, FRESH)
-        mark_where(dst, like(written, dst.shape))
+        mark_moved(dst, written)
     if not run.values:
         pass
     elif dst.dtype is src.dtype:

@@ -12,11 +12,11 @@ from typing import Any
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import mark
 from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds
-from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
 from nxd_cp.simulators.nki_api.log import DYNAMIC, SKIPPED, TRANSPOSE
 from nxd_cp.simulators.nki_api.memory import HBM, SBUF
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
@@ -24,6 +24,7 @@ from .dma import check_padding, watch
 from .enums import dge_mode as modes
 from .enums import oob_mode as oob_modes
 from .issue import NkiInstruction, issue
+from .members import member
 
 _TRANSPOSE = documented(
     "dma_transpose.operands",
@@ -37,6 +38,11 @@ _MODE = documented(
     "dge_mode is unknown or hwdge; hwdge needs gen3, 2-byte elements, a last dim of at most 128 "
     "and a first dim of 16 (3 and 4 dims: 1, 2, 4, 8 or 16, times dim -2 a multiple of 16); "
     "priority 0 to 3 only on gen4; oob_mode.skip only with indirect addresses",
+)
+_NO_DGE = inferred(
+    "dma_transpose.no_dge",
+    "nki.isa.dma_transpose; nki-library@d2ad3a5 (mlp_tkg_gate_up_projection.py) gives none",
+    "dge_mode is unknown or hwdge, not none",
 )
 _INDIRECT = documented(
     "dma_transpose.indirect",
@@ -60,6 +66,7 @@ def dma_transpose(
     """dst = src with its first and last dims swapped."""
     instr = "nki.isa.dma_transpose"
     run = current(instr)
+    dge_mode = member(instr, modes, dge_mode)
     tensors = type(dst) is NkiTensor and isinstance(src, NkiTensor)
     if not tensors or dst.space != SBUF or src.space not in (HBM, SBUF) or src.ndim not in _AXES:
         fail(_TRANSPOSE, instr, "memory or number of dims", dst=dst, src=src)
@@ -82,7 +89,9 @@ def dma_transpose(
 def _check_mode(
     instr: str, run: Run, src: NkiTensor, priority: int | None, mode: Any, oob_mode: Any
 ) -> None:
-    legal = mode in (modes.unknown, modes.hwdge) and oob_mode is oob_modes.error
+    if mode is modes.none:
+        broken(_NO_DGE, instr, f"dge_mode={mode}", src=src)
+    legal = mode is not modes.swdge and oob_mode is oob_modes.error
     if priority is not None:
         legal = legal and run.chip.dma_priority and 0 <= priority <= 3
     if mode is modes.hwdge:

@@ -128,7 +128,7 @@ def scalar_tensor_tensor(
     assert second is not None, "operator() has checked the role"
     if getattr(op0, "bitvec", False) or op1.bitvec:
         fail(BITVEC, instr, "bitvec operators are not supported here", data=data)
-    first = arithmetic(instr, "0", values, op0, operand0, reverse0, data)
+    first = arithmetic(instr, "0", values, op0, operand0, reverse0, data, float32_only=False)
     result = None
     if run.values:
         other = like(other, first.shape)

@@ -14,16 +14,18 @@ import numpy as np
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import (
     check_tile,
+    copied,
     destination,
     in_sbuf,
     mark,
+    mark_moved,
     operator,
     source,
 )
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
 from nxd_cp.simulators.nki_api.ops import OPS
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
@@ -59,6 +61,11 @@ _PARTITION_REDUCE = documented(
     "nki.isa.tensor_partition_reduce",
     "op is add, average, max, bitwise_or or bitwise_and; dst has one partition",
 )
+_PADDING = inferred(
+    "nc_stream_shuffle.uninitialised",
+    "nki.language guide, Creating Tensors; nki-library@d2ad3a5 (find_nonzero_indices.py)",
+    "a shuffle moves memory that was written; what was not stays unwritten where it arrives",
+)
 
 
 def nc_stream_shuffle(
@@ -67,7 +74,7 @@ def nc_stream_shuffle(
     """Within each 32 partitions, dst[i] = src[shuffle_mask[i]]; 255 leaves dst[i] as it is."""
     instr = "nki.isa.nc_stream_shuffle"
     run = current(instr)
-    values = source(instr, "src", src)
+    values, written = copied(instr, "src", src, _PADDING)
     check_tile(instr, "dst", dst)
     lanes = [int(lane) for lane in shuffle_mask]
     legal = len(lanes) == QUADRANT and all(0 <= n < QUADRANT or n == KEEP for n in lanes)
@@ -87,7 +94,10 @@ def nc_stream_shuffle(
         fail(_SHUFFLE, instr, f"shuffle_mask={lanes} reads past src", dst=dst, src=src)
     taken = np.array([row for _, row in pairs], np.intp)
     moved = values.reshape(src.shape[0], -1)[taken] if run.values else None
-    if len(pairs) == dst.shape[0]:
+    if written is not None:
+        for i, row in pairs:
+            mark_moved(dst[i : i + 1], written[row])
+    elif len(pairs) == dst.shape[0]:
         mark(dst, OTHER)
     else:
         for i, _ in pairs:

@@ -12,10 +12,17 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import destination, in_psum, like, source
+from nxd_cp.simulators.nki_api.checks import (
+    copied,
+    destination,
+    in_psum,
+    like,
+    mark_moved,
+    source,
+)
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import MATMUL, OTHER
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import current
 
 from .enums import engine as engines
@@ -27,6 +34,11 @@ _TRANSPOSE = documented(
     "dst has data's dtype and the transposed shape; TensorE reads SBUF "
     "[<=128, <=128] and writes PSUM, VectorE takes [<=32, <=32]",
 )
+PADDING = inferred(
+    "transpose.uninitialised",
+    "nki.language guide, Creating Tensors; nki-library@d2ad3a5 (find_nonzero_indices.py)",
+    "a transpose moves memory that was written; what was not stays unwritten where it arrives",
+)
 
 
 def nc_transpose(
@@ -35,7 +47,7 @@ def nc_transpose(
     """dst[F, P] = data[P, F].T on TensorE (SBUF to PSUM) or VectorE (up to 32 x 32)."""
     instr = "nki.isa.nc_transpose"
     run = current(instr)
-    values = source(instr, "data", data)
+    values, written = copied(instr, "data", data, PADDING)
     flat = values if values.ndim == 2 else values.reshape(values.shape[0], -1)
     rows, columns = flat.shape
     small = rows <= 32 and columns <= 32
@@ -55,7 +67,12 @@ def nc_transpose(
             dst=dst,
             data=data,
         )
-    out = destination(instr, "dst", dst, MATMUL if on_tensor else OTHER)
+    if on_tensor and not run.chip.exact_transpose:
+        source(instr, "data", data)  # a product mixes what was written with what was not
+    code = MATMUL if on_tensor else OTHER
+    out = destination(instr, "dst", dst, code)
+    if written is not None:
+        mark_moved(dst, written.reshape(flat.shape).T, code)
     if not run.values:
         pass
     elif on_tensor and not run.chip.exact_transpose and not _finite(flat, data.dtype):

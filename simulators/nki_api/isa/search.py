@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import check_written, destination, in_sbuf, mark, source
-from nxd_cp.simulators.nki_api.errors import fail
-from nxd_cp.simulators.nki_api.initmap import OTHER
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.checks import destination, in_sbuf, mark, source
+from nxd_cp.simulators.nki_api.errors import broken, fail
+from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
@@ -34,6 +34,11 @@ _NONZERO = documented(
     "nonzero_with_count.operands",
     "nki.isa.nonzero_with_count",
     "src is float32 or int32 in SBUF, dst int32 in SBUF with one more element per partition",
+)
+_LANE = inferred(
+    "nonzero_with_count.uninitialised",
+    "nki.isa.nonzero_with_count (its partitions are fixed); nki-library@d2ad3a5",
+    "partitions 0, 16, 32, ... of src were written; where not, dst stays unwritten as well",
 )
 _INDEX = (dtypes.uint16, dtypes.uint32)
 GROUP = 16  # partitions of one GpSimd core
@@ -132,7 +137,10 @@ def nonzero_with_count(
         fail(_NONZERO, instr, f"{src.shape} into {dst.shape}", dst=dst, src=src)
     for partition in range(0, src.shape[0], GROUP):
         row, out = src[partition : partition + 1], dst[partition : partition + 1]
-        check_written(instr, "src", row)
+        if row.storage.init.fresh(row.region):
+            broken(_LANE, instr, f"partition {partition} of src was never written", src=src)
+            mark(out, FRESH)
+            continue
         mark(out, OTHER)
         if run.values:
             at = np.flatnonzero(row.array.reshape(-1)) + index_offset

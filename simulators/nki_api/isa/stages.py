@@ -74,6 +74,7 @@ def arithmetic(
     reverse: bool,
     data: NkiTensor,
     into: Any = None,
+    float32_only: bool = True,
 ) -> Any:
     """One fp32 stage with a broadcast operand; `into` may be overwritten."""
     if type(op) is Op and op.binary is None and op.unary is not None:
@@ -82,7 +83,7 @@ def arithmetic(
         return op.unary(values, out=into)
     function = operator(instr, f"op{which}", op, "binary").binary
     assert function is not None, "operator() has checked the role"
-    scalar = per_partition(instr, f"operand{which}", operand, data, float32_only=True)
+    scalar = per_partition(instr, f"operand{which}", operand, data, float32_only=float32_only)
     if type(scalar) is float:
         scalar = np.float32(scalar)
     if reverse:

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import destination, in_psum, in_sbuf, like, require, source
+from nxd_cp.simulators.nki_api.checks import (
+    copied,
+    destination,
+    in_psum,
+    in_sbuf,
+    like,
+    mark_moved,
+    require,
+    source,
+)
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, OTHER, ZEROED
 from nxd_cp.simulators.nki_api.log import ACCUMULATE, DOUBLE_ROW, ONEZERO, TRANSPOSE
@@ -26,6 +35,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .enums import matmul_perf_mode
 from .issue import NkiInstruction, issue
 from .matmul_checks import check_shapes, check_tiling, check_types, double_rows
+from .nc_transpose import PADDING
 
 _PAGE = "nki.isa.nc_matmul"
 _PLACES = documented("nc_matmul.memory", _PAGE, "inputs come from SBUF, dst is in PSUM")
@@ -65,7 +75,11 @@ def nc_matmul(
     if not in_psum(dst):
         fail(_PLACES, instr, "dst must be in PSUM", dst=dst)
     in_sbuf(instr, stationary=stationary, moving=moving)
-    a = source(instr, "stationary", stationary)
+    moves = is_transpose and accumulate is not True and run.chip.exact_transpose
+    if moves:
+        a, written = copied(instr, "stationary", stationary, PADDING)
+    else:
+        a, written = source(instr, "stationary", stationary), None
     b = source(instr, "moving", moving)
     double = perf_mode is not matmul_perf_mode.none
     check_types(run, dst, stationary, moving, is_transpose, double)
@@ -81,8 +95,12 @@ def nc_matmul(
     out = destination(instr, "dst", dst, MATMUL)
     if run.values:
         wide = dtypes.to_f32(a, stationary.dtype), dtypes.to_f32(b, moving.dtype)
-        exact = is_transpose and add is False and run.chip.exact_transpose
-        if not (exact and _permuted(a, wide[1], out, stationary.dtype is dst.dtype)):
+        order = _picked(wide[1]) if moves and add is False else None
+        if written is not None:
+            _move_padding(stationary, dst, written, order)
+        if order is not None and stationary.dtype is dst.dtype:
+            out[...] = like(a[order].T, out.shape)
+        else:
             _multiply(wide, add, out, dst.dtype)
     bits = ACCUMULATE if add is not False else 0
     bits |= TRANSPOSE if is_transpose else 0
@@ -94,13 +112,20 @@ def nc_matmul(
     return issue(run, "nc_matmul", "tensor", dst, tiles, int(b.shape[1]), bits, name=name)
 
 
-def _permuted(a: Any, choice: Any, out: Any, same: bool) -> bool:
-    """Transpose mode: out = a.T bit by bit, if every column of `choice` picks one row of `a`."""
+def _picked(choice: Any) -> Any:
+    """Transpose mode: the row that every column of `choice` picks, or None if one picks none."""
     picks = (choice == 1).sum(axis=0) == 1
-    if not same or not picks.all() or np.count_nonzero(choice) != choice.shape[1]:
-        return False
-    out[...] = like(a[choice.argmax(axis=0)].T, out.shape)
-    return True
+    if not picks.all() or np.count_nonzero(choice) != choice.shape[1]:
+        return None
+    return choice.argmax(axis=0)
+
+
+def _move_padding(stationary: NkiTensor, dst: NkiTensor, written: Any, order: Any) -> None:
+    """A transpose leaves unwritten what was; a product would mix it with everything else."""
+    if order is None:
+        source("nki.isa.nc_matmul", "stationary", stationary)
+    else:
+        mark_moved(dst, written.reshape(written.shape[0], -1)[order].T, MATMUL)
 
 
 def _multiply(wide: tuple[Any, Any], add: Any, out: Any, dtype: dtypes.DType) -> None:

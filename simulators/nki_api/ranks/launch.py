@@ -82,7 +82,10 @@ def launch(
             traces[place] = run.trace
 
     world.scheduler.run(body)
-    with strictness(params.strict), blamed(definition(function), function):
+    with (
+        strictness(params.strict, params.tolerated()),
+        blamed(definition(function), function),
+    ):
         for i, rank in enumerate(world.ranks):
             for watch in rank.watches:
                 watch.land()
