@@ -60,6 +60,11 @@ _OP = documented(
     "the operator is one that this field of the instruction takes",
 )
 
+_ONCE = inferred(
+    "operand.repeated_output",
+    "our reading of nki.language.NkiTensor.ap; which of the writes stays is written nowhere",
+    "an output has every element once: no stride of 0, no steps shorter than what they step over",
+)
 _DIVIDE = inferred(
     "operand.divide",
     "NKI release notes 0.4.0 (known issues); nki.api.shared, Supported Math Operators",
@@ -98,7 +103,15 @@ def destination(instr: str, role: str, tensor: Any, code: int = OTHER) -> Any:
     init = tensor.storage.init
     if init.uniform != code:
         mark(tensor, code)
+    if tensor.own_region.repeats:
+        check_once(instr, role, tensor)
     return tensor.array
+
+
+def check_once(instr: str, role: str, tensor: NkiTensor) -> None:
+    """Report an output whose view has the same bytes more than once."""
+    if tensor.own_region.repeats:
+        broken(_ONCE, instr, f"{role} has some elements several times", **{role: tensor})
 
 
 def mark(tensor: NkiTensor, code: int) -> None:

@@ -22,6 +22,7 @@ from .rules import DOCUMENTED, Rule
 STRICT: ContextVar[bool] = ContextVar("nki_simulator_strict", default=False)
 TOLERATED: ContextVar[frozenset[str]] = ContextVar("nki_tolerated_rules", default=frozenset())
 PLACE: ContextVar[str] = ContextVar("nki_simulator_place", default="")  # when there are several
+MOST_DECORATORS = 50  # lines of them before a `def`
 _PACKAGE = __name__.rpartition(".")[0]
 _BLAMED: ContextVar[tuple[tuple[str, int], dict[Any, Any]] | None] = ContextVar(
     "nki_simulator_blamed", default=None
@@ -69,9 +70,14 @@ def placed(label: str) -> Iterator[None]:
 
 
 def definition(function: Any) -> tuple[str, int]:
-    """File and line where a function starts."""
+    """File and line of a function's `def`."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return ("", 0) if code is None else (code.co_filename, code.co_firstlineno)
+    if code is None:
+        return "", 0
+    file, first = code.co_filename, code.co_firstlineno
+    near = range(first, first + MOST_DECORATORS)
+    found = (n for n in near if linecache.getline(file, n).lstrip().startswith("def "))
+    return file, next(found, first)
 
 
 class NkiValidationError(ValueError):

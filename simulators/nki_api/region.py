@@ -30,11 +30,12 @@ def overlap(a: Rect, b: Rect) -> int:
 class Region:
     """The bytes of a strided view.
 
-    rect: its bounds. dense: it covers them wholly. area: bytes, counting each visit.
+    rect: its bounds. dense: it covers them wholly. area: bytes, counting each visit. repeats: it
+    surely visits some bytes more than once.
     grain: every boundary of the region is a multiple of so many bytes.
     """
 
-    __slots__ = ("area", "dense", "grain", "pattern", "rect", "runs")
+    __slots__ = ("area", "dense", "grain", "pattern", "rect", "repeats", "runs")
 
     def __init__(self, pattern: Pattern) -> None:
         first, byte, counts, strides, item = pattern
@@ -46,6 +47,7 @@ class Region:
         rows = counts[0] if strides[0] else 1
         self.rect = (first, first + rows, byte, byte + span)
         self.dense = num == span
+        self.repeats = num > span
         self.area = rows * num
         self.runs: Any = None
         if self.dense:

@@ -18,10 +18,13 @@ _HEAD = """# Rules of the NKI simulator
 Generated from the code by `python -m nxd_cp.simulators.nki_api.rules_table tests`; do not edit.
 A broken rule of tier `documented` raises; one of tier `inferred` (reports by third parties, or our
 reading of a gap in the documentation) warns, and raises under `SimParams(strict=True)`.
+For every rule `tests/rule_pairs/` has one kernel with a good and a bad argument: the good call
+breaks no rule at all, the bad one breaks this rule and shows its own line. The last column lists
+the files with more tests of it.
 
 {documented} documented, {inferred} inferred.
 
-| Rule | Tier | What must hold | Source | Tests |
+| Rule | Tier | What must hold | Source | More tests |
 |---|---|---|---|---|
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import mark, unwritten
+from nxd_cp.simulators.nki_api.checks import check_once, mark, unwritten
 from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds, rows
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, OTHER
@@ -81,6 +81,7 @@ def dma_copy(
         watch(instr, run, dst, src)
     if dst.storage.init.uniform != OTHER:
         mark(dst, OTHER)
+    check_once(instr, "dst", dst)
     if run.values:
         _move(run, dst, src)
     detail = dge_mode.name if engine is engines.unknown else f"{dge_mode.name}:{engine.name}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import mark
+from nxd_cp.simulators.nki_api.checks import check_once, mark
 from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds, rows
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
@@ -68,6 +68,7 @@ def dma_compute(
         check_padding(instr, tensor)
     watch(instr, run, dst, *sources)
     mark(dst, OTHER)
+    check_once(instr, "dst", dst)
     if run.values:
         _add(dst, sources)
     # A record has room for five sources; the destination's size still counts all bytes moved.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from nxd_cp.simulators.nki_api import dtypes
-from nxd_cp.simulators.nki_api.checks import mark
+from nxd_cp.simulators.nki_api.checks import check_once, mark
 from nxd_cp.simulators.nki_api.dynamic import IndirectTensor, out_of_bounds
 from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
@@ -81,6 +81,7 @@ def dma_transpose(
     check_padding(instr, src)
     watch(instr, run, None, src)
     mark(dst, OTHER)
+    check_once(instr, "dst", dst)
     if run.values:
         dst.array[...] = src.array.transpose(order).copy()
     return issue(run, "dma_transpose", "dma", dst, (src,), dst.size, TRANSPOSE, dge_mode.name, name)

@@ -11,8 +11,8 @@ from typing import Any
 from nxd_cp.simulators.nki_api import dtypes
 from nxd_cp.simulators.nki_api.checks import require
 from nxd_cp.simulators.nki_api.chips import PSUM_BANK_BYTES
-from nxd_cp.simulators.nki_api.errors import fail
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.errors import broken, fail
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
@@ -46,13 +46,19 @@ _OUTPUT = documented(
 _DOUBLE = documented(
     "nc_matmul.double_row",
     _PAGE,
-    "double_row needs gen3, fp8 inputs of shape [K, 2, free], no column tiling",
+    "double_row needs gen3, fp8 inputs of shape [K, 2, free], no column tiling, no transpose mode",
 )
 _TILING = documented(
     "nc_matmul.tile",
     _PAGE,
     "tile_position and tile_size come together; the start row is a multiple of "
     "the row size (128, 64, from gen3 32); stationary fits in the tile",
+)
+
+_PLACED = inferred(
+    "nc_matmul.tile_partitions",
+    "our reading of nki.isa.nc_matmul (Tiling mode); nki-library@d2ad3a5 does so",
+    "operands that were given a place start on the tile's first row, dst on its first column",
 )
 
 _FP32 = frozenset((dtypes.float32, dtypes.tfloat32))
@@ -92,7 +98,8 @@ def check_types(
         dst=dst,
         moving=moving,
     )
-    if double and not (run.chip.number >= 3 and s in dtypes.FLOAT8 and m in dtypes.FLOAT8):
+    fast = run.chip.number >= 3 and s in dtypes.FLOAT8 and m in dtypes.FLOAT8 and not transpose
+    if double and not fast:
         fail(
             _DOUBLE,
             "nki.isa.nc_matmul",
@@ -151,7 +158,14 @@ def check_shapes(
             )
 
 
-def check_tiling(run: Run, stationary: NkiTensor, position: Any, size: Any) -> None:
+def check_tiling(
+    run: Run,
+    dst: NkiTensor,
+    stationary: NkiTensor,
+    moving: NkiTensor,
+    position: Any,
+    size: Any,
+) -> None:
     """Row and column tiling of the array."""
     legal = len(position) == 2 and len(size) == 2
     if legal:
@@ -168,3 +182,13 @@ def check_tiling(run: Run, stationary: NkiTensor, position: Any, size: Any) -> N
             f"tile_position={position}, tile_size={size}",
             stationary=stationary,
         )
+    for role, tensor, wanted in (
+        ("stationary", stationary, position[0]),
+        ("moving", moving, position[0]),
+        ("dst", dst, position[1]),
+    ):
+        given = tensor.storage.own is not None or tensor.storage.partitions > tensor.shape[0]
+        start = tensor.partition_start
+        if given and start != wanted:
+            detail = f"tile_position={position}, {role} starts on partition {start}"
+            broken(_PLACED, "nki.isa.nc_matmul", detail, **{role: tensor})

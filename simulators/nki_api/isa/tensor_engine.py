@@ -25,7 +25,7 @@ from nxd_cp.simulators.nki_api.checks import (
     require,
     source,
 )
-from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.initmap import FRESH, MATMUL, OTHER, ZEROED
 from nxd_cp.simulators.nki_api.log import ACCUMULATE, DOUBLE_ROW, ONEZERO, TRANSPOSE
 from nxd_cp.simulators.nki_api.rules import documented, inferred
@@ -48,6 +48,11 @@ _FOREIGN = documented(
     "nc_matmul.accumulate_foreign",
     _PAGE,
     "on gen2 and gen3 a matmul cannot accumulate onto another engine's values",
+)
+_ZEROED = inferred(
+    "nc_matmul.accumulate_zeroed",
+    "our reading of nki.isa.nc_matmul (accumulate=None, and its note on memset)",
+    "before gen4 nothing but a matmul sets PSUM that accumulate=None writes first",
 )
 _PARTIAL = inferred(
     "nc_matmul.accumulate_mixed",
@@ -90,7 +95,7 @@ def nc_matmul(
         b = b if b.ndim == 2 else b.reshape(b.shape[0], -1)
     check_shapes(run, dst, stationary, moving, a.shape, b.shape)
     if tile_position != () or tile_size != ():
-        check_tiling(run, stationary, tile_position, tile_size)
+        check_tiling(run, dst, stationary, moving, tile_position, tile_size)
     add = _accumulates(run, dst, stationary, moving, accumulate)
     out = destination(instr, "dst", dst, MATMUL)
     if run.values:
@@ -154,6 +159,8 @@ def _accumulates(
         init, region = dst.storage.init, dst.region
     codes = init.codes(region)
     if accumulate is None and codes <= {FRESH, ZEROED}:
+        if ZEROED in codes and not run.chip.matmul_on_foreign_psum:
+            broken(_ZEROED, "nki.isa.nc_matmul", "dst was set by memset", dst=dst)
         return False
     operands = {"dst": dst, "stationary": stationary, "moving": moving}
     instr = "nki.isa.nc_matmul"
