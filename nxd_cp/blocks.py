@@ -62,7 +62,7 @@ class KeyBlock:
         self._held: Rows = (slice(0, k.shape[2]),)
         self._owner = call.transport.rank
         self._parcel: Parcel | None = None  # our own block lies in no message yet
-        self._transit: _Transit | None = None
+        self._transit: tuple[Hop, Move] | None = None
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Views of these rows, counted in the owner's whole block."""
@@ -75,10 +75,11 @@ class KeyBlock:
         if move is None:
             self._call.count_hop("kv")
             return
-        posted = self._call.posted_hop()
-        if posted is not None:
-            self._transit = _Transit(posted, move, None, posted.into)
-            return
+        hop = self._call.posted_hop()
+        self._transit = (self.post(move) if hop is None else hop), move
+
+    def post(self, move: Move) -> Hop:
+        """Start this move of what is here; `wait` is for moves that `start` began."""
         out = None
         if move.to is not None:
             is_packed = self._parcel is not None and move.out == self._held
@@ -88,21 +89,20 @@ class KeyBlock:
         if out is None or (move.source is not None and other_size):
             into = self._new_parcel(num_rows(move.into))
         assert into is not None, "a move sends or receives"
-        hop = self._call.start(into if out is None else out, move, into)
-        self._transit = _Transit(hop, move, out, into)
+        return self._call.start(into if out is None else out, move, into)
 
     def wait(self) -> None:
         """Block until the move is done; what came in is here now."""
         if self._transit is None:
             return
-        transit, self._transit = self._transit, None
-        payload = transit.hop.wait()
+        (hop, move), self._transit = self._transit, None
+        payload = hop.wait()
         here = self._parcel
-        if transit.move.source is not None:
-            here, self._held = transit.into, transit.move.into
-            self._owner = transit.move.brings
+        if move.source is not None:
+            here, self._held = hop.into, move.into
+            self._owner = move.brings
             self._k, self._v = self._shape.split(payload, num_rows(self._held))
-        done = {self._parcel, transit.out} - {None, here}
+        done = {self._parcel, hop.parcel} - {None, here}
         self._call.release([parcel for parcel in done if parcel is not None])
         self._parcel = here
 
@@ -117,16 +117,6 @@ class KeyBlock:
 
     def _new_parcel(self, count: int) -> Parcel:
         return self._shape.parcel(self._call, "kv", count, self._k.device, self._k.dtype)
-
-
-@dataclass(frozen=True)
-class _Transit:
-    """A move under way, and the parcels that it needs."""
-
-    hop: Hop
-    move: Move
-    out: Parcel | None
-    into: Parcel
 
 
 def copy_rows(target: Tensor, pieces: Sequence[Tensor]) -> None:

@@ -176,20 +176,19 @@ class _Asked:
         try:
             self._plan = plan_for(self.context, q.shape[2], k.shape[2], options)
             documents.validate_values(cu_seqlens, self._plan)
-            self._work = strategies.plan_for(self.context.strategy, self._plan, q, k)
+            self._work = strategies.plan_for(self.context.strategy, self._plan, q, k, v)
             if debug_enabled():
                 self._refuse_nan()
             packed = segment_ids is not None or cu_seqlens is not None
             self.context.transport.validate(self._work.plan, packed=packed)
-            self._backend.validate(
-                q,
-                k,
-                v,
-                plan=self._work.plan,
-                rank=self.context.rank,
-                softcap=options.softcap,
-                documents=packed,
-            )
+            for heads in self._work.rounds:
+                self._backend.validate(
+                    *_of_heads(q, k, v, heads),
+                    plan=self._work.plan,
+                    rank=self.context.rank,
+                    softcap=options.softcap,
+                    documents=packed,
+                )
         except ValueError as error:
             refuse(self.context, str(error), q.device)
             raise
@@ -213,7 +212,7 @@ class _Asked:
         work = self._work
         if ids is not None and work.groups is None:
             plan = documents.spared(plan, ids)
-            work = strategies.plan_for(self.context.strategy, plan, self._q, self._k)
+            work = strategies.plan_for(self.context.strategy, plan, self._q, self._k, self._v)
         return {
             "work": work,
             "rank": rank,
@@ -250,6 +249,12 @@ class _Asked:
         own = ("cp", "differentiable")
         named = {k: str(v) for k, v in options._asdict().items() if k not in own}
         context.agree(call, description | named, self._q.device)
+
+
+def _of_heads(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of one round: its key/value heads, and the query heads that read them."""
+    group = q.shape[1] // k.shape[1]
+    return q[:, heads.start * group : heads.stop * group], k[:, heads], v[:, heads]
 
 
 def _given(tensor: Tensor | None) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from nxd_cp import gradients
-from nxd_cp.backends.base import Backend, BlockMask, Documents, QueryRows, Scores
+from nxd_cp.backends.base import Backend, BlockMask, Documents, Pair, QueryRows, Scores
 from nxd_cp.blocks import KeyBlock
 from nxd_cp.running import Running
 from nxd_cp.schedule import Plan, Tile, ring_moves
@@ -46,12 +46,17 @@ def forward(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     document_ids: list[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+    memory: Pair | None = None,
+) -> Pair:
     """This rank's o [B, Hq, S, Dv] and lse [B, Hq, S], both fp32, over the keys of all ranks.
 
     sinks: [Hq]. document_ids: [B, S] of every rank; a query sees keys of its own document only.
+    memory: where a backend that adds in place makes the result, which is then this very pair.
     """
     so_far = Running(q.shape[2], _nothing_seen(q, v), in_place=not backend.carries)
+    if memory is not None and not backend.carries:
+        memory[0].zero_(), memory[1].fill_(-torch.inf)
+        so_far.put(slice(0, q.shape[2]), memory)
     block = KeyBlock(call, k, v)
     for step in plan.steps[rank]:
         block.start(step.kv)

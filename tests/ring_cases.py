@@ -11,9 +11,12 @@ Note [What an error may be]
     error of the two. Relative RMS error at most twice the baseline's, largest error at most four
     times, plus rounding steps (`budgets.py`). The gradient of a sink is one number per head, too
     few for an RMS: its error is at most four times the baseline's plus one fp32 rounding of the
-    terms that are added up. Where a gradient is exactly zero (each query sees one key) it may be as
-    large as one fp32 rounding of the two equal terms whose difference it is. Nothing is fitted to
-    what the ring does.
+    terms that are added up. A weight exp(s - lse) cannot be better than the rounding of its score,
+    so nothing is held to less than one fp32 rounding of the largest visible score, times its own
+    size: that matters where one device makes no error at all, because each query sees one key and
+    its weight is 1. Where a gradient is exactly zero (each query sees one key) it may be as large
+    as one fp32 rounding of the two equal terms whose difference it is. Nothing is fitted to what
+    the ring does.
 """
 
 from __future__ import annotations
@@ -90,7 +93,7 @@ def make_case(number: int, seed: int = 0) -> Generated:
     if mask.startswith("documents"):
         options["lengths"] = _lengths(draw, num_tokens)
         options["by_id"] = draw.random() < 0.5
-    elif strategy != "heads" and draw.random() < 0.2:
+    elif draw.random() < 0.2:
         options["Skv"] = draw.randrange(max(8, 2 * size), 97)
     if draw.random() < 0.3:
         options["softcap"] = draw.choice((0.5, 2.0, 30.0))
@@ -176,6 +179,7 @@ def judge(generated: Generated, found: tuple[Tensor, ...]) -> Verdict:
         str(case.dtype).removeprefix("torch."),
     )
     baselines, sum_of_terms = one_device(case)
+    weight_error = _score_rounding(case)
     others = baselines
     if not case.sinks and case.softcap is None and case.Dv is None:
         others = list(torch_alone(case))
@@ -186,14 +190,25 @@ def judge(generated: Generated, found: tuple[Tensor, ...]) -> Verdict:
         step = eps * sum_of_terms if name == "dsinks" else rounding_step(y, baseline.dtype)
         if not y.any():
             step = _cancelled_terms(case)
-        ratio = got.max_abs / max(MAX_FACTOR * allowed.max_abs + step, 1e-30)
+        floor = 0.0 if name == "dsinks" else weight_error * float(y.abs().max())
+        ratio = got.max_abs / max(MAX_FACTOR * allowed.max_abs + step, floor, 1e-30)
         if name != "dsinks" and y.any():
-            rms = RMS_FACTOR * allowed.relative_rms + eps / 4
+            rms = max(RMS_FACTOR * allowed.relative_rms + eps / 4, weight_error)
             ratio = max(ratio, got.relative_rms / rms)
         verdict.worst[name] = ratio
         if not ratio <= 1.0:
             verdict.problems.append(f"{name}: {got}; one device: {allowed}")
     return verdict
+
+
+def _score_rounding(case: Case) -> float:
+    """One fp32 rounding of the largest visible score: the relative error of a weight."""
+    q, k, *_ = (x.double() for x in inputs(case))
+    scores = q @ k.repeat_interleave(case.Hq // case.Hkv, 1).transpose(-1, -2) * case.D**-0.5
+    if case.softcap is not None:
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    largest = float(scores.masked_fill(case.hidden(), 0.0).abs().max())
+    return torch.finfo(torch.float32).eps * largest
 
 
 def _cancelled_terms(case: Case) -> float:

@@ -263,7 +263,7 @@ def test_a_stale_block_is_caught_in_debug_mode() -> None:
 
 
 def test_a_skipped_wait_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hop, "wait", lambda self: self._parcel.payload)
+    monkeypatch.setattr(Hop, "wait", lambda self: self.parcel.payload)
     with pytest.raises(RuntimeError, match="nobody waited"):
         all_ranks_locally(Case(size=2), check_ranks=False)
 

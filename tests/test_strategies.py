@@ -13,6 +13,7 @@ import torch.distributed as dist
 from budgets import FP32_GRADIENT, FP32_OUTPUT, assert_close, assert_within_budget
 from cases import NAMES, Case, all_ranks_locally, join_all, one_device, one_rank, rows, truth
 from click.testing import Result
+from plan_checks import expand
 from ranks import RankGroup
 from torch import Tensor
 from typer.testing import CliRunner
@@ -23,9 +24,11 @@ from nxd_cp.cli import app
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
 from nxd_cp.reference import hidden
-from nxd_cp.schedule import LAYOUTS, Plan, make_plan
-from nxd_cp.strategies import Strategy, StrategyPlan, heads, plan_strategy
+from nxd_cp.schedule import LAYOUTS, Plan, Step, make_plan
+from nxd_cp.strategies import Strategy, StrategyPlan, cost, heads, plan_strategy
+from nxd_cp.strategies import plan as strategies_plan
 from nxd_cp.strategies.cost import FIGURES, Shape, candidates, choose, compare, estimate
+from nxd_cp.strategies.plan import LEAST_MESSAGE_BYTES
 
 MASKS = [(True, None), (True, 5), (False, None)]
 SOME = [
@@ -122,7 +125,8 @@ def test_what_is_gathered_is_used_and_comes_from_its_owner(layout: str) -> None:
             for step, following in pairwise(steps):
                 if step.kv is not None and step.kv.source is not None:
                     assert step.kv.source == step.kv.brings == following.owner
-                    assert following.tiles, "a dead hop"
+                    used = expand(tuple(tile.k for tile in following.tiles))
+                    assert expand(step.kv.into) == used, "what is seen, and nothing else"
 
 
 def test_a_missing_tile_and_a_missing_move_are_caught() -> None:
@@ -167,6 +171,25 @@ def test_fp32_outputs_and_gradients_are_those_of_fp64(case: Case) -> None:
         check_fp32(case, all_ranks_locally(case))
 
 
+@pytest.mark.parametrize("one", [*SOME, Strategy("heads", ways=2)], ids=str)
+@pytest.mark.parametrize("num_keys", [31, 96, 143])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_more_keys_than_queries_or_fewer(layout: str, num_keys: int, one: Strategy) -> None:
+    for causal, window in MASKS:
+        case = Case(
+            layout=layout,
+            size=4,
+            causal=causal,
+            window=window,
+            S=62,
+            Skv=num_keys,
+            Hq=8,
+            Hkv=4,
+            strategy=one,
+        )
+        check_fp32(case, all_ranks_locally(case))
+
+
 @pytest.mark.parametrize("one", SOME, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_error_is_that_of_one_device(one: Strategy, dtype: torch.dtype) -> None:
@@ -184,6 +207,55 @@ def test_rounds_of_heads_hold_smaller_buffers() -> None:
     whole, *_ = CPContext.local(2).run(held)
     rounds, *_ = CPContext.local(2, strategy=Strategy("ring", heads_per_round=2)).run(held)
     assert 0 < rounds <= 0.51 * whole, (rounds, whole)
+
+
+@pytest.mark.parametrize(
+    ("local_len", "heads", "kv_heads", "rounds"),
+    [
+        (512, 8, 8, 2),  # 0.5 MiB per head: four make a message
+        (2048, 8, 8, 4),  # 2 MiB; query heads do not pair up, so heads go by two
+        (2048, 8, 2, 2),
+        (2048, 6, 3, 3),
+        (2048, 3, 3, 3),
+        (64, 8, 8, 1),
+        (8192, 8, 1, 1),
+    ],
+)
+def test_a_ring_runs_in_rounds_where_messages_stay_large(
+    local_len: int, heads: int, kv_heads: int, rounds: int
+) -> None:
+    plan = make_plan("zigzag", 2, 2 * local_len)
+    shape = Shape(1, heads, kv_heads, 128, 4)
+    work = cost.plan_for(plan, Strategy("ring"), shape)
+    assert len(work.rounds) == rounds
+    assert [h for one in work.rounds for h in range(kv_heads)[one]] == list(range(kv_heads))
+    if rounds > 1:
+        kept = work.rounds[0].stop * plan.longest_hop * shape.row_bytes
+        assert kept >= LEAST_MESSAGE_BYTES
+    asked = cost.plan_for(plan, Strategy("ring", heads_per_round=kv_heads), shape)
+    assert len(asked.rounds) == 1, "the caller's number is taken"
+
+
+def test_a_window_makes_messages_of_its_halo_and_as_many_rounds() -> None:
+    plan = make_plan("contiguous", 4, 2**16, window=1025)
+    assert plan.longest_hop == 1024
+    assert len(cost.plan_for(plan, Strategy("ring"), Shape(1, 8, 8, 128, 4)).rounds) == 4
+    assert len(cost.plan_for(plan, Strategy("ring"), Shape(1, 8, 8, 128, 2)).rounds) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounds_that_the_rule_made_give_what_one_round_does(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    case = Case(size=3, S=250, Hq=8, Hkv=4, dtype=dtype, sinks=True, window=90)
+    whole = all_ranks_locally(dataclasses.replace(case, strategy=Strategy("ring")))
+    monkeypatch.setattr(strategies_plan, "LEAST_MESSAGE_BYTES", 1)
+    plan_strategy.cache_clear()
+    rounds = all_ranks_locally(dataclasses.replace(case, strategy=Strategy("ring")))
+    plan_strategy.cache_clear()
+    for name, x, y in zip(case.names, rounds, whole, strict=True):
+        eps = torch.finfo(torch.float32 if name == "dsinks" else dtype).eps
+        assert_close(name, x, y.double(), 2 * eps * float(y.abs().max()))
 
 
 @pytest.mark.parametrize("one", SOME, ids=str)
@@ -228,19 +300,28 @@ def test_messages_and_bytes_are_exactly_the_plans(
     one: Strategy, dtype: torch.dtype, causal: bool, window: int | None
 ) -> None:
     case = Case(
-        size=4, B=2, S=80, Hq=8, Hkv=4, dtype=dtype, causal=causal, window=window, strategy=one
+        size=4,
+        B=2,
+        S=80,
+        Skv=112,
+        Hq=8,
+        Hkv=4,
+        Dv=24,
+        dtype=dtype,
+        causal=causal,
+        window=window,
+        strategy=one,
     )
 
     def count(cp: CPContext) -> tuple[int, int]:
         one_rank(cp, case)
         return cp.transport.counters.ring_messages, cp.transport.counters.ring_bytes
 
-    plan = make_plan("zigzag", 4, case.S, causal=causal, window=window)
-    work = plan_strategy(plan, one, num_heads=8, num_kv_heads=4)
+    plan = make_plan("zigzag", 4, case.S, kv_len=case.Skv, causal=causal, window=window)
+    shape = Shape(2, 8, 4, 16, dtype.itemsize, v_head_dim=24)
+    work = cost.plan_for(plan, one, shape)
     for rank, found in enumerate(CPContext.local(4, strategy=one).run(count)):
-        due = work.traffic(
-            rank, batch=2, num_heads=8, num_kv_heads=4, head_dim=16, itemsize=dtype.itemsize
-        )
+        due = work.traffic(rank, **vars(shape))
         assert found == (
             due.forward_messages + due.backward_messages,
             due.forward_bytes + due.backward_bytes,
@@ -284,10 +365,8 @@ def test_ranks_with_different_strategies_all_raise_and_say_so(ranks: RankGroup) 
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
-    right = nxd_cp.strategies.plan_strategy
-    monkeypatch.setattr(
-        nxd_cp.strategies, "plan_strategy", lambda *a, **options: change(right(*a, **options))
-    )
+    right = cost.plan_strategy
+    monkeypatch.setattr(cost, "plan_strategy", lambda *a, **options: change(right(*a, **options)))
 
 
 def test_tokens_in_the_wrong_place_after_the_exchange_are_caught(
@@ -328,7 +407,13 @@ def test_gathered_buffers_are_given_back_after_each_round() -> None:
                     posted.posted_hop().wait()
         return found
 
-    assert CPContext.local(3).run(held) == [[4, 4, 4, 4, 4, 2]] * 3, "one per message and round"
+    ends = [2 * len(steps[:-1]) if _halves(steps) else len(steps[:-1]) for steps in work.plan.steps]
+    assert CPContext.local(3).run(held) == [[2 * n, 2 * n, 2 * n, 2 * n, 2 * n, n] for n in ends]
+
+
+def _halves(steps: tuple[Step, ...]) -> bool:
+    """What goes out has another size than what comes in, and so a buffer of its own."""
+    return any(s.kv is not None and s.kv.out != s.kv.into for s in steps)
 
 
 # The rule
@@ -347,8 +432,8 @@ def test_the_rule_takes_the_ring_where_it_hides_and_another_where_it_cannot() ->
 def test_the_rule_never_takes_heads_that_do_not_divide() -> None:
     for size, num_kv_heads in product((2, 4, 8), (1, 2, 3, 8)):
         shape = Shape(1, 8 * num_kv_heads, num_kv_heads, 64, 2)
-        for cost in compare(make_plan("zigzag", size, 64 * size), shape, "trn1"):
-            ways = cost.work.ways
+        for one in compare(make_plan("zigzag", size, 64 * size), shape, "trn1"):
+            ways = one.work.ways
             assert size % ways == 0
             assert num_kv_heads % ways == 0
 
@@ -406,13 +491,13 @@ def test_the_plan_command_shows_the_steps_of_what_was_asked_for() -> None:
 def test_message_bytes_of_the_rule_are_those_of_the_plans() -> None:
     """The largest messages times their number are at least, and near, what is sent in all."""
     shape = Shape(1, 8, 4, 64, 2)
-    for cost in compare(make_plan("zigzag", 4, 4096, causal=False), shape, "trn2"):
-        kv, grad, exchanged = cost.hop_bytes
-        traffic = cost.work.traffic(0, **vars(shape))
-        rounds, ways = len(cost.work.rounds), cost.work.ways
+    for one in compare(make_plan("zigzag", 4, 4096, causal=False), shape, "trn2"):
+        kv, grad, exchanged = one.hop_bytes
+        traffic = one.work.traffic(0, **vars(shape))
+        rounds, ways = len(one.work.rounds), one.work.ways
         sent = rounds * (2 * kv + grad) * (4 // ways - 1)
-        if cost.work.strategy.name == "ring":
+        if one.work.strategy.name == "ring":
             sent += grad  # gradients make the full turn
         extra = (traffic.forward_bytes + traffic.backward_bytes) - sent
         assert extra >= 0
-        assert extra <= 3 * exchanged * (ways - 1) + grad + 64 * cost.num_messages
+        assert extra <= 3 * exchanged * (ways - 1) + grad + 64 * one.num_messages

@@ -24,6 +24,7 @@ from nxd_cp.schedule import Bounded, Plan
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 _QUERY_BLOCK = 512  # rows of scores that the plain path holds at a time
+_PIECE_BYTES = 2**21  # of a result that is merged into another
 
 
 class TorchBackend:
@@ -35,11 +36,14 @@ class TorchBackend:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
     ) -> Pair:
-        """See `Backend.forward`."""
-        o, lse = _forward(q, k, v, scores)
+        """See `Backend.forward`; with a carry by some heads at a time: no block is held whole."""
         if carry is None:
-            return o, lse
-        merge_(*carry, o, lse)
+            return _forward(q, k, v, scores)
+        o, lse = carry
+        for heads, kv_heads in head_pieces(q.shape[1], k.shape[1], _heads_at_once(o)):
+            part = _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], scores)
+            merge_(o[:, heads], lse[:, heads], *part)
+            del part  # before the next one needs room
         return carry
 
     def backward(
@@ -68,6 +72,25 @@ class TorchBackend:
         documents: bool = False,
     ) -> None:
         """Every shape, length and mask that the ring accepts is accepted."""
+
+
+def _heads_at_once(o: Tensor) -> int:
+    """Query heads whose part of o [B, H, S, Dv] is within `_PIECE_BYTES`; at least one."""
+    return max(1, _PIECE_BYTES * o.shape[1] // (o.numel() * torch.float32.itemsize))
+
+
+def head_pieces(num_heads: int, num_kv_heads: int, together: int) -> list[tuple[slice, slice]]:
+    """Query heads, at most `together` of them, and the key/value heads they read."""
+    group = num_heads // num_kv_heads
+    if together >= group:
+        step = together // group
+        kv = [slice(i, min(i + step, num_kv_heads)) for i in range(0, num_kv_heads, step)]
+        return [(slice(one.start * group, one.stop * group), one) for one in kv]
+    return [
+        (slice(start, min(start + together, first + group)), slice(index, index + 1))
+        for index, first in enumerate(range(0, num_heads, group))
+        for start in range(first, first + group, together)
+    ]
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Pair:

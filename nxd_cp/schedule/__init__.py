@@ -23,7 +23,7 @@ from nxd_cp.schedule.plan import (
     Traffic,
     num_rows,
 )
-from nxd_cp.schedule.rings import Window, make_plan, ring_moves, spare
+from nxd_cp.schedule.rings import Window, make_plan, one_move, ring_moves, spare, union
 
 __all__ = [
     "GRADIENT_ITEMSIZE",
@@ -42,9 +42,11 @@ __all__ = [
     "Window",
     "make_plan",
     "num_rows",
+    "one_move",
     "padded_len",
     "ring_moves",
     "seq_len_multiple",
     "spare",
     "token_runs",
+    "union",
 ]

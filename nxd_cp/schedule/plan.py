@@ -6,7 +6,8 @@ Does: hold integers and slices, count messages, bytes and pairs. Does not: decid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from nxd_cp.schedule.masks import Tile
@@ -71,6 +72,8 @@ class Traffic:
 class Plan:
     """The whole schedule. `steps[rank][i]` is step i of group rank `rank`; slices are local.
 
+    Plans can be keys of a cache: they hash without their steps, and compare with them.
+
     seq_len, kv_len: slots of the queries and of the keys of the whole sequence. num_tokens,
     num_kv_tokens: how many of them hold a token; the rest is padding at the end, which no tile
     touches. left, right: keys that a query sees before and after its place, None is all.
@@ -86,7 +89,7 @@ class Plan:
     left: int | None
     right: int | None
     ring_order: tuple[int, ...]
-    steps: tuple[tuple[Step, ...], ...]
+    steps: tuple[tuple[Step, ...], ...] = field(hash=False)
     gradient_route: GradientRoute = "travel"
     local_tokens: tuple[int, ...] = ()
 
@@ -116,6 +119,12 @@ class Plan:
     def local_kv_len(self) -> int:
         """Number of key slots that each rank holds."""
         return self.kv_len // self.size
+
+    @cached_property
+    def longest_hop(self) -> int:
+        """Key rows of the largest message that any rank sends; 0 when nothing travels."""
+        moves = (step.kv for steps in self.steps for step in steps if step.kv is not None)
+        return max((num_rows(move.out) for move in moves), default=0)
 
     def tiles(self, rank: int) -> tuple[Tile, ...]:
         """All rectangles that `rank` computes, in order."""

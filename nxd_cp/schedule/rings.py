@@ -149,7 +149,7 @@ class _Ring:
     def _rows_from(self, owner: int, distance: int) -> Rows:
         """Rows of `owner` that some rank at `distance` or beyond sees."""
         ranks = (self.left(owner, -d) for d in range(distance, self.size))
-        return _union(tile.k for rank in ranks for tile in self.tiles[rank][owner])
+        return union(tile.k for rank in ranks for tile in self.tiles[rank][owner])
 
     def step(self, rank: int, index: int) -> Step:
         """A step of a ring in which everything makes the full turn."""
@@ -172,31 +172,31 @@ class _Ring:
             index=index,
             owner=owner,
             tiles=self.tiles[rank][owner],
-            kv=_move(
+            kv=one_move(
                 self.left(rank, -1),
                 self.left(rank, 1),
                 brings=incoming,
                 out=self._rows_from(owner, index + 1),
                 into=self._rows_from(incoming, index + 1),
             ),
-            grad=_move(
+            grad=one_move(
                 owner,
                 user,
                 brings=rank,
-                out=_union(tile.k for tile in self.tiles[rank][owner]) if index else (),
-                into=_union(tile.k for tile in self.tiles[user][rank]) if index else (),
+                out=union(tile.k for tile in self.tiles[rank][owner]) if index else (),
+                into=union(tile.k for tile in self.tiles[user][rank]) if index else (),
             ),
         )
 
 
-def _move(to: int, source: int, *, brings: int, out: Rows, into: Rows) -> Move | None:
+def one_move(to: int, source: int, *, brings: int, out: Rows, into: Rows) -> Move | None:
     """The exchange, one-sided where one side has no rows, and None where both have none."""
     if not out and not into:
         return None
     return Move(to if out else None, source if into else None, brings, out, into)
 
 
-def _union(pieces: Iterable[slice]) -> Rows:
+def union(pieces: Iterable[slice]) -> Rows:
     """The rows in any of these pieces."""
     rows: list[slice] = []
     for piece in sorted(pieces, key=lambda piece: piece.start):

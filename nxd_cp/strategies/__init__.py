@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nxd_cp import ring
 from nxd_cp.schedule import Plan
-from nxd_cp.strategies.cost import Shape, choose
+from nxd_cp.strategies import cost
+from nxd_cp.strategies.cost import Shape
 from nxd_cp.strategies.gather import rounds_of
 from nxd_cp.strategies.heads import join_rows, to_heads, to_tokens
 from nxd_cp.strategies.plan import STRATEGIES, Strategy, StrategyPlan, plan_strategy
@@ -30,12 +31,12 @@ __all__ = [
 ]
 
 
-def plan_for(strategy: Strategy, plan: Plan, q: Tensor, k: Tensor) -> StrategyPlan:
+def plan_for(strategy: Strategy, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> StrategyPlan:
     """A ring plan carried out by `strategy`, which may be "auto", for tensors of these shapes."""
     batch, num_heads, _, head_dim = q.shape
-    shape = Shape(batch, num_heads, k.shape[1], head_dim, q.element_size())
-    chosen = choose(plan, strategy, shape)
-    return plan_strategy(plan, chosen, num_heads=num_heads, num_kv_heads=k.shape[1])
+    v_dim = None if v.shape[-1] == head_dim else v.shape[-1]
+    shape = Shape(batch, num_heads, k.shape[1], head_dim, q.element_size(), v_dim)
+    return cost.plan_for(plan, strategy, shape)
 
 
 def forward(
@@ -54,27 +55,31 @@ def forward(
     options |= {"plan": work.plan, "rank": rank}
     if work.groups is not None:
         group = work.groups[rank]
-        parts = to_heads(call, group, [q, k, v])
+        parts = to_heads(call, group, [q], [k, v])
         ids = _join_ids(work, document_ids)
         own = _own_sinks(work, rank, sinks)
         o, lse = ring.forward(*parts, call=call, sinks=own, document_ids=ids, **options)
         # The all-to-all moves what is returned, so o is rounded here, once.
-        lse, o = to_tokens(call, group, [lse, o.to(q.dtype)])
+        lse, o = to_tokens(call, group, [lse, o.to(q.dtype)], [])
         return o, lse
     if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.forward(q, k, v, call=call, sinks=sinks, document_ids=document_ids, **options)
     o = _rows_first_like(q, v.shape[-1])  # filled round by round, rounded once; never held twice
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
-        o[:, mine], lse[:, mine] = ring.forward(
+        place = o[:, mine], lse[:, mine]
+        found = ring.forward(
             q[:, mine],
             k[:, heads],
             v[:, heads],
             call=posted,
             sinks=None if sinks is None else sinks[mine],
             document_ids=document_ids,
+            memory=place if o.dtype == torch.float32 else None,
             **options,
         )
+        if found[0] is not place[0]:
+            o[:, mine], lse[:, mine] = found
     return o, lse
 
 
@@ -97,13 +102,14 @@ def backward(
     options |= {"plan": work.plan, "rank": rank}
     if work.groups is not None:
         group = work.groups[rank]
-        lse, do, q, k, v, o = to_heads(call, group, [lse, do, q, k, v, o])
+        lse, do, q, o, k, v = to_heads(call, group, [lse, do, q, o], [k, v])
         ids = _join_ids(work, document_ids)
         own = _own_sinks(work, rank, sinks)
         *grads, dsinks = ring.backward(
             do, q, k, v, o, lse, call=call, sinks=own, document_ids=ids, **options
         )
-        dq, dk, dv = to_tokens(call, group, [x.to(q.dtype) for x in grads])
+        dq, dk, dv = (x.to(q.dtype) for x in grads)
+        dq, dk, dv = to_tokens(call, group, [dq], [dk, dv])
         return dq, dk, dv, _all_sinks(work, rank, dsinks)
     options |= {"document_ids": document_ids}
     if len(work.rounds) == 1 and work.strategy.name == "ring":

@@ -6,23 +6,24 @@ measure. Every time here is an estimate from published peaks, good for comparing
 nothing else.
 
 Note [The rule]
-    A step costs the larger of its computation, 4 D FLOP per visible pair and query head (10 D in
-    the backward), and of the messages under way meanwhile: a latency, and bytes over the rate of a
-    link. "ring" uses one link; "gather" and the all-to-all of "heads" send to several ranks at
-    once and are given `fan_out` links. The first round of "gather", both exchanges of "heads" and
-    the last gradients of all are not hidden by anything. A tie goes to the ring, which needs the
-    least memory.
+    A step costs the larger of its computation, 2 (D + Dv) FLOP per visible pair and query head
+    (2.5 times that in the backward), and of the messages under way meanwhile: a latency, and bytes
+    over the rate of a link. "ring" uses one link; "gather" and the all-to-all of "heads" send to
+    several ranks at once and are given `fan_out` links. The first round of "gather", both exchanges
+    of "heads" and the last gradients of all are not hidden by anything. A tie goes to the ring,
+    which needs the least memory.
 
-Letters: n ranks, u ranks that split heads, L tokens per rank, D head size.
+Letters: n ranks, u ranks that split heads, L tokens per rank, D and Dv head sizes.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from nxd_cp.schedule import GRADIENT_ITEMSIZE, Plan, num_rows
+from nxd_cp.schedule import GRADIENT_ITEMSIZE, Plan, Step, num_rows
 from nxd_cp.strategies.plan import Strategy, StrategyPlan, plan_strategy
 
 
@@ -62,13 +63,37 @@ FIGURES: dict[str, Figures] = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One attention call of a rank. itemsize: bytes per element of q, k and v."""
+    """One attention call of a rank. itemsize: bytes per element of q, k and v. v_head_dim: of the
+    values where it differs.
+    """
 
     batch: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     itemsize: int
+    v_head_dim: int | None = None
+
+    @property
+    def v_dim(self) -> int:
+        """Head dim of the values."""
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """One row of K and V of one head, all sequences of the batch."""
+        return self.batch * (self.head_dim + self.v_dim) * self.itemsize
+
+
+def plan_for(plan: Plan, strategy: Strategy, shape: Shape) -> StrategyPlan:
+    """A ring plan carried out by `strategy`, which may be "auto"."""
+    return plan_strategy(
+        plan,
+        choose(plan, strategy, shape),
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        row_bytes=shape.row_bytes,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,14 +138,13 @@ def estimate(work: StrategyPlan, shape: Shape, figures: Figures) -> Cost:
 
 def _message_bytes(work: StrategyPlan, shape: Shape) -> tuple[int, int]:
     """The largest message of keys and values; the largest all-to-all message. No headers."""
-    local_len = work.plan.seq_len // work.plan.size
+    plan = work.plan
     round_heads = max(heads.stop - heads.start for heads in work.rounds)
-    per_row = 2 * shape.batch * round_heads * shape.head_dim * shape.itemsize
-    moves = [step.kv for steps in work.plan.steps for step in steps if step.kv is not None]
-    rows = max((num_rows(move.out) for move in moves), default=0)
-    per_head = shape.batch * local_len * shape.head_dim * shape.itemsize
-    exchanged = per_head * (3 * shape.num_heads + 2 * shape.num_kv_heads) // work.ways
-    return per_row * rows, exchanged if work.ways > 1 else 0
+    q_row = shape.batch * (shape.head_dim + 2 * shape.v_dim) * shape.itemsize  # of q, o and do
+    queries = plan.local_len * shape.num_heads * q_row
+    keys = plan.local_kv_len * shape.num_kv_heads * shape.row_bytes
+    exchanged = (queries + keys) // work.ways if work.ways > 1 else 0
+    return plan.longest_hop * round_heads * shape.row_bytes, exchanged
 
 
 def _buffer_bytes(
@@ -138,19 +162,19 @@ def _seconds(work: StrategyPlan, shape: Shape, figures: Figures, pairs: list[int
     rate = figures.tflops * figures.efficiency * 1e12
     link, latency = figures.gb_per_s * 1e9, figures.latency_us * 1e-6
     plan, ways, rounds = work.plan, work.ways, len(work.rounds)
-    flop = 4.0 * shape.batch * (shape.num_heads / ways) * shape.head_dim
+    flop = 2.0 * shape.batch * (shape.num_heads / ways) * (shape.head_dim + shape.v_dim)
     kv, heads = _message_bytes(work, shape)
     grad = kv * GRADIENT_ITEMSIZE // shape.itemsize
     compute = [flop * count / rate / rounds for count in pairs]
     if work.strategy.name == "gather" and plan.size > 1:
         wide = link * figures.fan_out
-        senders = max(sum(_receives(step.kv) for step in steps) for steps in plan.steps)
-        gather, home = latency + senders * kv / wide, latency + senders * grad / wide
+        part = max(map(_rows_received, plan.steps)) / max(plan.longest_hop, 1)  # in messages
+        gather, home = latency + part * kv / wide, latency + part * grad / wide
         one = sum(compute)
         forward = gather + (rounds - 1) * max(one, gather) + one
         backward = gather + (rounds - 1) * max(2.5 * one, gather + home) + 2.5 * one + home
         return forward + backward
-    moves = [any(_receives(steps[i].kv) for steps in plan.steps) for i in range(len(pairs))]
+    moves = [any(_rows_received(s[i : i + 1]) for s in plan.steps) for i in range(len(pairs))]
     hop, hop_back = latency + kv / link, 2 * latency + (kv + grad) / link
     forward = sum(max(c, hop * m) for c, m in zip(compute, moves, strict=True))
     backward = sum(max(2.5 * c, hop_back * m) for c, m in zip(compute, moves, strict=True))
@@ -162,20 +186,19 @@ def _seconds(work: StrategyPlan, shape: Shape, figures: Figures, pairs: list[int
     return rounds * (forward + backward) + exchange
 
 
-def _receives(move: object) -> bool:
-    return getattr(move, "source", None) is not None
+def _rows_received(steps: Iterable[Step]) -> int:
+    """Rows of keys that come in during these steps."""
+    return sum(num_rows(step.kv.into) for step in steps if step.kv is not None)
 
 
 def candidates(plan: Plan, shape: Shape) -> list[StrategyPlan]:
     """Every strategy that these shapes allow: the ring, the gather, each number of ways."""
-    heads = {"num_heads": shape.num_heads, "num_kv_heads": shape.num_kv_heads}
     most = math.gcd(plan.size, math.gcd(shape.num_heads, shape.num_kv_heads))
     wanted = [Strategy("ring")]
     if plan.size > 1:
         wanted.append(Strategy("gather"))
-    if (plan.seq_len, plan.num_tokens) == (plan.kv_len, plan.num_kv_tokens):
-        wanted += [Strategy("heads", ways=u) for u in range(2, most + 1) if most % u == 0]
-    return [plan_strategy(plan, one, **heads) for one in wanted]
+    wanted += [Strategy("heads", ways=u) for u in range(2, most + 1) if most % u == 0]
+    return [plan_for(plan, one, shape) for one in wanted]
 
 
 def compare(plan: Plan, shape: Shape, chip: str) -> list[Cost]:
@@ -192,28 +215,8 @@ def compare(plan: Plan, shape: Shape, chip: str) -> list[Cost]:
 
 
 @lru_cache(maxsize=64)
-def _cheapest(key: _Key) -> Strategy:
-    return compare(key.plan, key.shape, key.chip)[0].work.strategy
-
-
-@dataclass(frozen=True, eq=False)
-class _Key:
-    """Hashes without the plan's steps, which follow from the rest."""
-
-    plan: Plan
-    shape: Shape
-    chip: str
-
-    def _parts(self) -> tuple[object, ...]:
-        plan = self.plan
-        mask = (plan.layout, plan.size, plan.seq_len, plan.causal, plan.window, plan.ring_order)
-        return (*mask, self.shape, self.chip)
-
-    def __hash__(self) -> int:
-        return hash(self._parts())
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._parts() == other._parts()
+def _cheapest(plan: Plan, shape: Shape, chip: str) -> Strategy:
+    return compare(plan, shape, chip)[0].work.strategy
 
 
 def choose(plan: Plan, strategy: Strategy, shape: Shape) -> Strategy:
@@ -222,4 +225,4 @@ def choose(plan: Plan, strategy: Strategy, shape: Shape) -> Strategy:
         return strategy
     if plan.size == 1:
         return replace(strategy, name="ring")
-    return _cheapest(_Key(plan, shape, strategy.chip))
+    return _cheapest(plan, shape, strategy.chip)

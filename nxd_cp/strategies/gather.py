@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nxd_cp.blocks import PairShape
+from nxd_cp.blocks import KeyBlock
 from nxd_cp.schedule import Move, Plan
 from nxd_cp.strategies.plan import StrategyPlan
 from nxd_cp.transport import Call, Hop, Parcel
@@ -55,18 +55,26 @@ class RoundCall(Call):
 class PostedCall(RoundCall):
     """A round whose hops of keys and values are under way already; others it starts as asked."""
 
-    def __init__(self, call: Call, posted: list[tuple[Parcel, Hop]]) -> None:
+    def __init__(self, call: Call) -> None:
         super().__init__(call)
-        self._hops = iter([hop for _, hop in posted])
-        self._parcels = [parcel for parcel, _ in posted]
+        self._hops: list[Hop] = []
+
+    def post(self, plan: Plan, rank: int, k: Tensor, v: Tensor) -> None:
+        """Start all hops of keys and values."""
+        block = KeyBlock(self, k, v)
+        for step in plan.steps[rank]:
+            if step.kv is None:
+                super().count_hop("kv")
+            else:
+                self._hops.append(block.post(step.kv))
 
     def posted_hop(self) -> Hop | None:
         """See `Call.posted_hop`."""
-        return next(self._hops)
+        return self._hops.pop(0)
 
     def count_hop(self, channel: str) -> int:
         """See `Call.count_hop`; those of keys and values were counted when they were posted."""
-        return 0 if channel == "kv" else self._call.count_hop(channel)
+        return 0 if channel == "kv" else super().count_hop(channel)
 
 
 def rounds_of(
@@ -74,28 +82,18 @@ def rounds_of(
 ) -> Iterator[tuple[slice, slice, RoundCall]]:
     """For each round: its query heads, its key/value heads, and the call to run the ring with."""
     group_size = q.shape[1] // k.shape[1]
-    in_advance = work.strategy.name == "gather"
-    posted = []
-    if in_advance:
-        posted = _post(call, work.plan, rank, k[:, work.rounds[0]], v[:, work.rounds[0]])
+
+    def begin(heads: slice) -> RoundCall:
+        if work.strategy.name != "gather":
+            return RoundCall(call)
+        posted = PostedCall(call)
+        posted.post(work.plan, rank, k[:, heads], v[:, heads])
+        return posted
+
+    following = begin(work.rounds[0])
     for index, heads in enumerate(work.rounds):
-        following = work.rounds[index + 1 : index + 2]
-        one = PostedCall(call, posted) if in_advance else RoundCall(call)
-        if in_advance and following:
-            posted = _post(call, work.plan, rank, k[:, following[0]], v[:, following[0]])
+        one = following
+        for next_heads in work.rounds[index + 1 : index + 2]:
+            following = begin(next_heads)
         yield slice(heads.start * group_size, heads.stop * group_size), heads, one
         one.end()
-
-
-def _post(call: Call, plan: Plan, rank: int, k: Tensor, v: Tensor) -> list[tuple[Parcel, Hop]]:
-    posted, shape = [], PairShape.of(k, v)
-    for step in plan.steps[rank]:
-        if step.kv is None:
-            call.count_hop("kv")
-            continue
-        parcel = shape.parcel(call, "kv", k.shape[2], k.device, k.dtype)
-        if step.kv.to is not None:
-            for target, x in zip(shape.split(parcel.payload, k.shape[2]), (k, v), strict=True):
-                target.copy_(x)
-        posted.append((parcel, call.start(parcel, step.kv)))
-    return posted

@@ -12,36 +12,50 @@ import torch
 from torch import Tensor
 
 from nxd_cp.schedule import Move
-from nxd_cp.strategies.plan import HeadGroup
+from nxd_cp.strategies.routes import HeadGroup, Pieces
 from nxd_cp.transport import Call
 
 
-def to_heads(call: Call, group: HeadGroup, tensors: list[Tensor]) -> list[Tensor]:
+def to_heads(
+    call: Call, group: HeadGroup, by_query: list[Tensor], by_key: list[Tensor]
+) -> list[Tensor]:
     """Each [B, H, L, ...] becomes [B, H / u, u L, ...]: our part of the heads, the group's tokens.
 
-    Widest dtype first, so that every part of a message is aligned.
+    by_query, by_key: tensors with one row per query, and per key; returned in this order. Widest
+    dtype first, so that every part of a message is aligned.
     """
+    tensors = [*by_query, *by_key]
     pieces = [x.chunk(group.ways, dim=1) for x in tensors]
     incoming = _exchange(call, group, [list(to) for to in zip(*pieces, strict=True)])
     whole = []
-    for index, x in enumerate(tensors):
+    for index, (x, rows) in enumerate(_with_rows(group, by_query, by_key)):
         batch, num_heads, local_len, *rest = x.shape
         joined = x.new_empty(batch, num_heads // group.ways, group.ways * local_len, *rest)
-        for member, rows in enumerate(group.rows):
-            for local, there in rows:
+        for member, places in enumerate(rows):
+            for local, there in places:
                 joined[:, :, there] = incoming[member][index][:, :, local]
         whole.append(joined)
     return whole
 
 
-def to_tokens(call: Call, group: HeadGroup, tensors: list[Tensor]) -> list[Tensor]:
+def to_tokens(
+    call: Call, group: HeadGroup, by_query: list[Tensor], by_key: list[Tensor]
+) -> list[Tensor]:
     """Each [B, H / u, u L, ...] becomes [B, H, L, ...]: the reverse of `to_heads`."""
+    given = _with_rows(group, by_query, by_key)
     outgoing = [
-        [torch.cat([x[:, :, there] for _, there in rows], dim=2) for x in tensors]
-        for rows in group.rows
+        [torch.cat([x[:, :, there] for _, there in rows[member]], dim=2) for x, rows in given]
+        for member in range(group.ways)
     ]
     incoming = _exchange(call, group, outgoing)
-    return [torch.cat([one[i] for one in incoming], dim=1) for i in range(len(tensors))]
+    return [torch.cat([one[i] for one in incoming], dim=1) for i in range(len(given))]
+
+
+def _with_rows(
+    group: HeadGroup, by_query: list[Tensor], by_key: list[Tensor]
+) -> list[tuple[Tensor, tuple[Pieces, ...]]]:
+    """Each tensor, and where the rows of each member belong in it."""
+    return [(x, group.rows) for x in by_query] + [(x, group.key_rows) for x in by_key]
 
 
 def join_rows(group: HeadGroup, by_rank: list[Tensor]) -> Tensor:

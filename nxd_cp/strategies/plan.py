@@ -1,13 +1,13 @@
 """How a ring plan is carried out: the strategies, as data.
 
 Does: turn a ring `Plan` and a `Strategy` into a `StrategyPlan` of the same integers and slices.
-Does not: touch tensors, choose between strategies (`cost.py`), or send (`heads.py`, `gather.py`).
-Standard library only.
+Does not: touch tensors, work out other routes (`routes.py`), choose between strategies (`cost.py`),
+or send (`heads.py`, `gather.py`). Standard library only.
 
 Letters: n ranks, u ranks that split heads among them, L tokens per rank.
 
 Note [Three strategies, one form]
-    "ring"    Keys and values go round; this is the ring plan itself. It may run in rounds of heads.
+    "ring"    Keys and values go round; this is the ring plan itself. It runs in rounds of heads.
     "gather"  Keys and values go from their owner straight to every rank that sees some of them, one
               round of key/value heads at a time; the messages of a round are under way while the
               round before is computed. Partial gradients go straight back. The same steps and tiles
@@ -18,6 +18,14 @@ Note [Three strategies, one form]
     Every strategy is a `Plan` whose steps name group ranks, so one executor runs them all. Moving
     queries instead of keys, or rings of two levels, would be other steps and moves in this form;
     they are not built.
+
+Note [Rounds of heads]
+    The ring runs once for as few key/value heads as make its largest message `LEAST_MESSAGE_BYTES`
+    or more. Messages of that size cost their bytes and hardly their latency, so rounds cost next to
+    nothing; and buffers, and blocks of results, are those of one round. Small problems are one
+    round. A round has an even number of heads where two cores of a launch could share them only so.
+    All this follows from the plan and the shapes, so it is the same on all ranks.
+
 Source: all-to-all over heads: DeepSpeed Ulysses (arXiv 2309.14509); with a ring in a mesh: USP
 (arXiv 2405.07719); gather by groups of heads: Llama 3 (arXiv 2407.21783), section 3.3.2.
 """
@@ -30,21 +38,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from nxd_cp.schedule import (
-    HEADER_BYTES,
-    Move,
-    Plan,
-    Rows,
-    Step,
-    Tile,
-    Traffic,
-    make_plan,
-    token_runs,
-)
+from nxd_cp.schedule import HEADER_BYTES, Plan, Traffic
+from nxd_cp.strategies.routes import HeadGroup, gather_plan, mesh_plan
 
 StrategyName = Literal["ring", "gather", "heads", "auto"]
 STRATEGIES: tuple[str, ...] = get_args(StrategyName)
 LSE_ITEMSIZE = 4
+LEAST_MESSAGE_BYTES = 2**21  # see Note [Rounds of heads]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,9 @@ class Strategy:
     name: "ring", "gather", "heads", or "auto" (by cost; see `nxd_cp.strategies.cost`).
     ways: "heads" only: the number of ranks that split heads; it divides ranks, query heads and
     key/value heads. None is the largest that does.
-    heads_per_round: "ring" and "gather" only: key/value heads that travel together; None is all
-    for the ring and one for the gather. Fewer heads make smaller buffers and more messages.
+    heads_per_round: "ring" and "gather" only: key/value heads that travel together; None is one
+    for the gather, and for the ring what Note [Rounds of heads] says. Fewer heads make smaller
+    buffers and more messages.
     chip: "auto" only: whose figures the cost rule reads, a name in `cost.FIGURES`.
     """
 
@@ -86,24 +87,6 @@ class Strategy:
 
 
 @dataclass(frozen=True)
-class HeadGroup:
-    """A rank's group in the "heads" strategy: who is in it, and where their tokens go.
-
-    members: group ranks; member i computes the i-th part of the heads. index: our place.
-    rows: for each member, pairs (its local rows, rows of the joined sequence).
-    """
-
-    members: tuple[int, ...]
-    index: int
-    rows: tuple[tuple[tuple[slice, slice], ...], ...]
-
-    @property
-    def ways(self) -> int:
-        """Number of members."""
-        return len(self.members)
-
-
-@dataclass(frozen=True)
 class StrategyPlan:
     """A strategy made out in full.
 
@@ -130,10 +113,11 @@ class StrategyPlan:
         num_kv_heads: int,
         head_dim: int,
         itemsize: int,
+        v_head_dim: int | None = None,
     ) -> Traffic:
         """What `rank` sends in one forward and one backward, exactly; the agreement is not counted.
 
-        itemsize: bytes per element of q, k and v.
+        itemsize: bytes per element of q, k and v. v_head_dim: of v and o where it differs.
         """
         ring = self.plan.traffic(
             rank,
@@ -141,14 +125,17 @@ class StrategyPlan:
             num_kv_heads=num_kv_heads // self.ways,
             head_dim=head_dim,
             itemsize=itemsize,
+            v_head_dim=v_head_dim,
         )
         rounds, others = len(self.rounds), self.ways - 1
-        rows = batch * (self.plan.seq_len // self.plan.size)
-        q_bytes = rows * (num_heads // self.ways) * head_dim * itemsize
-        kv_bytes = 2 * rows * (num_kv_heads // self.ways) * head_dim * itemsize
-        lse_bytes = rows * (num_heads // self.ways) * LSE_ITEMSIZE
-        forward = 2 * q_bytes + kv_bytes + lse_bytes + 2 * HEADER_BYTES
-        backward = 4 * q_bytes + 2 * kv_bytes + lse_bytes + 2 * HEADER_BYTES
+        v_dim = v_head_dim or head_dim
+        rows = batch * self.plan.local_len * (num_heads // self.ways)
+        kv_rows = batch * self.plan.local_kv_len * (num_kv_heads // self.ways)
+        q_bytes, o_bytes = rows * head_dim * itemsize, rows * v_dim * itemsize
+        kv_bytes = kv_rows * (head_dim + v_dim) * itemsize
+        lse_bytes = rows * LSE_ITEMSIZE
+        forward = q_bytes + kv_bytes + o_bytes + lse_bytes + 2 * HEADER_BYTES
+        backward = 2 * (q_bytes + o_bytes + kv_bytes) + lse_bytes + 2 * HEADER_BYTES
         more_headers = (rounds - 1) * HEADER_BYTES
         return Traffic(
             forward_messages=rounds * ring.forward_messages + 2 * others,
@@ -162,30 +149,39 @@ class StrategyPlan:
         )
 
 
+@lru_cache(maxsize=256)
 def plan_strategy(
-    plan: Plan, strategy: Strategy, *, num_heads: int, num_kv_heads: int
+    plan: Plan, strategy: Strategy, *, num_heads: int, num_kv_heads: int, row_bytes: int = 0
 ) -> StrategyPlan:
     """Carry out `plan`, a ring plan, by `strategy` (not "auto").
 
+    row_bytes: one row of K and V of one head, all sequences of the batch: from it and the longest
+    message of the plan follow the rounds of a ring that has none given; 0 is one round.
     Raises ValueError when `ways` does not divide ranks and heads.
     """
     if strategy.name == "heads":
         ways = head_ways(strategy.ways, plan.size, num_heads, num_kv_heads)
         strategy = dataclasses.replace(strategy, ways=ways)
-        if ways > 1 and plan.kv_len != plan.seq_len:
-            raise ValueError(
-                f'strategy "heads": expected as many keys as queries, got {plan.kv_len} and '
-                f'{plan.seq_len}; use strategy="ring"'
-            )
         if ways > 1:
-            return StrategyPlan(strategy, *_head_plan(plan, ways, num_kv_heads))
+            mesh, groups = mesh_plan(plan, ways)
+            return StrategyPlan(strategy, mesh, (slice(0, num_kv_heads // ways),), groups)
     if strategy.name == "gather" and plan.size > 1:
         rounds = _rounds(num_kv_heads, strategy.heads_per_round or 1)
         return StrategyPlan(strategy, gather_plan(plan), rounds)
     assert strategy.name != "auto", "the cost rule comes first"
     together = strategy.heads_per_round if strategy.name == "ring" and plan.size > 1 else None
+    if together is None:
+        least = _heads_of_a_message(plan.longest_hop * row_bytes, num_heads, num_kv_heads)
+        together = least if least < num_kv_heads else None
     rounds = _rounds(num_kv_heads, together or num_kv_heads)
     return StrategyPlan(Strategy("ring", heads_per_round=together), plan, rounds)
+
+
+def _heads_of_a_message(head_bytes: int, num_heads: int, num_kv_heads: int) -> int:
+    """See Note [Rounds of heads]. head_bytes: of the largest message, per key/value head."""
+    least = -(-LEAST_MESSAGE_BYTES // max(head_bytes, 1))
+    shared_by_two = num_kv_heads % 2 == 0 and (num_heads // num_kv_heads) % 2 == 1
+    return least + least % 2 if shared_by_two else least
 
 
 def _rounds(num_kv_heads: int, together: int) -> tuple[slice, ...]:
@@ -204,124 +200,3 @@ def head_ways(asked: int | None, size: int, num_heads: int, num_kv_heads: int) -
             f"and {num_kv_heads} key/value heads, got {asked}; use a divisor of {most}"
         )
     return asked
-
-
-def gather_plan(plan: Plan) -> Plan:
-    """The same tiles, with keys straight from their owner and gradients straight back to it."""
-    order, whole = plan.ring_order, (slice(0, plan.local_kv_len),)
-    place = {rank: index for index, rank in enumerate(order)}
-    tiles: list[dict[int, tuple[Tile, ...]]] = [
-        {step.owner: step.tiles for step in steps} for steps in plan.steps
-    ]
-
-    def at(rank: int, distance: int) -> int:
-        return order[(place[rank] + distance) % plan.size]
-
-    def exchange(user: int, owner: int, mine: int) -> tuple[int | None, int | None]:
-        """(to, source) when `mine` goes to `user`, and the keys of `owner` come here."""
-        to = user if tiles[user].get(mine) else None
-        return to, owner if tiles[mine].get(owner) else None
-
-    def step(rank: int, index: int) -> Step:
-        owner, following = at(rank, -index), at(rank, -index - 1)
-        kv = grad = None
-        if index < plan.size - 1:
-            to, source = exchange(at(rank, index + 1), following, rank)
-            kv = _move(to, source, brings=following, whole=whole)
-        if index:
-            source, to = exchange(at(rank, index), owner, rank)
-            grad = _move(to, source, brings=rank, whole=whole)
-        return Step(index, owner, tiles[rank].get(owner, ()), kv, grad)
-
-    steps = tuple(tuple(step(rank, i) for i in range(plan.size)) for rank in range(plan.size))
-    return dataclasses.replace(plan, steps=steps, gradient_route="direct")
-
-
-def _move(to: int | None, source: int | None, *, brings: int, whole: Rows) -> Move | None:
-    if to is source is None:
-        return None
-    return Move(
-        to, source, brings, whole if to is not None else (), whole if source is not None else ()
-    )
-
-
-def _head_plan(
-    plan: Plan, ways: int, num_kv_heads: int
-) -> tuple[Plan, tuple[slice, ...], tuple[HeadGroup, ...]]:
-    """The ring of n / ways ranks in each column of the mesh, and the groups that are its rows."""
-    groups = head_groups(plan.layout, plan.size, ways, plan.seq_len)
-    number = {rank: index for index, group in enumerate(groups) for rank in group.members}
-    order = tuple(dict.fromkeys(number[rank] for rank in plan.ring_order))
-    inner = make_plan(
-        plan.layout,
-        plan.size // ways,
-        plan.seq_len,
-        causal=plan.causal,
-        window=(plan.left, plan.right),
-        ring_order=order,
-        num_tokens=plan.num_tokens,
-    )
-    by_rank = []
-    steps: list[tuple[Step, ...]] = []
-    for rank in range(plan.size):
-        group = groups[number[rank]]
-        index = group.members.index(rank)
-        column = [other.members[index] for other in groups]
-        by_rank.append(dataclasses.replace(group, index=index))
-        steps.append(tuple(_renamed(step, column) for step in inner.steps[number[rank]]))
-    translated = dataclasses.replace(
-        inner,
-        size=plan.size,
-        ring_order=plan.ring_order,
-        steps=tuple(steps),
-        local_tokens=tuple(inner.local_tokens[number[rank]] for rank in range(plan.size)),
-    )
-    return translated, (slice(0, num_kv_heads // ways),), tuple(by_rank)
-
-
-@lru_cache(maxsize=64)
-def head_groups(layout: str, size: int, ways: int, seq_len: int) -> tuple[HeadGroup, ...]:
-    """Groups of `ways` ranks; group g holds the tokens of rank g of a ring of size / ways."""
-    runs = [token_runs(layout, size, rank, seq_len) for rank in range(size)]
-    groups = []
-    for number in range(size // ways):
-        joined = token_runs(layout, size // ways, number, seq_len)
-        members = tuple(rank for rank in range(size) if _within(runs[rank], joined))
-        assert len(members) == ways, f"{layout}: expected {ways} members, got {members}"
-        groups.append(HeadGroup(members, 0, tuple(_rows(runs[rank], joined) for rank in members)))
-    return tuple(groups)
-
-
-def _within(runs: tuple[range, ...], joined: tuple[range, ...]) -> bool:
-    return all(any(run[0] in one and run[-1] in one for one in joined) for run in runs)
-
-
-def _rows(runs: tuple[range, ...], joined: tuple[range, ...]) -> tuple[tuple[slice, slice], ...]:
-    """Where the tokens of `runs` lie in the concatenation of `joined`."""
-    found, local = [], 0
-    for run in runs:
-        before = 0
-        for one in joined:
-            if run[0] in one:
-                start, stride = before + one.index(run[0]), run.step // one.step
-                there = slice(start, start + (len(run) - 1) * stride + 1, stride)
-                found.append((slice(local, local + len(run)), there))
-                break
-            before += len(one)
-        local += len(run)
-    return tuple(found)
-
-
-def _renamed(step: Step, names: list[int]) -> Step:
-    """A step of the inner ring with the group ranks of one column."""
-
-    def rename(move: Move | None) -> Move | None:
-        if move is None:
-            return None
-        to = None if move.to is None else names[move.to]
-        source = None if move.source is None else names[move.source]
-        return dataclasses.replace(move, to=to, source=source, brings=names[move.brings])
-
-    return dataclasses.replace(
-        step, owner=names[step.owner], kv=rename(step.kv), grad=rename(step.grad)
-    )

@@ -42,7 +42,7 @@ class Hop:
     """One exchange under way. Every hop must be waited for, once."""
 
     def __init__(self, call: Call, parcel: Parcel, move: Move | None, into: Parcel) -> None:
-        self._call, self._parcel, self._move, self.into = call, parcel, move, into
+        self._call, self.parcel, self._move, self.into = call, parcel, move, into
         self.sequence = 0
         self.ticket: Any = None
         self.sent: Tensor | None = None  # in debug mode a copy of what is in flight
@@ -50,7 +50,7 @@ class Hop:
     def wait(self) -> Tensor:
         """Block until both ends are done; return what is in the receiving parcel now."""
         if self._move is not None:
-            self._call.finish(self, self._parcel, self._move, self.into)
+            self._call.finish(self, self.parcel, self._move, self.into)
         return self.into.payload
 
 
