@@ -1,11 +1,13 @@
 """Runs every generated kernel case and the shapes of public suites; a table at the end.
 
-    PYTHONPATH=. python scripts/run_kernel_cases.py            # about 660 cases, some minutes
+    PYTHONPATH=. python scripts/run_kernel_cases.py            # about 690 cases, some minutes
+    PYTHONPATH=. python scripts/run_kernel_cases.py --public   # those of public suites alone
 
 Results go to a file as they come, one line each; a run that was cut off goes on where it stopped
 (the same seed, number and file). Exit status 1 when a case fails. The cases are those of
 tests/kernel_suite.py: every pair of features on every generation, outputs and gradients against
-fp64, within the error of the same maths in the same dtype. Correctness only: no times.
+fp64, within the error of the same maths in the same dtype; and those of tests/kernel_public.py,
+which also hold the tolerance of their own suite. Correctness only: no times.
 """
 
 from __future__ import annotations
@@ -26,22 +28,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import torch
 from kernel_cases import KernelCase, check
-from kernel_suite import FEATURES, GENERATIONS, PUBLIC, generate, pairs
+from kernel_public import PUBLIC, PublicCase
+from kernel_suite import FEATURES, GENERATIONS, generate, pairs
 
 from nxd_cp.simulators.nki_api import NkiValidationError
 
 
 def all_cases(seed: int, per_generation: int) -> dict[str, KernelCase]:
-    """Cases by their text."""
+    """Generated cases by their text."""
     cases = [c for g in GENERATIONS for _, c in generate(seed, per_generation, g)]
-    return {str(case): case for case in [*cases, *PUBLIC]}
+    return {str(case): case for case in cases}
 
 
-def run(case: KernelCase) -> tuple[str, str]:
+def run(case: KernelCase | PublicCase) -> tuple[str, str]:
     """The case's text, and what was wrong or nothing."""
     torch.set_num_threads(1)
     try:
-        check(case)
+        case.check() if isinstance(case, PublicCase) else check(case)
     except (AssertionError, NkiValidationError, ValueError) as error:
         return str(case), f"{type(error).__name__}: {error}"
     return str(case), ""
@@ -83,6 +86,19 @@ def show(console: Console, seed: int, per_generation: int, results: dict[str, st
     )
 
 
+def show_public(console: Console, results: dict[str, str]) -> None:
+    """One row per case of a public suite."""
+    columns = "suite", "there", "here", "o, lse", "gradients", "result"
+    table = Table(*columns, title="public suites: their tolerances (rtol, atol), and ours")
+    for case in PUBLIC:
+        stated = [
+            "none stated" if x is None else f"{x.rtol:g}, {x.atol:g}"
+            for x in (case.output, case.gradients)
+        ]
+        table.add_row(case.source, case.theirs, str(case.case), *stated, results[str(case)] or "ok")
+    console.print(table)
+
+
 def main() -> int:
     """Run what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,9 +107,12 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("kernel_cases.jsonl"))
     parser.add_argument("--limit", type=int, help="stop after so many new cases")
     parser.add_argument("--workers", type=int, default=1, help="processes, one core each")
+    parser.add_argument("--public", action="store_true", help="cases of public suites alone")
     options = parser.parse_args()
-    console = Console()
-    wanted = all_cases(options.seed, options.per_generation)
+    console = Console(width=180 if options.public else None)
+    wanted = {str(case): case for case in PUBLIC}
+    if not options.public:
+        wanted |= all_cases(options.seed, options.per_generation)
     results = load(options.results, wanted)
     missing = [name for name in wanted if name not in results][: options.limit]
     if results:
@@ -114,6 +133,8 @@ def main() -> int:
     console.print(f"{len(missing)} cases in {seconds:.0f} s, {options.workers} at a time")
     if len(results) < len(wanted):
         console.print(f"{len(wanted) - len(results)} cases still to run: call again")
+    elif options.public:
+        show_public(console, results)
     else:
         show(console, options.seed, options.per_generation, results)
     return int(any(results.values()) or len(results) < len(wanted))

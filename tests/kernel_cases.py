@@ -112,7 +112,7 @@ def problem(case: KernelCase) -> Problem:
     seen = ~hidden(whole, case.S, case.K, q.device).expand(case.B, 1, -1, -1)
     if ids is not None:
         seen = seen & (ids[:, None, :, None] == ids[:, None, None, :])
-    return Problem(q, k, v, do, sink, seen, _pieces(case, whole, ids))
+    return Problem(q, k, v, do, sink, seen, pieces_of(case, whole, ids))
 
 
 def _mask(case: KernelCase, make: torch.Generator) -> tuple[Bounded | str, Tensor | None]:
@@ -137,7 +137,7 @@ def _mask(case: KernelCase, make: torch.Generator) -> tuple[Bounded | str, Tenso
     return Bounded(-case.S - case.K, offset - case.S // 4), None
 
 
-def _pieces(
+def pieces_of(
     case: KernelCase, whole: Bounded | str, ids: Tensor | None
 ) -> tuple[tuple[slice, BlockMask], ...]:
     """The hops: key slices with the mask in each."""
@@ -269,9 +269,9 @@ def _probabilities(case: KernelCase, x: Problem, q: Tensor, k: Tensor) -> tuple[
     return lse, torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1))
 
 
-def check(case: KernelCase) -> None:
+def check(case: KernelCase, given: Problem | None = None) -> None:
     """AssertionError where an output or a gradient is off, or anything is not finite."""
-    x = problem(case)
+    x = problem(case) if given is None else given
     o, lse, grads = by_kernels(case, x)
     o_true, lse_true, grads_true = exact(case, x)
     o_low, lse_low, grads_low = rounded(case, x)

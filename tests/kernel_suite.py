@@ -1,7 +1,7 @@
 """The generated kernel cases: every pair of features on every generation, and lists by hand.
 
-Does: make cases from a seed (`generate`), list shapes of public suites (`PUBLIC`), and say which
-pairs of features a list covers. Does not: run a case (`kernel_cases.check`).
+Does: make cases from a seed (`generate`), and say which pairs of features a list covers. Does not:
+run a case (`kernel_cases.check`), or know shapes of other suites (`kernel_public.py`).
 
 Letters as in kernel_cases.py.
 """
@@ -133,68 +133,3 @@ def _random_levels(rng: random.Random, generation: str, missing: set[tuple[Any, 
         options = [x for x in FEATURES[name] if valid({**levels, name: x}, generation)]
         levels[name] = rng.choice(options)
     return levels
-
-
-def _public() -> tuple[list[KernelCase], dict[KernelCase, float]]:
-    """Shapes of public suites, lengths cut for a CPU; each on one generation in turn.
-
-    Also the tolerance, absolute and relative, of cases whose suite states one for both outputs and
-    gradients at such inputs (standard normal).
-    """
-    half, bf16 = torch.float16, torch.bfloat16
-    cases: list[dict[str, Any]] = [
-        # nki-library, ring attention forward: (batch, heads, local length, head dim), lengths / 8,
-        # two and four ranks, ragged 576 and 4160, head dim 16, several groups of ranks.
-        *({"mask": "causal", "S": 512, "K": 512 * n, "hops": n, "D": 128} for n in (2, 4)),
-        {"mask": "causal", "S": 1024, "K": 1024, "D": 128, "Hq": 1, "Hkv": 1},
-        {"mask": "full", "S": 1280, "K": 1280, "D": 128, "Hq": 1, "Hkv": 1, "hops": 4},
-        *({"mask": "causal", "S": s, "K": 2 * s, "hops": 2, "D": 128} for s in (72, 576, 520)),
-        {"mask": "strict", "S": 512, "K": 512, "D": 128},
-        {"mask": "strict", "S": 256, "K": 256, "D": 16},
-        {"mask": "documents", "S": 1024, "K": 1024, "D": 128, "hops": 4, "Hq": 1, "Hkv": 1},
-        {"mask": "causal", "S": 288, "K": 576, "hops": 2, "D": 128, "Hq": 6, "Hkv": 6},
-        # nki-library, ring attention backward: two heads of 128, none, causal and striped.
-        *(
-            {"mask": m, "S": 1024, "K": 1024, "D": 128, "Hq": 2, "Hkv": 2, "dtype": half}
-            for m in ("full", "causal", "strict")
-        ),
-        # TransformerEngine, attention with context parallelism: 12 heads, 2 and 12 of keys, d 128;
-        # MLA 192 and 128; window 512 of 4096. Lengths / 16. Tolerances:
-        # tests/pytorch/attention/run_attention_with_cp.py at commit 015d225.
-        *(
-            {"mask": "causal", "S": 256, "K": 256, "D": 128, "Hq": 12, "Hkv": g, "dtype": d}
-            | {"B": 2, "tolerance": tolerance}
-            for g, d, tolerance in ((12, bf16, 2.5e-2), (2, bf16, 3.5e-2), (2, half, 5e-3))
-        ),
-        {"mask": "causal", "S": 256, "K": 256, "D": 192, "E": 128, "Hq": 12, "Hkv": 12}
-        | {"tolerance": 2.5e-2},
-        {"mask": "window", "S": 256, "K": 512, "D": 128, "Hq": 12, "Hkv": 2, "hops": 2}
-        | {"tolerance": 3.5e-2},
-        # ring-flash-attention: 3816 / 8 and 3824 / 8 tokens, 5 heads of 128, bf16; packed
-        # documents with cuts at 0, 120, 1248, 4232 (/ 8) and at 0, 7, 14, 16.
-        *(
-            {"mask": "causal", "S": s, "K": s, "D": 128, "Hq": 5, "Hkv": 5, "dtype": bf16}
-            for s in (477, 478)
-        ),
-        {"mask": "documents", "S": 529, "K": 529, "D": 128, "Hq": 5, "Hkv": 5, "dtype": bf16},
-        {"mask": "documents", "S": 16, "K": 16, "D": 128, "Hq": 5, "Hkv": 5, "dtype": bf16},
-        # PyTorch, ring attention through scaled_dot_product_attention: 8 heads of 32, 64 tokens.
-        *(
-            {"mask": m, "S": 64, "K": 64, "D": 32, "Hq": 8, "Hkv": 8, "B": 8, "dtype": d}
-            for m in ("full", "causal")
-            for d in (torch.float32, bf16)
-        ),
-    ]
-    found, tolerances = [], {}
-    for index, levels in enumerate(cases):
-        levels["generation"] = GENERATIONS[index % 3]
-        levels.setdefault("E", levels["D"])
-        levels.setdefault("dtype", bf16)
-        tolerance = levels.pop("tolerance", None)
-        found.append(KernelCase(**levels, seed=index))
-        if tolerance is not None:
-            tolerances[found[-1]] = tolerance
-    return found, tolerances
-
-
-PUBLIC, TOLERANCES = _public()
