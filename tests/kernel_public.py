@@ -197,11 +197,10 @@ def _pytorch() -> list[dict[str, Any]]:
                     "source": "PyTorch",
                     "mask": mask,
                     "dtype": dtype,
-                    "D": 32,
                     "uniform": True,
                 }
                 limits = {"output": both, "gradients": both}
-                shape = _ring(ranks, 128, B=2, H=8, theirs="(8, 8, 1024, 32)")
+                shape = _ring(ranks, 128, B=2, H=8, D=32, theirs="(8, 8, 1024, 32)")
                 found.append(fixed | limits | shape)
     return found
 
