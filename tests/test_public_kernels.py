@@ -19,7 +19,7 @@ from nxd_cp.simulators.public_kernels.catalogue import clones_in, library_suite
 from nxd_cp.simulators.public_kernels.cli import main
 from nxd_cp.simulators.public_kernels.frameworks import Group
 from nxd_cp.simulators.public_kernels.library.repair import without_repeated_docstring_end
-from nxd_cp.simulators.public_kernels.library.spread import cost, spread
+from nxd_cp.simulators.public_kernels.library.spread import cost, sample, spread
 from nxd_cp.simulators.public_kernels.outcomes import Outcome
 from nxd_cp.simulators.public_kernels.scripts import SCRIPTS
 from nxd_cp.simulators.public_kernels.scripts import run as run_script
@@ -129,6 +129,7 @@ def test_the_default_run_takes_at_most_so_many_rows_and_replaces_skipped_ones(li
 def test_the_suite_is_every_test_file_and_one_without_tests_is_no_failure(library, tmp_path):
     names = [kernel.name for kernel in library_suite(library)]
     assert names == [
+        "core/attention/test_attention_tkg.py",
         "core/cumsum/test_cumsum.py",
         "core/embeddings/test_rope.py",
         "core/mlp/test_mlp_cte.py",
@@ -136,8 +137,45 @@ def test_the_suite_is_every_test_file_and_one_without_tests_is_no_failure(librar
         "core/qkv/test_qkv_cte.py",
     ]
     words = ("--suite", "--rows", "1", "--results", tmp_path)
-    _, text = run(library, *words, *chosen(names[0], names[3]))
-    assert "1 passed, 0 failed, 1 skipped" in text
+    _, text = run(library, *words, *chosen(names[1], names[4]))
+    assert "1 passed, 0 failed, 1 skipped; 1 of 8 rows ran" in " ".join(text.split())
+
+
+def test_a_tolerated_rule_warns_and_a_failure_names_the_warning_that_explains_it(library, tmp_path):
+    words = ("--suite", "--results", tmp_path, *chosen("core/attention/test_attention_tkg.py"))
+    status, text = run(library, *words)
+    found = outcomes.read(tmp_path / "suite_gen3.jsonl")
+    ends = {row.rpartition("::")[2]: o for (_, row), o in found.items()}
+    assert {name: o.status for name, o in ends.items()} == {
+        **{f"test_halves[{width}]": "passed" for width in (8, 16, 32)},
+        "test_overwritten": "failed",
+    }
+    reason = ends["test_overwritten"].reason
+    assert "the simulator warned: memory.overwritten" in reason
+    assert "kernels.py" in reason
+    assert "nl.add(first, second)" in reason
+    assert status == 1
+    assert "tolerates" in text
+    assert "3 passed, 1 failed, 0 skipped; 4 of 4 rows ran" in " ".join(text.split())
+
+
+def test_a_sample_of_the_suite_is_drawn_with_a_seed_and_says_of_how_many(library, tmp_path):
+    words = ("--suite", "--rows", "2", *chosen("core/cumsum/test_cumsum.py"))
+
+    def drawn(name, seed):
+        _, text = run(library, *words, "--results", tmp_path / name, "--seed", seed)
+        assert "2 of 8 rows ran" in " ".join(text.split())
+        return set(outcomes.read(tmp_path / name / "suite_gen3.jsonl"))
+
+    assert drawn("a", 1) == drawn("b", 1)
+
+
+def test_a_fresh_run_forgets_what_was_kept(library, tmp_path):
+    words = ("--rows", "1", "--results", tmp_path, *chosen("cumsum"))
+    run(library, *words)
+    outcomes.append(tmp_path / "default_gen3.jsonl", Outcome("cumsum", "other", "failed"))
+    assert run(library, *words)[0] == 1
+    assert run(library, *words, "--fresh")[0] == 0
 
 
 def test_scripts_run_as_published_alone_and_on_many_ranks(tmp_path):
@@ -232,6 +270,15 @@ def test_the_spread_is_cheap_rows_from_everywhere_and_skipped_rows_last():
     assert sorted(order) == list(range(1, 101))
     assert order[:5] == [1, 6, 11, 16, 21]
     assert order[-1] == 3
+
+
+def test_a_sample_is_every_row_in_the_order_of_its_seed_and_skipped_rows_last():
+    items = [Item(f"t.py::test[{n}]", skipped=n == 3) for n in range(1, 101)]
+    drawn = sample(items, "1")
+    assert drawn == sample(items, "1")
+    assert drawn != sample(items, "2")
+    assert sorted(drawn, key=items.index) == items
+    assert drawn[-1] is items[2]
 
 
 def test_only_a_repeated_docstring_end_is_repaired():

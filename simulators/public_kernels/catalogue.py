@@ -35,7 +35,24 @@ class Kernel:
     select: str = ""
     may_be_empty: bool = False
 
+    @property
+    def tolerated(self) -> tuple[str, ...]:
+        """Ids of documented rules that this kernel breaks and that only warn in its rows."""
+        return TOLERATED.get(self.path.removeprefix(TESTS + "/"), ())
 
+
+# Kernels of nki-library@d2ad3a5 that break a documented rule and are right all the same; each is
+# explained in docs/public_kernels.md. Their rows are judged by values.
+TOLERATED = {
+    "core/attention/test_attention_tkg.py": ("memory.uninitialised",),
+    "core/mlp/test_mlp_tkg.py": ("memory.uninitialised", "view.partition_dim"),
+    "core/moe/moe_cte/test_moe_cte.py": ("memory.capacity",),
+    "core/moe/moe_cte/test_moe_cte_unified.py": ("memory.capacity",),
+    "core/moe/moe_tkg/test_moe_tkg.py": ("memory.uninitialised",),
+    "core/moe_block/test_moe_block_tkg.py": ("memory.uninitialised",),
+    "core/output_projection/test_output_proj_tkg.py": ("memory.capacity",),
+    "experimental/transformer/test_attention_block_tkg.py": ("memory.uninitialised",),
+}
 _LIBRARY_FILES = (
     ("attention_cte", "core/attention/test_attention_cte.py", ""),
     ("rope", "core/embeddings/test_rope.py", ""),

@@ -24,14 +24,15 @@ class Limits:
 
     rows: at most this many rows. row_seconds, gigabytes: a row that takes more is skipped. seconds:
     no new row starts later than this. Seconds are processor time. large: run shapes that
-    nki-library itself skips in its simulation mode.
+    nki-library itself skips in its simulation mode. seed: draw the rows with it.
     """
 
     rows: int = 12
     row_seconds: float = 60.0
-    seconds: float = 120.0
+    seconds: float = 480.0
     large: bool = True
     gigabytes: float = 8.0
+    seed: str = ""
 
 
 def command(
@@ -55,6 +56,10 @@ def command(
         *("--row-gigabytes", str(limits.gigabytes)),
         *("--row-seconds", str(limits.row_seconds), "--rows-seconds", str(limits.seconds)),
     ]
+    if limits.seed:
+        options += ["--rows-seed", limits.seed]
+    if kernel.tolerated:
+        options += ["--rows-tolerate", ",".join(kernel.tolerated)]
     if go_on:
         options.append("--rows-go-on")
     if kernel.select:

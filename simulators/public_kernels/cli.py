@@ -17,7 +17,7 @@ from nxd_cp.simulators.nki_api.chips import CHIPS, generation_name
 
 from .catalogue import LIBRARY, Kernel, clones_in, library_kernels, library_suite
 from .child import Limits
-from .outcomes import FAILED, PASSED, SKIPPED, count
+from .outcomes import FAILED, PASSED, SKIPPED, collected, count, forget
 from .runner import run
 from .scripts import script_kernels
 from .table import table
@@ -45,6 +45,15 @@ def _parser() -> argparse.ArgumentParser:
         "--rows",
         type=int,
         help=f"rows per kernel (default {Limits.rows}; with --all and --suite every row)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the rows that --suite --rows draws (default 0)"
+    )
+    parser.add_argument(
+        "--kernel-seconds",
+        type=float,
+        help=f"no new row of a kernel after so long (default {Limits.seconds:g}; with --all and "
+        "--suite no limit)",
     )
     parser.add_argument("--row-seconds", type=float, default=Limits.row_seconds)
     parser.add_argument("--row-gigabytes", type=float, default=Limits.gigabytes)
@@ -92,16 +101,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = Limits(
         rows,
         options.row_seconds,
-        Limits.seconds if mode == "default" else 0,
+        options.kernel_seconds or (Limits.seconds if mode == "default" else 0),
         large=mode != "suite",
         gigabytes=options.row_gigabytes,
+        seed=str(options.seed) if mode == "suite" and rows else "",
     )
     file = options.results / f"{mode}_{generation}.jsonl"
     if options.fresh:
-        file.unlink(missing_ok=True)
+        forget(file)
     outcomes = run(kernels, clones, file, generation, limits, quiet=options.quiet)
     console = Console()
-    console.print(table(kernels, outcomes, f"public kernels on {generation} ({mode})"))
+    every = collected(file)
+    drawn = f", {rows} rows a file, seed {limits.seed}" if limits.seed else ""
+    title = f"public kernels on {generation} ({mode}{drawn})"
+    console.print(table(kernels, outcomes, every, title))
     passed, failed, skipped = (count(outcomes, s) for s in (PASSED, FAILED, SKIPPED))
-    console.print(f"{passed} passed, {failed} failed, {skipped} skipped; outcomes in {file}")
+    total = sum(every.get(kernel.name, 1) for kernel in kernels)
+    console.print(
+        f"{passed} passed, {failed} failed, {skipped} skipped; {passed + failed} of {total} rows "
+        f"ran; outcomes in {file}"
+    )
     return int(failed > 0 or passed == 0)

@@ -53,6 +53,30 @@ def read(path: Path) -> dict[tuple[str, str], Outcome]:
     return found
 
 
+def collect(path: Path, kernel: str, rows: int) -> None:
+    """Remember, in a file beside `path`, how many rows a kernel has in all."""
+    with _beside(path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kernel": kernel, "rows": rows}) + "\n")
+
+
+def collected(path: Path) -> dict[str, int]:
+    """How many rows each kernel was found to have."""
+    if not _beside(path).exists():
+        return {}
+    lines = _beside(path).read_text(encoding="utf-8").splitlines()
+    return {entry["kernel"]: entry["rows"] for entry in map(json.loads, lines)}
+
+
+def forget(path: Path) -> None:
+    """Forget all outcomes."""
+    path.unlink(missing_ok=True)
+    _beside(path).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_suffix(".collected")
+
+
 def finished(path: Path, kernel: str) -> set[str]:
     """Rows of `kernel` that need not run again."""
     return {

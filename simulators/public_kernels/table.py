@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 
@@ -24,21 +24,26 @@ def of_kernel(outcomes: Iterable[Outcome], kernel: Kernel) -> list[Outcome]:
     return [outcome for outcome in outcomes if outcome.kernel == kernel.name]
 
 
-def table(kernels: Sequence[Kernel], outcomes: Sequence[Outcome], title: str) -> Table:
-    """Passed, failed and skipped rows of each kernel, with reasons and seconds."""
+def table(
+    kernels: Sequence[Kernel], outcomes: Sequence[Outcome], rows: Mapping[str, int], title: str
+) -> Table:
+    """Passed, failed and skipped rows of each kernel, out of `rows` in all; reasons, seconds."""
     made = Table(title=title, show_lines=False)
     made.add_column("kernel")
-    for name in (PASSED, FAILED, SKIPPED, "s"):
+    for name in (PASSED, FAILED, SKIPPED, "of", "s"):
         made.add_column(name, justify="right")
     made.add_column("reasons", overflow="fold")
     for kernel in kernels:
         own = of_kernel(outcomes, kernel)
-        lines = [f"[{_STYLE[s]}]{n} {s}:[/] {_plain(reason)}" for s, reason, n in reasons(own)]
+        lines = [f"tolerates {rule}" for rule in kernel.tolerated] if own else []
+        lines += [f"[{_STYLE[s]}]{n} {s}:[/] {_plain(reason)}" for s, reason, n in reasons(own)]
         counts = [str(count(own, status)) for status in (PASSED, FAILED, SKIPPED)]
         seconds = f"{sum(outcome.seconds for outcome in own):.0f}"
+        counts.append(str(rows.get(kernel.name, "")))
         made.add_row(kernel.name, *counts, seconds, "\n".join(lines))
     made.add_section()
     totals = [str(count(outcomes, status)) for status in (PASSED, FAILED, SKIPPED)]
+    totals.append(str(sum(rows.get(kernel.name, 1) for kernel in kernels)))
     made.add_row("all", *totals, f"{sum(outcome.seconds for outcome in outcomes):.0f}", "")
     return made
 

@@ -10,14 +10,17 @@ writes every outcome to a file as it comes. Does not judge: the clone's own vali
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nxd_cp.simulators.nki_api import SimParams, parameters
 from nxd_cp.simulators.nki_api.chips import TARGET_VARIABLE
 from nxd_cp.simulators.public_kernels import clock, outcomes
 from nxd_cp.simulators.public_kernels.library import modules, repair, spread, standins
@@ -26,6 +29,7 @@ sys.dont_write_bytecode = True  # the clone stays as it is
 standins.install()
 modules.provide()
 repair.install("nkilib_src")
+_RULE = re.compile(r"rule (\S+) \(")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--row-seconds", type=float, default=0, help="limit per row; 0: none")
     group.addoption("--rows-seconds", type=float, default=0, help="limit of all rows; 0: none")
     group.addoption("--row-gigabytes", type=float, default=0, help="limit per row; 0: none")
+    group.addoption("--rows-tolerate", default="", help="ids of rules that only warn, with commas")
+    group.addoption("--rows-seed", default="", help="draw the rows with this seed")
     group.addoption("--rows-go-on", action="store_true", help="failed rows are not run again")
 
 
@@ -47,6 +53,7 @@ class Rows:
         self.kernel: str = config.getoption("rows_kernel")
         self.file: Path = config.getoption("rows_file")
         self.limit: int = config.getoption("rows")
+        self.seed: str = config.getoption("rows_seed")
         self.row_seconds: float = config.getoption("row_seconds")
         self.seconds: float = config.getoption("rows_seconds")
         self.gigabytes: float = config.getoption("row_gigabytes")
@@ -57,11 +64,17 @@ class Rows:
         self.done = {o.row for o in known}
         self.ran = sum(o.status != outcomes.SKIPPED for o in known)
         self.started: float | None = None
+        tolerated = config.getoption("rows_tolerate")
+        self.params = SimParams(tolerate=tuple(filter(None, tolerated.split(","))))
+        self.warned = ""  # what the simulator said of the row that has just run
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Spread the rows; leave out those that are done."""
-        if self.limit:
+        """Spread or draw the rows; leave out those that are done."""
+        outcomes.collect(self.file, self.kernel, len(items))
+        if self.seed:
+            items[:] = spread.sample(items, f"{self.seed} {self.kernel}")
+        elif self.limit:
             items[:] = spread.spread(items, self.limit)
         items[:] = [item for item in items if spread.row_name(item) not in self.done]
 
@@ -76,9 +89,12 @@ class Rows:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_call(self) -> Iterator[None]:
-        """Stop a row that takes too long."""
-        with clock.limit(self.row_seconds):
-            yield
+        """Stop a row that takes too long; remember what the simulator warned of."""
+        with warnings.catch_warnings(record=True) as seen, parameters(self.params):
+            warnings.simplefilter("default")
+            with clock.limit(self.row_seconds):
+                yield
+        self.warned = telling(str(w.message) for w in seen)
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: Any) -> Iterator[None]:
@@ -89,6 +105,8 @@ class Rows:
             error = call.excinfo.value if call.excinfo is not None else None
             too_large = clock.too_much(_causes(error), self.gigabytes)
             status, reason = (outcomes.SKIPPED, too_large) if too_large else _judge(report, error)
+            if status == outcomes.FAILED and self.warned:
+                reason = f"{reason}; the simulator warned: {self.warned}"
             self.ran += status != outcomes.SKIPPED
             name = spread.row_name(item)
             row = outcomes.Outcome(self.kernel, name, status, reason, round(call.duration, 2))
@@ -103,6 +121,16 @@ class Rows:
             reason = str(report.longrepr).strip().splitlines()[-1].removeprefix("E").strip()
             row = outcomes.Outcome(self.kernel, report.nodeid, outcomes.FAILED, reason)
             outcomes.append(self.file, row)
+
+
+def telling(messages: Iterable[str]) -> str:
+    """Rule and line of warnings that can explain wrong values: of memory and races."""
+    found: dict[str, str] = {}
+    for message in messages:
+        rule = _RULE.search(message)
+        if rule is not None and rule[1].startswith(("memory.", "race.")):
+            found.setdefault(rule[1], message.strip().splitlines()[-1].strip())
+    return "; ".join(f"{rule} {line}" for rule, line in found.items())
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

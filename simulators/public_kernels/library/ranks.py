@@ -54,7 +54,8 @@ def write(folder: Path, outputs: list[dict[str, Any]]) -> str:
 def patch(orchestrator: Any) -> None:
     """Teach nki-library's test_orchestrator module (in memory) to run tests of many ranks.
 
-    Also supplies `_compiled_kernel`, which its simulation mode reads without having set it.
+    Also supplies `_compiled_kernel`, which its simulation mode reads without having set it, and
+    simulates tests that ask for the vendor's tracer alone (marked trace_only).
     """
     driver = orchestrator.Orchestrator
     one_rank = driver._run_simulator_inference
@@ -69,5 +70,12 @@ def patch(orchestrator: Any) -> None:
         base = Path(self.fs_config.artifacts_output_directory_path)
         return write(base / orchestrator.INF_ARTIFACT_DIR_NAME, outputs)
 
+    compilation = driver._run_compilation
+
+    def skip_compilation(self: Any, *args: Any) -> Any:
+        self.trace_mode = orchestrator.TraceMode.Simulator
+        return compilation(self, *args)
+
+    driver._run_compilation = skip_compilation
     driver._run_simulator_inference = run
     driver._compiled_kernel = None

@@ -1,4 +1,4 @@
-"""At most so many rows out of hundreds, spread over all of them, cheap enough for a CPU.
+"""At most so many rows out of hundreds: spread over all and cheap, or drawn with a seed.
 
 A row's cost is guessed from the numbers in its parameters (lengths, hidden sizes, heads): their
 product. Rows that the clone's own conftest skips in simulation mode come last.
@@ -9,6 +9,7 @@ cost, of the file of outcomes and of the table.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -37,6 +38,12 @@ def cost(row: str) -> float:
     for number in _NUMBER.findall(row.partition("[")[2]):
         product *= max(1, min(int(number), 10**6))
     return product
+
+
+def sample(items: Sequence[Any], seed: str) -> list[Any]:
+    """All `items` in an order drawn with `seed`; rows that the clone itself skips come last."""
+    drawn = random.Random(seed).sample(list(items), len(items))
+    return sorted(drawn, key=lambda item: item.get_closest_marker("skip") is not None)
 
 
 def spread(items: Sequence[Any], limit: int) -> list[Any]:
