@@ -13,9 +13,11 @@ Letters: B batch, S global sequence length, L slots per rank, S / ranks where th
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from nxd_cp.backends import get_support_kernels, resolve_backend_name
 from nxd_cp.context import CPContext
 from nxd_cp.positions import position_ids
 from nxd_cp.schedule import padded_len, seq_len_multiple, token_runs
@@ -90,6 +92,62 @@ def unshard(
             _take(x, run, dim).copy_(part.narrow(dim, first, len(run)))
             first += len(run)
     return x
+
+
+def in_rank_order(
+    x: torch.Tensor,
+    cp: CPContext,
+    dim: int = 1,
+    *,
+    inverse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The whole sequence in the order in which ranks hold it, or back: rank 0's tokens first.
+
+    For code that cuts a sequence into equal parts itself, as tensor libraries do: cut the result.
+
+    Args:
+        x: global tensor of any dtype with S tokens along `dim`.
+        cp: the context; its layout decides the order.
+        dim: the sequence dimension.
+        inverse: from the order of the ranks to that of the sequence.
+        backend: as of `ring_attention`; "nki" and "simulate" move tokens by the kernel
+            `permute_tokens`, "auto" does on a Neuron device.
+
+    Returns:
+        A new tensor of x's shape and dtype. Differentiable.
+
+    Raises:
+        ValueError: S is not divisible as the layout needs it, or a limit of the kernel.
+    """
+    seq_len = x.shape[dim]
+    _slots(cp, seq_len, may_pad=False)
+    runs = [run for rank in range(cp.size) for run in token_runs(cp.layout, cp.size, rank, seq_len)]
+    name = resolve_backend_name(backend, x.device)
+    if name != "torch":
+        dim %= x.dim()
+        around = x.shape[:dim].numel(), seq_len, x.shape[dim + 1 :].numel()
+        found: torch.Tensor = _ByKernel.apply(x.reshape(around), runs, inverse, name)
+        return found.reshape(x.shape)
+    order = torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
+    return x.index_select(dim, (order.argsort() if inverse else order).to(x.device))
+
+
+class _ByKernel(torch.autograd.Function):
+    """`in_rank_order` of [before, S, behind] on a device; its gradient goes the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, runs: list[range], inverse: bool, name: str
+    ) -> torch.Tensor:
+        ctx.call = runs, inverse, name
+        as_numbers = tuple((run.start, len(run), run.step) for run in runs)
+        return get_support_kernels(name).permute(x, as_numbers, inverse=inverse)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        runs, inverse, name = ctx.call
+        return _ByKernel.apply(gradient, runs, not inverse, name), None, None, None
 
 
 def shard_batch(

@@ -375,6 +375,9 @@ def test_what_the_kernels_cannot_take_is_refused_before_any_message(
 LIMITS = [
     ({}, {"softcap": -1.0}, "softcap above 0 and at most 1000000.0, got -1.0"),
     ({}, {"scale": 1e-21}, "scale from 1e-20 to 1000000.0, got 1e-21"),
+    ({}, {"softcap": 2e6}, "at most 1000000.0, got 2000000.0; a cap so large changes nothing"),
+    ({}, {"scale": 2e6}, "got 2000000.0; move the factor into q, or use backend=.torch."),
+    ({"D": 257}, {}, "at most 256 .two contractions of 128., got 257 for q and k; use backend="),
     ({"cores": 2}, {"generation": "gen2"}, "cores=1, or 2 from gen3 .trn2., got 2 on gen2"),
     ({"cores": 3}, {}, "cores=1, or 2 from gen3 .trn2., got 3"),
     ({"cores": 2, "Hq": 3}, {}, "multiple of the 2 cores of a launch, got 1 and 3"),
@@ -427,5 +430,7 @@ except ValueError as error:
 def test_the_device_backend_takes_neither_a_missing_nor_a_simulated_nki() -> None:
     with pytest.raises(ValueError, match="AWS Neuron SDK"):
         KernelBackend("nki")
+    with pytest.raises(ValueError, match='expected no generation for backend "nki", got .gen3.'):
+        KernelBackend("nki", "gen3")
     said = subprocess.run([sys.executable, "-c", SIMULATED_NKI], capture_output=True, text=True)
     assert "AWS Neuron SDK" in said.stdout, said.stderr

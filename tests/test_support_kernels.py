@@ -6,7 +6,11 @@ the same maths in fp32 as its budget; permutations exactly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +18,13 @@ import torch
 from budgets import assert_within_budget
 from torch import Tensor
 
+from nxd_cp.attention import ring_attention
+from nxd_cp.backends import kernel_limits, kernel_support
+from nxd_cp.context import CPContext
+from nxd_cp.inference.attend import merge_all
 from nxd_cp.schedule import token_runs
-from nxd_cp.simulators.nki_api import load
+from nxd_cp.sharding import in_rank_order, shard
+from nxd_cp.simulators.nki_api import load, record
 
 GENERATIONS = ("gen2", "gen3", "gen4")
 LENGTHS = (1, 127, 128, 300)
@@ -212,3 +221,130 @@ def test_two_cores_share_the_work(generation: str) -> None:
     x, runs = normal(2, 24, 5, seed=4), runs_of("zigzag", 3, 24)
     permute = package.permute.permute_tokens
     assert torch.equal(permute[2](x, runs), permute(x, runs))
+
+
+# What the host does with them
+
+
+def test_the_backward_of_a_ring_takes_delta_from_the_kernel() -> None:
+    q = normal(1, 2, 40, 16, seed=1).requires_grad_()
+    o = ring_attention(q, q, q, backend="simulate")
+    with record() as log:
+        o.backward(normal(1, 2, 40, 16, seed=2))
+    files = {Path(r.file).name for r in log}
+    assert files >= {"row_delta.py", "flash_bwd.py"}
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_rows_of_any_number_are_shared_and_cut_into_launches(
+    cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel_support, "ROW_LIMIT", 100)
+    host = kernel_support.SupportKernels("simulate", "gen3", cores=cores)
+    do, o = normal(1, 3, 111, 48, seed=1).bfloat16(), normal(1, 3, 111, 48, seed=2)
+    with record() as log:
+        found = host.row_delta(do.transpose(0, 1), o.transpose(0, 1)).transpose(0, 1)
+    assert log.counts()["tensor_reduce"] == ceil(333 / (100 * cores))
+    truth, plain = reference_delta(do.double(), o.double()), reference_delta(do.float(), o)
+    assert_within_budget("delta", found.unsqueeze(-1), truth, plain)
+    parts_of_rows = parts(111, 3.0)
+    oa, la, ob, lb = (x.narrow(1, 0, 1) for x in parts_of_rows)
+    o, lse = host.merge((oa, la.squeeze(-1)), (ob, lb.squeeze(-1)))
+    truth = reference_merge(*(x.double() for x in (oa, la, ob, lb)))
+    plain = reference_merge(oa, la, ob, lb)
+    assert torch.equal(lse == -torch.inf, truth[1].squeeze(-1) == -torch.inf)
+    assert_within_budget("o", o, truth[0], plain[0])
+    seen = lse > -torch.inf
+    assert_within_budget("lse", lse[seen], truth[1].squeeze(-1)[seen], plain[1].squeeze(-1)[seen])
+
+
+def test_parts_of_a_split_cache_are_merged_by_the_kernel() -> None:
+    make = [(normal(2, 4, 3, 32, seed=s), normal(2, 4, 3, seed=s + 9)) for s in range(3)]
+    make[1][0][:, :, 0], make[1][1][:, :, 0] = 0.0, -torch.inf
+    sinks = normal(4, seed=20)
+    with record() as log:
+        found = merge_all(make, sinks, backend="simulate")
+    assert {Path(r.file).name for r in log} == {"merge.py"}
+    exact = merge_all([(o.double(), lse.double()) for o, lse in make], sinks, backend="torch")
+    for name, x, y, z in zip(
+        ("o", "lse"), found, exact, merge_all(make, sinks, backend="torch"), strict=True
+    ):
+        assert_within_budget(name, x, y, z)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [0, 1, -2])
+@pytest.mark.parametrize("layout", ["zigzag", "striped", "contiguous"])
+def test_a_sequence_in_rank_order_is_what_shard_gives_and_comes_back(
+    layout: str, dim: int, dtype: torch.dtype
+) -> None:
+    group = CPContext.local(3, layout=layout)
+    x = (100 * normal(12, 12, 5, seed=1)).to(dtype)
+    parts = [shard(x, cp, dim=dim) for cp in group.contexts]
+    for backend in ("torch", "simulate"):
+        there = in_rank_order(x, group.contexts[1], dim, backend=backend)
+        assert torch.equal(there, torch.cat(parts, dim)), backend
+        assert torch.equal(
+            in_rank_order(there, group.contexts[0], dim, inverse=True, backend=backend), x
+        )
+
+
+@pytest.mark.parametrize("backend", ["torch", "simulate"])
+def test_the_gradient_of_an_order_is_its_inverse(backend: str) -> None:
+    cp = CPContext.local(2).contexts[0]
+    x, g = normal(2, 8, 3, seed=1).requires_grad_(), normal(2, 8, 3, seed=2)
+    in_rank_order(x, cp, backend=backend).backward(g)
+    assert torch.equal(x.grad, in_rank_order(g, cp, inverse=True))
+
+
+def host_limit(call: Callable[[kernel_support.SupportKernels], Any], cores: int = 1) -> None:
+    call(kernel_support.SupportKernels("simulate", "gen3", cores=cores))
+
+
+ROWS, WIDE = torch.zeros(1, 2, 8, 16), torch.zeros(1, 1, 4, 300)
+LIMITS = {
+    "row_delta: expected two tensors of one shape, got .* cut them": (
+        lambda host: host.row_delta(ROWS, ROWS[:, :1])
+    ),
+    "row_delta: expected bfloat16, float16, float32, got torch.float64; cast it": (
+        lambda host: host.row_delta(ROWS, ROWS.double())
+    ),
+    "row_delta: expected a head dim of at most 256, got 300; use PyTorch": (
+        lambda host: host.row_delta(WIDE, WIDE)
+    ),
+    "merge: expected float32, got torch.bfloat16; cast it": (
+        lambda host: host.merge((ROWS.bfloat16(), ROWS[..., 0]), (ROWS.bfloat16(), ROWS[..., 0]))
+    ),
+    r"merge: expected lse \[1, 2, 8\] in float32, got \[1, 2, 8, 1\] .*; cut or cast": (
+        lambda host: host.merge((ROWS, ROWS[..., :1]), (ROWS, ROWS[..., 0]))
+    ),
+    "permute_tokens: expected runs that hold each of 8 tokens once, got 7 in 1 runs; take": (
+        lambda host: host.permute(ROWS[0, :, :, 0], ((0, 7, 1),))
+    ),
+    "permute_tokens: expected runs that hold each of 8 tokens once, got 9 in 2 runs; take": (
+        lambda host: host.permute(ROWS[0, :, :, 0], ((0, 8, 1), (3, 1, 1)))
+    ),
+}
+
+
+@pytest.mark.parametrize("message", LIMITS)
+def test_limits_are_checked_before_a_launch(message: str) -> None:
+    with record() as log, pytest.raises(ValueError, match=message):
+        host_limit(LIMITS[message])
+    assert len(log) == 0
+
+
+def test_too_many_runs_and_odd_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(3, 8, 2)
+    with pytest.raises(ValueError, match=r"that the 2 cores of a launch can share, got 3; use co"):
+        host_limit(lambda host: host.permute(x, ((0, 8, 1),)), cores=2)
+    with pytest.raises(ValueError, match=r"cores=1, or 2 from gen3 .trn2., got 2 on gen2"):
+        kernel_support.SupportKernels("simulate", "gen2", cores=2)
+    runs = tuple((i, 1, 1) for i in range(8))
+    monkeypatch.setattr(kernel_limits, "MAX_INSTRUCTIONS", 8)
+    with record() as log:
+        host_limit(lambda host: host.permute(x, runs))
+    assert log.counts()["dma_copy"] == 24, "one launch per batch element"
+    monkeypatch.setattr(kernel_limits, "MAX_INSTRUCTIONS", 7)
+    with pytest.raises(ValueError, match=r"at most 7 runs .one DMA each., got 8; permute in PyT"):
+        host_limit(lambda host: host.permute(x, runs))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from nxd_cp.backends.base import Backend
+
+if TYPE_CHECKING:
+    from nxd_cp.backends.kernel_support import SupportKernels
 
 BACKENDS = ("torch", "simulate", "nki", "simulate_ring", "nki_ring", "auto")
 NEURON_DEVICE_TYPES = ("neuron", "xla")
@@ -36,3 +41,15 @@ def get_backend(name: str, device: torch.device) -> Backend:
 
         return KernelBackend(resolved, cores=launch_cores())
     return KernelBackend(resolved)  # without nki it raises, and says why
+
+
+def get_support_kernels(name: str) -> SupportKernels:
+    """The small kernels of backend "nki" or "simulate"."""
+    from nxd_cp.backends.kernel_modules import has_nki
+    from nxd_cp.backends.kernel_support import SupportKernels
+
+    if name == "nki" and has_nki():
+        from nxd_cp.backends.device_ops import launch_cores
+
+        return SupportKernels(name, cores=launch_cores())
+    return SupportKernels(name)

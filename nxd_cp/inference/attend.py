@@ -8,11 +8,13 @@ Letters: B batch, Hq query heads, Hkv key/value heads, M queries, J keys, D and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from nxd_cp import reference
+from nxd_cp.backends import get_support_kernels, resolve_backend_name
 from nxd_cp.inference.cache import EMPTY
 from nxd_cp.merging import merge_
 
@@ -55,14 +57,20 @@ def nothing_seen(q: Tensor, v: Tensor) -> Result:
     return o, o.new_full(o.shape[:-1], -torch.inf)
 
 
-def merge_all(parts: list[Result], sinks: Tensor | None) -> Result:
-    """The result over all parts and the sinks [Hq], in this order; new tensors."""
+def merge_all(parts: list[Result], sinks: Tensor | None, *, backend: str = "auto") -> Result:
+    """The result over all parts and the sinks [Hq], in this order; new tensors.
+
+    backend: as of `ring_attention`; its kernel merges results that lie on a Neuron device.
+    """
     (o, lse), *others = parts
+    if sinks is not None:
+        others = [*others, (torch.zeros_like(o), sinks.float().view(1, -1, 1).expand_as(lse))]
+    name = resolve_backend_name(backend, o.device)
+    if name != "torch":
+        return reduce(get_support_kernels(name).merge, others, (o, lse))
     o, lse = o.clone(), lse.clone()
     for o_part, lse_part in others:
         merge_(o, lse, o_part, lse_part)
-    if sinks is not None:
-        merge_(o, lse, torch.zeros_like(o), sinks.float().view(1, -1, 1).expand_as(lse))
     return o, lse
 
 
