@@ -430,7 +430,7 @@ except ValueError as error:
 def test_the_device_backend_takes_neither_a_missing_nor_a_simulated_nki() -> None:
     with pytest.raises(ValueError, match="AWS Neuron SDK"):
         KernelBackend("nki")
-    with pytest.raises(ValueError, match='expected no generation for backend "nki", got .gen3.'):
+    with pytest.raises(ValueError, match=r'expected no generation for backend "nki", got .gen3.'):
         KernelBackend("nki", "gen3")
     said = subprocess.run([sys.executable, "-c", SIMULATED_NKI], capture_output=True, text=True)
     assert "AWS Neuron SDK" in said.stdout, said.stderr
