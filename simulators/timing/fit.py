@@ -77,11 +77,12 @@ def _dma_gen2() -> list[Fit]:
     B/ns, so the core's rate sets its pace, which is a constant of its own.
     """
     single, short = _row("A7", "DMA 32 KiB"), _row("K2", "[128,16,512 B]")
-    queue = _row("K2", "four [32,8 KB]")
+    queue, tiny = _row("K2", "four [32,8 KB]"), _row("A7", "DMA 4 B")
     per_4k = single.value / 8
     per_512 = ENGINES * 512.0 / short.value
     rate = (PACKET - 512.0) / (per_4k - per_512)
     packet = per_512 - 512.0 / rate
+    short_rate = (512.0 - 4.0) / (per_512 - tiny.value)
     return [
         Fit(
             "gen2",
@@ -97,6 +98,20 @@ def _dma_gen2() -> list[Fit]:
             (short, single),
             "intercept of the same line",
             rounding=0.1,
+        ),
+        Fit(
+            "gen2",
+            "dma_short_rate",
+            short_rate,
+            (tiny, short),
+            "slope between packets of 4 B and 512 B",
+        ),
+        Fit(
+            "gen2",
+            "dma_short_packet",
+            tiny.value - 4.0 / short_rate,
+            (tiny, short),
+            "intercept of the same line",
         ),
         Fit(
             "gen2",

@@ -24,7 +24,14 @@ CONSTANTS = Constants(
     matmul_overhead=Constant(0.0, 0.0, 4.0, "columns", "guess", "gen3's, unless KILN includes it"),
     matmul_latency=Constant(130.0, 142.0, 173.0, "ns", "measured", "PERF: 188 ns for N=128"),
     matmul_fp32_passes=same(4.0, "passes", "documented", "ISA nc_matmul"),
-    transpose_fp32_passes=same(4.0, "passes", "documented", "ISA nc_transpose is a matmul on gen2"),
+    transpose_fp32_passes=Constant(
+        1.0,
+        2.0,
+        4.0,
+        "passes",
+        "documented",
+        "ISA nc_matmul: ones and zeros moving, 2x; nc_transpose",
+    ),
     transpose_background=same(1.0, "share of passes", "documented", "from gen4 only"),
     weights_columns_per_cycle=Constant(
         4.0, 4.0, 2.0, "columns per cycle", "documented", "ARCH, fast LoadStationary (up to)"
@@ -51,6 +58,8 @@ CONSTANTS = Constants(
     stride_factor=same(2.0, "times", "documented", "ARCH, innermost stride over 16 B"),
     dma_engine_rate=Constant(21.0, 20.5, 17.0, "B/ns", "derived", "fit: KILN and PERF 32 KiB rows"),
     dma_packet=Constant(20.0, 26.0, 28.0, "ns", "derived", "fit: KILN and PERF 32 KiB rows"),
+    dma_short_rate=Constant(12.0, 11.5, 10.0, "B/ns", "derived", "fit: PERF 4 B, KILN 512 B rows"),
+    dma_short_packet=Constant(6.0, 6.7, 7.0, "ns", "derived", "fit: PERF 4 B, KILN 512 B rows"),
     dma_packet_bytes=same(4096.0, "B", "documented", "compute-comm-overlap.rst, packet size"),
     dma_core_rate=Constant(273.5, 265.0, 262.0, "B/ns", "measured", "KILN 262.5; 273.5 active"),
     dma_software_issue=Constant(1300.0, 1335.0, 1380.0, "ns", "derived", "fit: KILN per-DMA rows"),

@@ -76,6 +76,8 @@ class Machine:
         self.line.ready = [begin] * n
         self.heap = [(begin, i) for i, m in enumerate(self.missing) if m == 0]
         heapq.heapify(self.heap)
+        self.held: dict[str, list[int]] = {}  # ready records whose queue is busy, by number
+        self.woken: dict[str, int] = {}  # of those, the one that is looked at again
         self.met: set[int] = set()
         self.done = 0
 
@@ -88,21 +90,33 @@ class Machine:
         """Take the record that is ready first; its number if it has to meet other cores first."""
         ready, record = heapq.heappop(self.heap)
         queue = self.program.queues[record]
-        free = self.queue_free.get(queue, 0.0)
-        if free > ready:
-            self._because(record, free, "engine", self.queue_last[queue])
-            heapq.heappush(self.heap, (free, record))
+        held = self.held.setdefault(queue, [])
+        if self.woken.get(queue) == record:
+            del self.woken[queue]
+        if self.queue_free.get(queue, 0.0) > ready or (held and held[0] < record):
+            heapq.heappush(held, record)
+            self._wake(queue, self.queue_free[queue])
             return None
         if record in self.program.meetings and record not in self.met:
             return record
         self._commit(record, ready, queue)
         self.done += 1
+        self._wake(queue, self.line.free[record])
         for follower, kind in self.followers[record]:
             self._because(follower, self._until(record, kind), kind, record)
             self.missing[follower] -= 1
             if self.missing[follower] == 0:
                 heapq.heappush(self.heap, (self.line.ready[follower], follower))
         return None
+
+    def _wake(self, queue: str, moment: float) -> None:
+        """The lowest of the records that a queue holds back is looked at again at `moment`."""
+        held = self.held.get(queue)
+        if held and queue not in self.woken:
+            record = self.woken[queue] = heapq.heappop(held)
+            if queue in self.queue_last:
+                self._because(record, moment, "engine", self.queue_last[queue])
+            heapq.heappush(self.heap, (self.line.ready[record], record))
 
     def meet(self, record: int, moment: float) -> None:
         """All members of the record's meeting are there at `moment`."""

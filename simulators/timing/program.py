@@ -25,16 +25,17 @@ from .edges import Edge, dependency_edges
 class Options:
     """How to read a log.
 
-    granularity: "byte" or "tensor" dependencies. order: "program" keeps each engine's instructions
-    in program order; "list" lets an engine take any ready instruction among its next `window`, as
-    a compiler's scheduler would have (8 fits the profiled attention kernels best; a guess).
+    granularity: "byte" or "tensor" dependencies, or "fenced": bytes on chip, whole tensors in HBM,
+    as compilers of the older language had. order: "program" keeps each engine's instructions in
+    program order; "list" lets an engine take any ready instruction among its next `window`, as a
+    compiler's scheduler would have (16 fits the profiled attention kernels best; a guess).
     dma_queues: "direction" is one queue for loads and one for stores; "line" is one per source
     line, with no shared generator, as compilers did before dynamic descriptor generation.
     """
 
-    granularity: Literal["byte", "tensor"] = "byte"
+    granularity: Literal["byte", "fenced", "tensor"] = "byte"
     order: Literal["program", "list"] = "list"
-    window: int = 8
+    window: int = 16
     dma_queues: Literal["direction", "line"] = "direction"
 
 

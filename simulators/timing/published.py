@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from .catalog import Source, source
+from .catalog import Source, source, why_not
 from .clones import NotRun, run
 from .estimate import Estimate, estimate, estimate_cores, matmul_flops
 from .profile import hbm_bytes
@@ -28,6 +28,7 @@ TIMES = (
     "nc_latency",
     "kernel time",
     "steady standalone kernel",
+    "measured",
     "TpbSgCyclesSum reference, read as ps",
 )
 NS_PER = {"ns": 1.0, "us": 1e3, "ms": 1e6, "%": 1.0, "GB/s": 1.0, "Gcol/s": 1.0}
@@ -110,7 +111,7 @@ def predict(row: Row, clones: Path | None = None) -> Prediction | str:
         return _single(row, single)
     found = source(row)
     if found is None:
-        return "no instruction stream for this kernel"
+        return why_not(row)
     times, ran = _estimate(found, row.generation, clones)
     if times is None:
         return ran

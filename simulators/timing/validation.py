@@ -11,6 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .published import NS_PER, TIMES, Prediction, Row, not_a_kernel, predict, rows
+from .results import Results
+
+
+# Per use and class: the most that the median, the 90th percentile and the worst may be off, in %.
+LIMITS: dict[str, dict[str, tuple[float, float, float]]] = {
+    "score": {
+        "kernel": (10.0, 25.0, 40.0),
+        "primitive": (5.0, 5.0, 5.0),
+        "small primitive": (15.0, 15.0, 15.0),
+    },
+    "score-suite": {"kernel": (10.0, 25.0, 25.0)},
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +57,15 @@ class Scored:
 
 
 def score(
-    use: str, progress: Callable[[Row], None] | None = None, clones: Path | None = None
+    use: str,
+    progress: Callable[[Row], None] | None = None,
+    clones: Path | None = None,
+    results: Results | None = None,
 ) -> list[Scored]:
-    """All rows of one use, as in the data file; public kernels are run from `clones` if given."""
+    """All rows of one use, as in the data file; public kernels are run from `clones` if given.
+
+    results: what is there is not run again, and what is run is added.
+    """
     result = []
     for row in rows():
         if row.use != use:
@@ -57,7 +75,11 @@ def score(
         if not_a_kernel(row):
             result.append(Scored(row, None, "times a framework, not a kernel: not scorable"))
             continue
-        found = predict(row, clones)
+        found = results.get(row) if results is not None else None
+        if found is None:
+            found = predict(row, clones)
+            if results is not None:
+                results.put(row, found)
         result.append(Scored(row, None, found) if isinstance(found, str) else Scored(row, found))
     return result
 
@@ -110,3 +132,30 @@ def _summary(errors: list[float]) -> str:
         f"worst {100 * max(errors, key=abs):+.1f} %, "
         f"median error {100 * statistics.median(errors):+.1f} %"
     )
+
+
+def limits(scored: Iterable[Scored], use: str) -> list[tuple[str, bool]]:
+    """Each limit of a use as a sentence, and whether it is kept; a row that did not run breaks one.
+
+    Uses without limits (those that constants come from) give nothing.
+    """
+    if use not in LIMITS:
+        return []
+    listed = [item for item in scored if not not_a_kernel(item.row)]
+    missed = sum(item.prediction is None for item in listed)
+    result = [(f"all {len(listed)} scorable rows run ({missed} did not)", missed == 0)]
+    for kind, most in LIMITS[use].items():
+        sizes = [
+            abs(item.error) * 100
+            for item in listed
+            if item.prediction is not None and item.judged == kind
+        ]
+        if not sizes:
+            continue
+        found = statistics.median(sizes), quantile(sizes, 0.9), max(sizes)
+        for name, value, limit in zip(
+            ("median", "90th percentile", "worst"), found, most, strict=True
+        ):
+            text = f"{kind}: {name} {value:.1f} %, at most {limit:.0f} %"
+            result.append((text, value <= limit))
+    return result

@@ -57,7 +57,7 @@ class Evict:
         return self.engines == "vector" or (self.engines == "both" and self.turn % 3 == 1)
 
 
-def _transposed(s: Stream, source: Tile, evict: Evict) -> Tile:
+def transposed_blocks(s: Stream, source: Tile, evict: Evict) -> Tile:
     """[128, S] to [128, S / 128, 128] of p_dtype, four transposes to a bank and one copy."""
     blocks = source.shape[1] // ROWS
     result = s.sbuf(ROWS, blocks, ROWS, dtype=evict.p_dtype)
@@ -96,7 +96,7 @@ def _softmax(s: Stream, tiles: list[Tile], out: Tile) -> Tile:
 
 
 def _product(s: Stream, p: Tile, v_blocks: Tile, evict: Evict) -> Tile:
-    p_blocks = _transposed(s, p, evict)
+    p_blocks = transposed_blocks(s, p, evict)
     acc = s.psum(ROWS, ROWS)
     for j in range(p_blocks.shape[1]):
         s.matmul(acc, p_blocks[:, j], v_blocks[:, j], add=j > 0)
@@ -105,7 +105,7 @@ def _product(s: Stream, p: Tile, v_blocks: Tile, evict: Evict) -> Tile:
 
 def _fused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: Evict) -> None:
     seq_len = q.shape[1]
-    v_blocks = _transposed(s, v, evict)
+    v_blocks = transposed_blocks(s, v, evict)
     parts = [slice(j, j + KEYS) for j in range(0, seq_len, KEYS)]
     for m in range(seq_len // ROWS):
         tiles = [_scores(s, q, k, m, part) for part in parts]
@@ -129,24 +129,24 @@ def _unfused(s: Stream, q: Tile, k: Tile, v: Tile, out: Tile, evict: Evict) -> N
     seq_len = q.shape[1]
     blocks = seq_len // ROWS
     parts = [slice(j, j + KEYS) for j in range(0, seq_len, KEYS)]
-    scores = [s.hbm(ROWS, seq_len, dtype="float32") for _ in range(blocks)]
-    weights = [s.hbm(ROWS, seq_len, dtype="float32") for _ in range(blocks)]
+    scores, weights = (s.hbm(seq_len, seq_len, dtype="float32") for _ in range(2))
+    rows = [slice(m * ROWS, (m + 1) * ROWS) for m in range(blocks)]
     for m in range(blocks):
         row = s.sbuf(ROWS, seq_len, dtype="float32")
         for part in parts:
             evict(row[:, part], _scores(s, q, k, m, part))
-        s.dma(scores[m], row)
+        s.dma(scores[rows[m]], row)
     for m in range(blocks):
-        row = s.load(scores[m])
+        row = s.load(scores[rows[m]])
         p = s.sbuf(ROWS, seq_len, dtype="float32")
         inverse = _softmax(s, [row[:, part] for part in parts], p)
         weight = s.sbuf(ROWS, seq_len, dtype="float32")
         for part in parts:
             s.vector("tensor_scalar", weight[:, part], p[:, part], inverse)
-        s.dma(weights[m], weight)
-    v_blocks = _transposed(s, v, evict)
+        s.dma(weights[rows[m]], weight)
+    v_blocks = transposed_blocks(s, v, evict)
     for m in range(blocks):
-        acc = _product(s, s.load(weights[m]), v_blocks, evict)
+        acc = _product(s, s.load(weights[rows[m]]), v_blocks, evict)
         result = s.sbuf(ROWS, ROWS, dtype="float32")
         s.vector("tensor_copy", result, acc)
         s.dma(out[m * ROWS : (m + 1) * ROWS], result)

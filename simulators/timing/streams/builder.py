@@ -14,7 +14,9 @@ from typing import Any
 
 from nxd_cp.simulators.nki_api.log import (
     ACCUMULATE,
+    ONEZERO,
     READ_ACCUMULATOR,
+    SKIPPED,
     TRANSPOSE,
     BufferInfo,
     Log,
@@ -44,6 +46,12 @@ class Tile:
             offset += start * stride
             shape.append(stop - start)
         return Tile(self.storage, offset, tuple(shape), self.strides, self.dtype, self.space)
+
+    def swapped(self) -> Tile:
+        """The same elements with the first two dims changed over."""
+        shape, strides = list(self.shape), list(self.strides)
+        shape[:2], strides[:2] = shape[1::-1], strides[1::-1]
+        return Tile(self.storage, self.offset, tuple(shape), tuple(strides), self.dtype, self.space)
 
     @property
     def free(self) -> int:
@@ -103,9 +111,10 @@ class Stream:
         """A tile in PSUM, partitions first."""
         return self._tile("psum", shape, dtype)
 
-    def dma(self, dst: Tile, src: Tile, mode: str = "unknown") -> None:
-        """One DMA."""
-        self._add("dma_copy", "dma", dst, (src,), dst.free, detail=mode)
+    def dma(self, dst: Tile, src: Tile, mode: str = "unknown", *, skipped: bool = False) -> None:
+        """One DMA; a skipped one has an index out of bounds and moves nothing."""
+        flags = SKIPPED if skipped else 0
+        self._add("dma_copy", "dma", dst, (src,), dst.free, flags, detail=mode)
 
     def load(self, src: Tile, dtype: str | None = None, queue: str = "") -> Tile:
         """A fresh SBUF tile with the contents of `src`; on a DMA queue of its own if named."""
@@ -118,11 +127,12 @@ class Stream:
         """One DMA in transpose mode."""
         self._add("dma_transpose", "dma", dst, (src,), dst.free, TRANSPOSE, detail="unknown")
 
-    def matmul(self, dst: Tile, stationary: Tile, moving: Tile, *, add: bool = False) -> None:
-        """dst (+)= stationary.T @ moving."""
-        self._add(
-            "nc_matmul", "tensor", dst, (stationary, moving), moving.free, ACCUMULATE if add else 0
-        )
+    def matmul(
+        self, dst: Tile, stationary: Tile, moving: Tile, *, add: bool = False, onezero: bool = False
+    ) -> None:
+        """dst (+)= stationary.T @ moving; onezero: one of them is said to hold ones and zeros."""
+        flags = (ACCUMULATE if add else 0) | (ONEZERO if onezero else 0)
+        self._add("nc_matmul", "tensor", dst, (stationary, moving), moving.free, flags)
 
     def transpose(self, dst: Tile, data: Tile) -> None:
         """A transpose on TensorE; its moving operand is as wide as data has partitions."""

@@ -2,13 +2,15 @@
 
 Written from the tutorial's description: per 128 channels and per state, exp(delta A) on ScalarE,
 then delta u B, a scan, the product with C and the sum over states on VectorE. Rows of B and C are
-spread over the partitions by a multiplication with ones on TensorE. Up to one PSUM bank wide,
-VectorE reads them there; wider ones are copied to SBUF by ScalarE first. delta u does not depend on
-the state: v1 computes it each time, v2 and v3 once. v3 walks the sequence in tiles of 512.
+spread over the partitions by a multiplication with ones on TensorE. Version 1 walks the states and
+in them the channels, and loads and multiplies delta and u each time; a spread row serves all
+channels of a state, so ScalarE copies it to SBUF. Versions 2 and 3 walk the states of 128 channels
+after each other, with one product delta u. There a spread row serves once: up to one PSUM bank
+wide, VectorE reads it where it is; wider ones are copied too. v3 cuts the sequence in tiles of 512.
 
 Does not model what the compiler does when a version does not fit in SBUF: it spills, and v2 does so
 beyond about 4096 steps.
-Source: AWS Neuron SDK docs, nki/guides/tutorials/fused_mamba.rst.
+Source: AWS Neuron SDK docs, nki/guides/tutorials/fused_mamba.rst, and its kernels.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ def mamba(version: int, channels: int, seq_len: int, states: int = 16) -> Log:
     )
     ones = s.sbuf(1, CHANNELS, **wide)
     s.vector("memset", ones)
+    if version == 1:
+        _states_then_channels(s, delta, u, out, a, b, c, ones)
+        return s.log
     width = BANK if version == 3 else seq_len
     for first in range(0, channels, CHANNELS):
         rows = slice(first, first + CHANNELS)
@@ -41,8 +46,6 @@ def mamba(version: int, channels: int, seq_len: int, states: int = 16) -> Log:
         s.vector("memset", total)
         delta_tile, product = _inputs(s, delta[rows], u[rows])
         for state in range(states):
-            if version == 1 and state > 0:
-                delta_tile, product = _inputs(s, delta[rows], u[rows])
             a_column = s.load(a[rows, state])
             carry = None
             for start in range(0, seq_len, width):
@@ -53,13 +56,31 @@ def mamba(version: int, channels: int, seq_len: int, states: int = 16) -> Log:
                     product[:, part],
                     total[:, part],
                     a_column,
-                    b[state, part],
-                    c[state, part],
-                    ones,
+                    _spread(s, b[state, part], ones),
+                    _spread(s, c[state, part], ones),
                     carry,
                 )
         s.dma(out[rows], total)
     return s.log
+
+
+def _states_then_channels(
+    s: Stream, delta: Tile, u: Tile, out: Tile, a: Tile, b: Tile, c: Tile, ones: Tile
+) -> None:
+    """Version 1: every state loads all channels again."""
+    channels, seq_len = delta.shape
+    blocks = [slice(first, first + CHANNELS) for first in range(0, channels, CHANNELS)]
+    totals = [s.sbuf(CHANNELS, seq_len, dtype="float32") for _ in blocks]
+    for total in totals:
+        s.vector("memset", total)
+    for state in range(b.shape[0]):
+        spread = [_spread(s, side[state], ones, kept=True) for side in (b, c)]
+        for rows, total in zip(blocks, totals, strict=True):
+            delta_tile, product = _inputs(s, delta[rows], u[rows])
+            a_column = s.load(a[rows, state])
+            _state(s, delta_tile, product, total, a_column, *spread, None)
+    for rows, total in zip(blocks, totals, strict=True):
+        s.dma(out[rows], total)
 
 
 def _inputs(s: Stream, delta: Tile, u: Tile) -> tuple[Tile, Tile]:
@@ -76,9 +97,8 @@ def _state(
     product: Tile,
     total: Tile,
     a_column: Tile,
-    b_row: Tile,
-    c_row: Tile,
-    ones: Tile,
+    b_rows: Tile,
+    c_rows: Tile,
     carry: Tile | None,
 ) -> Tile:
     """One state over one stretch of the sequence; returns the last column of the scan."""
@@ -86,18 +106,18 @@ def _state(
     decay = s.sbuf(*shape, dtype="float32")
     s.scalar("exp", decay, delta, a_column)
     pushed, scan, seen = (s.sbuf(*shape, dtype="float32") for _ in range(3))
-    s.vector("tensor_tensor", pushed, product, _spread(s, b_row, ones))
+    s.vector("tensor_tensor", pushed, product, b_rows)
     s.vector("tensor_tensor_scan", scan, decay, pushed, *([carry] if carry is not None else []))
-    s.vector("tensor_tensor", seen, scan, _spread(s, c_row, ones))
+    s.vector("tensor_tensor", seen, scan, c_rows)
     s.vector("tensor_tensor", total, total, seen)
     return scan[:, shape[1] - 1 : shape[1]]
 
 
-def _spread(s: Stream, row: Tile, ones: Tile) -> Tile:
-    """A row of HBM on all partitions: in PSUM if it fits in a bank, else copied to SBUF."""
+def _spread(s: Stream, row: Tile, ones: Tile, *, kept: bool = False) -> Tile:
+    """A row of HBM on all partitions: in PSUM if it fits in a bank, else or if kept in SBUF."""
     on_chip = s.load(row)
     width = on_chip.shape[1]
-    if width <= BANK:
+    if width <= BANK and not kept:
         spread = s.psum(CHANNELS, width)
         s.matmul(spread, ones, on_chip)
         return spread

@@ -3,7 +3,8 @@
 Where a source leaves the choice of engine to the compiler, the published shares of busy time
 decide: scalings, reciprocals and square roots on ScalarE, products and sums of two tensors on
 VectorE. Where published HBM traffic shows that the compiler kept or reloaded an operand, the stream
-does too.
+does too. A product whose left side is not transposed transposes it where it stands in the source,
+and loops of 128 columns are one instruction per 512: affine_loops in docs/timing.md.
 
 Letters: M rows, K contraction, N columns.
 Source: zhang677/AccelOpt, NKIBench/kernels and experiments/full_complete_local/profile_results.csv.
@@ -94,14 +95,15 @@ def _adamw_half(s: Stream, given: list[Tile], out: Tile) -> None:
     s.vector("tensor_tensor", out, kept, joined(momentum, inverse))
 
 
-def _transposed_blocks(s: Stream, rows: Tile, passes: int) -> list[Tile]:
-    """[128, K] to K / 128 blocks [128, 128], through PSUM, copied by ScalarE."""
+def _transposed_blocks(s: Stream, rows: Tile) -> list[Tile]:
+    """[128, K] to K / 128 blocks [128, 128], four to a PSUM bank, copied by ScalarE."""
     blocks = []
-    for start in range(0, passes * ROWS, ROWS):
-        bank, block = s.psum(ROWS, ROWS), _tile(s, ROWS)
-        s.transpose(bank, rows[:, start : start + ROWS])
-        s.scalar("copy", block, bank)
-        blocks.append(block)
+    for start in range(0, rows.shape[1], BANK):
+        bank, four = s.psum(ROWS, BANK), _tile(s)
+        for j in range(0, BANK, ROWS):
+            s.transpose(bank[:, j : j + ROWS], rows[:, start + j : start + j + ROWS])
+        s.scalar("copy", four, bank)
+        blocks += [four[:, j : j + ROWS] for j in range(0, BANK, ROWS)]
     return blocks
 
 
@@ -117,7 +119,7 @@ def _matmul(s: Stream) -> None:
             blocks: list[Tile] = []
             for start in range(0, depth, 1024):
                 part = s.load(lhs[rows, start : start + 1024])
-                blocks += _transposed_blocks(s, part, 8)
+                blocks += _transposed_blocks(s, part)
             sums = [s.psum(ROWS, BANK) for _ in range(2)]
             for k, block in enumerate(blocks):
                 right = s.load(rhs[k * ROWS : (k + 1) * ROWS, columns])
@@ -144,17 +146,17 @@ def _norm(s: Stream, data: Tile) -> Tile:
     return inverse
 
 
-def _product(s: Stream, blocks: list[Tile], weights: list[Tile], out: Tile) -> None:
-    """out [128, N] = blocks^T weights, one bank at a time, copied by ScalarE."""
+def _product(s: Stream, rows: Tile, weights: list[Tile], out: Tile) -> None:
+    """out [128, N] = rows weights, one bank at a time, copied by ScalarE; rows as they are."""
     for start in range(0, out.shape[1], BANK):
-        acc = s.psum(ROWS, BANK)
+        acc, blocks = s.psum(ROWS, BANK), _transposed_blocks(s, rows)
         for k, block in enumerate(blocks):
             s.matmul(acc, block, weights[k][:, start : start + BANK], add=k > 0)
         s.scalar("copy", out[:, start : start + BANK], acc)
 
 
 def _rmsnorm_matmul(s: Stream) -> None:
-    """M 4096, K 1024, N 2048, weights read once per four row blocks of 1024."""
+    """M 4096, K 1024, N 2048, weights read once per four row blocks of 1024; transposed once."""
     x, out = s.hbm(4096, 1024, dtype=FP32), s.hbm(4096, 2048, dtype=FP32)
     weights = _weights(s, 1024, 2048)
     for row in range(0, 4096, ROWS):
@@ -162,24 +164,42 @@ def _rmsnorm_matmul(s: Stream) -> None:
         inverse = _norm(s, data)
         again, scaled = s.load(x[row : row + ROWS]), _tile(s, 1024)
         s.scalar("copy", scaled, again, inverse)
-        result = _tile(s, 2048)
-        _product(s, _transposed_blocks(s, scaled, 8), weights, result)
+        blocks, result = _transposed_blocks(s, scaled), _tile(s, 2048)
+        for start in range(0, 2048, BANK):
+            acc = s.psum(ROWS, BANK)
+            for k, block in enumerate(blocks):
+                s.matmul(acc, block, weights[k][:, start : start + BANK], add=k > 0)
+            s.scalar("copy", result[:, start : start + BANK], acc)
         s.dma(out[row : row + ROWS], result)
+
+
+def _gained(s: Stream, data: Tile, gain: Tile, ones: Tile) -> Tile:
+    """data times gain [1, N], which a multiplication with ones spreads over the rows."""
+    result = _tile(s, data.shape[1])
+    for start in range(0, data.shape[1], BANK):
+        part, spread = slice(start, start + BANK), s.psum(ROWS, BANK)
+        s.matmul(spread, ones, gain[:, part])
+        s.vector("tensor_tensor", result[:, part], data[:, part], spread)
+    return result
+
+
+def _ones_and_gain(s: Stream, columns: int) -> tuple[Tile, Tile]:
+    ones = s.sbuf(1, ROWS, dtype=FP32)
+    s.vector("memset", ones)
+    return ones, s.load(s.hbm(1, columns, dtype=FP32))
 
 
 def _add_rmsnorm_matmul(s: Stream) -> None:
     """x + z, norm, gain, product; M 4096, K 1024, N 2048; weights stay in SBUF."""
     x, z = s.hbm(4096, 1024, dtype=FP32), s.hbm(4096, 1024, dtype=FP32)
     out = s.hbm(4096, 2048, dtype=FP32)
-    weights, gain = _weights(s, 1024, 2048), s.load(s.hbm(ROWS, 1024, dtype=FP32))
+    weights, (ones, gain) = _weights(s, 1024, 2048), _ones_and_gain(s, 1024)
     for row in range(0, 4096, ROWS):
         rows = slice(row, row + ROWS)
-        total, scaled, gained = _tile(s, 1024), _tile(s, 1024), _tile(s, 1024)
+        total, scaled, result = _tile(s, 1024), _tile(s, 1024), _tile(s, 2048)
         s.vector("tensor_tensor", total, s.load(x[rows]), s.load(z[rows]))
         s.scalar("copy", scaled, total, _norm(s, total))
-        s.vector("tensor_tensor", gained, scaled, gain)
-        result = _tile(s, 2048)
-        _product(s, _transposed_blocks(s, gained, 8), weights, result)
+        _product(s, _gained(s, scaled, gain, ones), weights, result)
         for start in range(0, 2048, BANK):
             s.dma(out[rows, start : start + BANK], result[:, start : start + BANK])
 
@@ -188,13 +208,11 @@ def _matmul_add_rmsnorm(s: Stream) -> None:
     """Product, + z, norm, gain; M 4096, K 2048, N 2048; weights stay in SBUF."""
     x, z = s.hbm(4096, 2048, dtype=FP32), s.hbm(4096, 2048, dtype=FP32)
     out = s.hbm(4096, 2048, dtype=FP32)
-    weights, gain = _weights(s, 2048, 2048), s.load(s.hbm(ROWS, 2048, dtype=FP32))
+    weights, (ones, gain) = _weights(s, 2048, 2048), _ones_and_gain(s, 2048)
     for row in range(0, 4096, ROWS):
         rows = slice(row, row + ROWS)
-        product, total = _tile(s, 2048), _tile(s, 2048)
-        _product(s, _transposed_blocks(s, s.load(x[rows]), 16), weights, product)
+        product, total, scaled = _tile(s, 2048), _tile(s, 2048), _tile(s, 2048)
+        _product(s, s.load(x[rows]), weights, product)
         s.vector("tensor_tensor", total, product, s.load(z[rows]))
-        scaled, gained = _tile(s, 2048), _tile(s, 2048)
         s.scalar("copy", scaled, total, _norm(s, total))
-        s.vector("tensor_tensor", gained, scaled, gain)
-        s.dma(out[rows], gained)
+        s.dma(out[rows], _gained(s, scaled, gain, ones))

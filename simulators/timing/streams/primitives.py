@@ -169,6 +169,9 @@ _ROWS: dict[tuple[str, tuple[str, ...]], Callable[[], Primitive]] = {
     ("A6", ("table load",)): lambda: Primitive(constants_for("gen3").table_load.expected, 128),
     ("A6", ("DMA end",)): lambda: Primitive(constants_for("gen3").dma_done.expected, 128),
     ("A6", ("per engine",)): lambda: Primitive(dma_ns("gen3", 128, 128), 128),
+    ("A6", ("first DMA byte",)): lambda: Primitive(
+        constants_for("gen3").dma_software_start.expected, 128
+    ),
     ("A6", ("exp N=128",)): lambda: Primitive(activation_ns("gen3", 128), 128),
     ("A7", ("ACTIVATE 1 element, duration",)): lambda: Primitive(activation_ns("gen2", 1), 1),
     ("A7", ("dependent chain",)): lambda: Primitive(activation_chain_ns("gen2"), 1),
@@ -180,6 +183,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], Callable[[], Primitive]] = {
         vector_ns("gen2", "tensor_tensor", 8192, sources=2, partitions=64), 8192
     ),
     ("A7", ("DMA 32 KiB",)): lambda: Primitive(dma_ns("gen2", 4, 4096), 4096),
+    ("A7", ("DMA 4 B",)): lambda: Primitive(dma_ns("gen2", 1, 2), 1),
     ("B0", ("activation_reduce",)): lambda: Primitive(
         activation_ns("gen3", 16384, read=True), 16384
     ),
@@ -190,6 +194,10 @@ _ROWS: dict[tuple[str, tuple[str, ...]], Callable[[], Primitive]] = {
         vector_ns("gen3", "tensor_scalar", 16384, dtype="float32", dst="float8_e4m3"), 16384
     ),
     ("K2", ("HBM->SBUF stream",)): lambda: _rate(dma_stream("gen2", 128, 8192)),
+    ("K2", ("while DMA active",)): lambda: _rate(dma_stream("gen2", 128, 8192)),
+    ("K2", ("fp8 x fp32",)): lambda: Primitive(
+        vector_ns("gen2", "tensor_tensor", 4096, sources=2), 4096
+    ),
     ("K2", ("four [32,8 KB]",)): lambda: _rate(dma_stream("gen2", 32, 8192)),
     ("K2", ("1 KB per partition",)): lambda: _rate(dma_stream("gen2", 128, 1024)),
     ("K2", ("[128,16,512 B]",)): lambda: _rate(dma_stream("gen2", 128, 8192, pieces=16)),
