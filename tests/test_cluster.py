@@ -175,7 +175,7 @@ def test_a_hop_is_latency_plus_bytes_over_bandwidth():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_extrapolation_meets_a_size_run_in_full_within_one_percent(kernel):
     timed = timed_kernel(kernel, "gen3", heads_per_core=1, kv_heads_per_core=1)
-    for q_len, k_len, mask in ((2560, 2560, "causal"), (1536, 3072, "full")):
+    for q_len, k_len, mask in ((4096, 4096, "causal"), (4096, 4096, "full")):
         full = time_kernel(kernel, "gen3", q_len=q_len, k_len=k_len, mask=mask).expected_ns
         assert timed.rectangle_ns(q_len, k_len, mask) == pytest.approx(full, rel=0.01)
 
@@ -216,6 +216,16 @@ def test_the_command_prints_three_levels_both_ways(tmp_path):
     ):
         assert words in text
     assert (tmp_path / "ring.json").exists()
+
+
+def test_the_command_prints_the_closed_form_beside_what_it_finds():
+    """Two nodes over EFA: hops cannot be hidden, so both are far from zero."""
+    text = run_simulate(Ring(ranks=32, seq_len=32 * 1024, tflops=535.0))
+    (line,) = [line for line in text.splitlines() if line.startswith("forward, expected")]
+    exposed, closed_form = map(float, line.split()[4:6])
+    assert closed_form > 1
+    assert exposed == pytest.approx(closed_form, rel=0.05)
+    assert all(" - " in line for line in text.splitlines() if line.startswith("backward"))
 
 
 def test_wrong_clusters_and_models_are_caught():

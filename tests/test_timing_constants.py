@@ -112,3 +112,14 @@ def test_fits_use_rows_marked_fit_only():
     used = [row for fit in fits() for row in fit.rows]
     assert used
     assert {row.use for row in used} == {"fit"}
+
+
+# Bytes per ns of a chip's HBM and its cores: trainium.rst, trainium2.rst, trainium3.rst.
+HBM = {"gen2": (820 * 1.073741824, 2), "gen3": (2900.0, 8), "gen4": (4900.0, 8)}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_the_memory_of_a_chip_feeds_all_its_cores_at_their_dma_rate(generation):
+    """Why contention between cores for HBM is not modelled: there is none at expected rates."""
+    rate, cores = HBM[generation]
+    assert cores * constants_for(generation).dma_core_rate.expected <= rate

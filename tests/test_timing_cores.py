@@ -1,5 +1,6 @@
 """Several ranks and cores timed together: they wait for each other, and for nothing else."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ from nki_sim import nisa, nl, sbuf
 
 from nxd_cp.simulators.nki_api import Kernel, record, simulate_ranks
 from nxd_cp.simulators.nki_api import collectives as ncc
-from nxd_cp.simulators.timing import constants_for, estimate, estimate_cores
+from nxd_cp.simulators.timing import constants_for, estimate, estimate_cores, program
 from nxd_cp.simulators.timing.critical import critical_path, time_by_line, time_by_tag
 from nxd_cp.simulators.timing.trace import document
 
@@ -51,6 +52,37 @@ def pair(x):
     nisa.dma_copy(other, middle[128 - core * 128 : 256 - core * 128, :64])
     nisa.dma_copy(out[core * 128 : core * 128 + 128], other)
     return out
+
+
+def beside(x):
+    """A sum over the group, and a load that has nothing to do with it."""
+    src, dst, out = hbm(x.shape, "src"), hbm(x.shape, "dst"), hbm(x.shape, "out")
+    first, second = sbuf(x.shape, x.dtype), sbuf(x.shape, x.dtype)
+    nisa.dma_copy(first, x)
+    nisa.dma_copy(src, first)
+    ncc.all_reduce(srcs=[src], dsts=[dst], replica_group=ALL, op=nl.add)
+    for _ in range(20):
+        nisa.dma_copy(second, x)
+    nisa.dma_copy(out, second)
+    return out
+
+
+def test_a_collective_takes_its_share_of_the_dma_rate(monkeypatch):
+    large = np.zeros((128, 4096), np.float32)
+    with record() as log:
+        simulate_ranks(beside, [(large,)] * RANKS, generation="gen3")
+
+    def moved():
+        line = estimate_cores(log, "gen3")[0, 0].timeline
+        return line.resource_busy["dma core rate"], max(end for _, end in line.transfer.values())
+
+    sent = log.exchanges[0].bytes_sent / constants_for("gen3").at("expected").dma_core_rate
+    busy, last = moved()
+    alone = program.collective_cost
+    monkeypatch.setattr(program, "collective_cost", lambda *a: replace(alone(*a), dma=0.0))
+    busy_alone, last_alone = moved()
+    assert busy - busy_alone == pytest.approx(sent)
+    assert 0 < last - last_alone <= sent  # less where the rate was idle anyway
 
 
 def ranks_log(times):

@@ -72,6 +72,34 @@ def test_a_reader_waits_for_bytes_or_for_the_whole_tensor():
     assert by_tensor.start[2] >= by_tensor.end[1]
 
 
+def _through_hbm(granularity, parts=2):
+    """Two stores to one tensor and a load of the first; (its start, the end of the last store)."""
+    s = Stream()
+    kept = s.hbm(parts * 128, 4096, dtype="float32")
+    for part in range(parts):
+        s.dma(kept[part * 128 : (part + 1) * 128], s.sbuf(128, 4096, dtype="float32"))
+    s.load(kept[:128])
+    line = _time(s, granularity=granularity)
+    return line.start[parts], line.end[parts - 1]
+
+
+def test_a_compiler_of_the_older_language_waits_for_the_whole_tensor_in_hbm():
+    start, stored = _through_hbm("byte")
+    assert start < stored
+    start, stored = _through_hbm("fenced")
+    assert start >= stored
+
+
+def test_a_fence_in_hbm_leaves_bytes_on_chip_alone():
+    s = Stream()
+    tile, out = s.sbuf(128, 1024, dtype="float32"), s.sbuf(128, 512, dtype="float32")
+    s.vector("memset", tile[:, :512])
+    s.scalar("exp", tile[:, 512:], s.sbuf(128, 512, dtype="float32"))
+    s.gpsimd("affine_select", out, tile[:, :512])
+    line = _time(s, granularity="fenced")
+    assert line.start[2] < line.end[1]
+
+
 def test_a_ninth_psum_bank_waits_for_the_first():
     s = Stream()
     w, x = s.sbuf(128, 128), s.sbuf(128, 512)

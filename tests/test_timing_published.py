@@ -5,18 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from nxd_cp.simulators.timing import estimate
+from nxd_cp.simulators.timing import estimate, validation
 from nxd_cp.simulators.timing.catalog import source
 from nxd_cp.simulators.timing.clones import Kernel, NotRun, run
 from nxd_cp.simulators.timing.public import matmul_kernel
 from nxd_cp.simulators.timing.published import Prediction, not_a_kernel, predict, rows
+from nxd_cp.simulators.timing.results import Results
 from nxd_cp.simulators.timing.streams.attention_steps import attention_step
 from nxd_cp.simulators.timing.streams.mamba import mamba
 from nxd_cp.simulators.timing.streams.mamba_steps import mamba_step
 from nxd_cp.simulators.timing.streams.matmul import matmul
 from nxd_cp.simulators.timing.streams.nkibench import nkibench
 from nxd_cp.simulators.timing.streams.sd_attention import sd_attention
-from nxd_cp.simulators.timing.validation import Scored, quantile, report
+from nxd_cp.simulators.timing.validation import Scored, limits, quantile, report, score
 
 QUICK = (
     "fused_mamba v2 ch4096 seq512",
@@ -83,6 +84,44 @@ def test_the_report_counts_the_times_between_bound_and_pessimistic():
     scored = [Scored(row, Prediction(5.0, 1e6, 0.0, "kernel", "stream", band)) for band in given]
     assert [item.in_band for item in scored] == [True, False, False]
     assert "times between bound and pessimistic: 1 of 3" in report(scored, "title")
+
+
+def test_limits_are_judged_by_class_and_a_row_that_did_not_run_breaks_one():
+    row = replace(_quick()[0], value=100.0)
+    good = [Scored(row, Prediction(104.0, 1e6, 0.0, "kernel"))] * 9
+    assert all(kept for _, kept in limits(good, "score"))
+    one_off = [*good, Scored(row, Prediction(150.0, 1e6, 0.0, "kernel"))]
+    assert [text for text, kept in limits(one_off, "score") if not kept] == [
+        "kernel: worst 50.0 %, at most 40 %"
+    ]
+    missed = [*good, Scored(row, None, "no instruction stream for this kernel")]
+    assert next(kept for _, kept in limits(missed, "score")) is False
+    assert limits(missed, "fit") == []
+
+
+def test_a_validation_that_was_cut_off_goes_on_where_it_was(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        validation, "predict", lambda row, clones: ran.append(row) or f"tried {row.name}"
+    )
+    file = tmp_path / "results.jsonl"
+    first = score("score-suite", None, None, Results(file, None))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:3]) + "\n")
+    ran.clear()
+    assert score("score-suite", None, None, Results(file, None)) == first
+    assert len(ran) == len(lines) - 3
+    ran.clear()
+    score("score-suite", None, None, Results(file, tmp_path))  # other clones: nothing is known
+    assert len(ran) == len(lines)
+
+
+def test_a_kept_prediction_is_the_one_that_was_made(tmp_path):
+    row = _quick()[0]
+    made = Prediction(1.5, 2.5, 0.1, "kernel", "stream", (1.0, 3.0))
+    Results(tmp_path / "file", None).put(row, made)
+    assert Results(tmp_path / "file", None).get(row) == made
+    assert Results(tmp_path / "file", None, fresh=True).get(row) is None
 
 
 def test_quantile_is_the_smallest_value_that_covers_the_share():

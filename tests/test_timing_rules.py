@@ -18,6 +18,7 @@ from nxd_cp.simulators.timing.dma import transfer
 from nxd_cp.simulators.timing.streams.builder import Stream
 from nxd_cp.simulators.timing.streams.primitives import time
 
+GEN2 = constants_for("gen2").at("expected")
 GEN3 = constants_for("gen3").at("expected")
 TILE = Access(
     buffer=0,
@@ -148,6 +149,18 @@ def test_short_rows_make_more_packets_and_a_skipped_dma_moves_nothing():
 
     assert engine_ns(256) - engine_ns(512) == pytest.approx(8 * GEN3.dma_packet)
     assert engine_ns(512, SKIPPED) == 0.0
+
+
+@pytest.mark.parametrize(("size", "published"), [(4, 7.0), (512, 51.2), (4096, 226.25)])
+def test_a_packet_on_trn1_takes_its_measured_time(size, published):
+    """From the rows that the two lines were fitted on: 7 ns, 160 GB/s, 1810 ns for eight."""
+    hbm = dataclasses.replace(TILE, space="hbm", partitions=1, elements=size, itemsize=1)
+    hbm = dataclasses.replace(hbm, run_bytes=size)
+    chip = dataclasses.replace(TILE, partitions=1, elements=size, itemsize=1)
+    found = transfer("gen2", "dma_copy", "", 0, chip, (hbm,), GEN2)
+    assert found.engine_ns == pytest.approx(published, rel=0.01)
+    one_line = GEN2.dma_packet + size / GEN2.dma_engine_rate
+    assert (found.engine_ns < 0.99 * one_line) == (size < 512)
 
 
 def test_a_transpose_by_dma_on_chip_runs_at_its_share_of_the_rate():

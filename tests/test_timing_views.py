@@ -77,6 +77,18 @@ def test_trace_has_a_slice_per_instruction_and_lanes_do_not_overlap(times):
     assert json.loads(json.dumps(trace)) == trace
 
 
+def test_the_wait_of_every_slice_is_the_gap_before_it(times):
+    trace = document({"rank 0 core 0": times.timeline})
+    begin = times.timeline.program.values.kernel_start / 1e3
+    for lane in {e["tid"] for e in _events(trace, "X") if "wait_ns" in e["args"]}:
+        free = begin
+        for e in sorted(
+            (e for e in _events(trace, "X") if e["tid"] == lane), key=lambda e: e["ts"]
+        ):
+            assert e["args"]["wait_ns"] / 1e3 == pytest.approx(max(0.0, e["ts"] - free), abs=2e-6)
+            free = e["ts"] + e["dur"]
+
+
 def test_overlapping_slices_are_caught(times):
     trace = document({"rank 0 core 0": times.timeline})
     first = next(e for e in _events(trace, "X") if e["cat"] == "tensor")

@@ -16,7 +16,7 @@ from nxd_cp.simulators.timing.constants import constants_for
 from . import trace
 from .kernel_time import KernelTime, Rate
 from .measure import timed_kernel
-from .ring import Model, RingTimes, simulate
+from .ring import Model, RingTimes, closed_form_exposed_ns, simulate
 from .topology import Cluster
 
 LEVELS = {"low": "bound", "expected": "expected", "high": "pessimistic"}
@@ -58,8 +58,8 @@ def run_simulate(ring: Ring, *, trace_path: Path | None = None) -> str:
         f"{ring.ranks} positions of {cluster.cores} {generation} cores "
         f"({cluster.chips:g} chips), {ring.seq_len} tokens, {ring.layout}, hops over "
         f"{', '.join(links)}; estimated, not measured",
-        f"{'':<24}{'step ms':>10}{'compute ms':>12}{'exposed ms':>12}{'hop us':>10}"
-        f"{'balance':>9}{'efficiency':>12}{'guesses':>9}",
+        f"{'':<24}{'step ms':>10}{'compute ms':>12}{'exposed ms':>12}{'closed form':>13}"
+        f"{'hop us':>10}{'balance':>9}{'efficiency':>12}{'guesses':>9}",
     ]
     for backward in (False, True):
         for level, name in LEVELS.items():
@@ -74,7 +74,8 @@ def run_simulate(ring: Ring, *, trace_path: Path | None = None) -> str:
                 level=level,
                 progress=_progress,
             )
-            out.append(_line(f"{'backward' if backward else 'forward'}, {name}", times))
+            direction = "backward" if backward else "forward"
+            out.append(_line(f"{direction}, {name}", times, _closed_form(times, backward)))
             if trace_path is not None and not backward and level == "expected":
                 trace.write(trace_path, plan, times)
                 out.append(f"{'':<4}trace of the forward: {trace_path}")
@@ -105,11 +106,20 @@ def _kernel(
     )
 
 
-def _line(name: str, times: RingTimes) -> str:
+def _closed_form(times: RingTimes, backward: bool) -> str:
+    """ms of a forward's exposed communication if all steps computed equally long; else a dash."""
+    steps = len(times.hop_ns)
+    if backward or not steps:
+        return "-"
+    hop = max(times.hop_ns)
+    return f"{closed_form_exposed_ns(times.compute_ns / steps, hop, steps - 1) / 1e6:.3f}"
+
+
+def _line(name: str, times: RingTimes, closed_form: str) -> str:
     hop = max(times.hop_ns, default=0.0)
     return (
         f"{name:<24}{times.total_ns / 1e6:>10.3f}{times.compute_ns / 1e6:>12.3f}"
-        f"{times.exposed_ns / 1e6:>12.3f}{hop / 1e3:>10.1f}{times.balance:>9.3f}"
+        f"{times.exposed_ns / 1e6:>12.3f}{closed_form:>13}{hop / 1e3:>10.1f}{times.balance:>9.3f}"
         f"{100 * times.efficiency:>11.1f}%{100 * times.guess_share:>8.1f}%"
     )
 

@@ -71,7 +71,7 @@ class Timed:
     fixed_ns: float = 0.0
     groups: int = 1
     small: int = 1024
-    large: int = 2048
+    large: int = 3072
     dma_share: float = 0.0
     guess_share: float = 0.0
     _known: dict[tuple[int, int, str], float] = field(default_factory=dict)

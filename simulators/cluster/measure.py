@@ -122,7 +122,7 @@ def timed_kernel(
     dtype: str = "bfloat16",
     level: str = "expected",
     small: int = 1024,
-    large: int = 2048,
+    large: int = 3072,
 ) -> Timed:
     """Extrapolated times of a kernel on one core; one group of heads is run, the rest multiplied.
 

@@ -82,12 +82,14 @@ class Cost:
     """occupancy: the engine is held; latency: from start to the result, both from the start on.
 
     weights: exposed load of the stationary operand when TensorE does not run back to back.
+    dma: what a collective takes of the core's DMA rate, ns.
     """
 
     occupancy: Parts
     latency: Parts
     weights: float = 0.0
     table: int | None = None
+    dma: float = 0.0
 
     @cached_property
     def occupancy_ns(self) -> float:

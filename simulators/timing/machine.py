@@ -6,8 +6,8 @@ at data; a time never changes a result.
 
 Resources: engines and DMA queues; on gen2 one PSUM port for VectorE and ScalarE and one SBUF port
 for VectorE and GpSimdE; on gen3 and gen4 VectorE and ScalarE take turns on a PSUM bank; four groups
-of four DMA engines and the core's bandwidth cap; the software descriptor generator; TensorE's
-clock, halved while it is cold (gen3, gen4).
+of four DMA engines; the core's DMA rate, which collectives take from too; the software descriptor
+generator; TensorE's clock, halved while it is cold (gen3, gen4).
 """
 
 from __future__ import annotations
@@ -180,6 +180,9 @@ class Machine:
         held = cost.occupancy_ns + load
         line.start[record], line.free[record] = start, start + held
         line.end[record] = start + max(held, cost.latency_ns + load)
+        if cost.dma:
+            self.core = max(self.core, start) + cost.dma
+            self.busy["dma core rate"] = self.busy.get("dma core rate", 0.0) + cost.dma
         for port in self._ports(record, queue):
             self.ports[port] = (start + held, record)
 

@@ -29,8 +29,9 @@ def events(
     lanes = _lanes(line)
     out: list[dict[str, Any]] = [_meta("process_name", pid, 0, name)]
     out += [_meta("thread_name", pid, tid, lane) for lane, tid in lanes.items()]
+    idle = _idle_before(line)
     for record in range(len(line.program)):
-        out.append(_slice(line, record, pid, lanes, offset_ns))
+        out.append(_slice(line, record, pid, lanes, idle[record], offset_ns))
         out += _arrow(line, record, pid, lanes, offset_ns)
     out += _transfers(line, pid, lanes, offset_ns)
     out += counters(line, pid, offset_ns)
@@ -64,8 +65,19 @@ def _meta(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
     return {"name": what, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
 
 
+def _idle_before(line: Timeline) -> list[float]:
+    """Per record, how long its queue had nothing to do before it started, ns."""
+    free = dict.fromkeys(line.program.queues, line.program.values.kernel_start)
+    idle = [0.0] * len(line.program)
+    for record in sorted(range(len(idle)), key=lambda i: (line.start[i], i)):
+        queue = line.program.queues[record]
+        idle[record] = max(0.0, line.start[record] - free[queue])
+        free[queue] = max(free[queue], line.free[record])
+    return idle
+
+
 def _slice(
-    line: Timeline, record: int, pid: int, lanes: dict[str, int], offset: float
+    line: Timeline, record: int, pid: int, lanes: dict[str, int], idle: float, offset: float
 ) -> dict[str, Any]:
     program = line.program
     queue, opcode = program.queues[record], program.opcodes[record]
@@ -78,6 +90,7 @@ def _slice(
             _operand(program.accesses[v]) for v in (*program.writes[record], *program.reads[record])
         ),
         "wait": line.wait_kind[record],
+        "wait_ns": round(idle, 3),
         "latency_ns": round(line.end[record] - line.start[record], 3),
     }
     if waited >= 0:

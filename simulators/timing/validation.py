@@ -13,7 +13,6 @@ from pathlib import Path
 from .published import NS_PER, TIMES, Prediction, Row, not_a_kernel, predict, rows
 from .results import Results
 
-
 # Per use and class: the most that the median, the 90th percentile and the worst may be off, in %.
 LIMITS: dict[str, dict[str, tuple[float, float, float]]] = {
     "score": {
