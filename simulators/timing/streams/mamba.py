@@ -74,11 +74,11 @@ def _states_then_channels(
     for total in totals:
         s.vector("memset", total)
     for state in range(b.shape[0]):
-        spread = [_spread(s, side[state], ones, kept=True) for side in (b, c)]
+        b_rows, c_rows = (_spread(s, side[state], ones, kept=True) for side in (b, c))
         for rows, total in zip(blocks, totals, strict=True):
             delta_tile, product = _inputs(s, delta[rows], u[rows])
             a_column = s.load(a[rows, state])
-            _state(s, delta_tile, product, total, a_column, *spread, None)
+            _state(s, delta_tile, product, total, a_column, b_rows, c_rows, None)
     for rows, total in zip(blocks, totals, strict=True):
         s.dma(out[rows], total)
 
