@@ -8,7 +8,8 @@ full turn. Each step
     compute the present rectangles: dq is added in HBM here, dk and dv in the message that is here
     issue the permute that passes that message on
 
-From gen3 (trn2), one core per rank (LNC1), NKI 0.5 and later (nki.collectives).
+From gen3 (trn2), one core per rank or two that share the heads (LNC2), NKI 0.5 and later
+(nki.collectives).
 Letters and schedule: ring_steps.py. Precision: as flash_bwd.py, all sums fp32.
 """
 
@@ -61,11 +62,11 @@ def ring_bwd(
     dv_hbm = nl.ndarray(v_BGCSE.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     group, size = ncc.ReplicaGroup(groups), len(groups[0])
     identity_PP = make_identity(q_BHCSD.dtype)
-    kv = make_buffers(k_BGCSD, v_BGCSE, k_BGCSD.dtype, "kv")
-    grads = make_buffers(k_BGCSD, v_BGCSE, nl.float32, "grads")
-    pack(kv[0], k_BGCSD, v_BGCSE)
-    sides_N1 = load_sides(sides_NN, group)
     items = my_items(batches, kv_heads)
+    kv = make_buffers(k_BGCSD, v_BGCSE, k_BGCSD.dtype, "kv", items)
+    grads = make_buffers(k_BGCSD, v_BGCSE, nl.float32, "grads", items)
+    pack(kv[0], k_BGCSD, v_BGCSE, items)
+    sides_N1 = load_sides(sides_NN, group)
     for step in range(size):
         here, sums = kv[step % 2], grads[step % 2]
         if step < size - 1:
@@ -95,6 +96,8 @@ def ring_bwd(
                 places["dk_in"], places["dv_in"] = (places["dk"],), (places["dv"],)
             for i in range(len(items)):
                 b, g = items[i]
+                places["k"]["pair"], places["v"]["pair"] = (0, i), (0, i)
+                places["dk"]["pair"], places["dv"]["pair"] = (0, i), (0, i)  # and those carried
                 units = query_units(heads, kv_heads, g, num_rows)
                 rectangle(places, b, g, units, (), options, identity_PP)
         if size > 1:
@@ -102,5 +105,5 @@ def ring_bwd(
     home = grads[0]
     if size > 1:
         home = grads[size % 2]
-    unpack(dk_hbm, dv_hbm, home)
+    unpack(dk_hbm, dv_hbm, home, items)
     return dq_hbm, dk_hbm, dv_hbm

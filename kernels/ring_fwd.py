@@ -6,7 +6,7 @@ Every rank holds its queries and passes its keys and values round the ring. Each
     compute the present ones, merged into o and lse in HBM: the carry of `flash_fwd.rectangle`
 
 so that the transfer of step i + 1 has the whole computation of step i to hide behind. From gen3
-(trn2), one core per rank (LNC1), NKI 0.5 and later (nki.collectives).
+(trn2), one core per rank or two that share the heads (LNC2), NKI 0.5 and later (nki.collectives).
 
 Letters: N ranks; B batch, H query heads, G key/value heads, C chunks, S rows of a chunk, D head dim
 of q and k, E of v. Schedule: Note [Zigzag] in ring_steps.py. Precision: as flash_fwd.py; o and lse
@@ -52,10 +52,10 @@ def ring_fwd(q_BHCSD, k_BGCSD, v_BGCSE, sides_NN, groups, mask, scale, softcap=0
     lse_hbm = nl.ndarray(lse_shape, dtype=nl.float32, buffer=nl.shared_hbm)
     group, size = ncc.ReplicaGroup(groups), len(groups[0])
     eyes = (make_identity(q_BHCSD.dtype), make_identity(nl.bfloat16))
-    kv = make_buffers(k_BGCSD, v_BGCSE, k_BGCSD.dtype, "kv")
-    pack(kv[0], k_BGCSD, v_BGCSE)
-    sides_N1 = load_sides(sides_NN, group)
     items = my_items(batches, kv_heads)
+    kv = make_buffers(k_BGCSD, v_BGCSE, k_BGCSD.dtype, "kv", items)
+    pack(kv[0], k_BGCSD, v_BGCSE, items)
+    sides_N1 = load_sides(sides_NN, group)
     for step in range(size):
         here = kv[step % 2]
         if step < size - 1:
@@ -77,6 +77,7 @@ def ring_fwd(q_BHCSD, k_BGCSD, v_BGCSE, sides_NN, groups, mask, scale, softcap=0
                 places["carry"] = (places["o"], places["lse"])
             for i in range(len(items)):
                 b, g = items[i]
+                places["k"]["pair"], places["v"]["pair"] = (0, i), (0, i)
                 units = query_units(heads, kv_heads, g, num_rows)
                 rectangle(places, b, g, units, (), options, eyes)
     return o_hbm, lse_hbm

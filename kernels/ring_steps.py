@@ -64,35 +64,36 @@ def side_of(row_N1, group, step):
     return side_11
 
 
-def make_buffers(like_k, like_v, dtype, name):
-    """Two HBM buffers [B, G, C, S, D + E], keys and values (or their gradients) side by side."""
-    batches, groups, chunks, num_rows, head_dim = like_k.shape
-    shape = (batches, groups, chunks, num_rows, head_dim + like_v.shape[4])
+def make_buffers(like_k, like_v, dtype, name, items):
+    """Two HBM buffers [1, I, C, S, D + E], keys and values (or their gradients) side by side.
+
+    items: the I (batch, key/value head) pairs of this core; with two, each sends its own.
+    """
+    _, _, chunks, num_rows, head_dim = like_k.shape
+    shape = (1, len(items), chunks, num_rows, head_dim + like_v.shape[4])
     here = nl.ndarray(shape, dtype=dtype, buffer=nl.private_hbm, name=name + "_0")
     there = nl.ndarray(shape, dtype=dtype, buffer=nl.private_hbm, name=name + "_1")
     return here, there
 
 
-def pack(buffer, k, v):
+def pack(buffer, k, v, items):
     """Copy keys and values side by side into a message."""
-    batches, groups, chunks, _, head_dim = k.shape
-    width = buffer.shape[4]
-    for b in range(batches):
-        for g in range(groups):
-            for c in range(chunks):
-                nisa.dma_copy(dst=buffer[b, g, c, :, 0:head_dim], src=k[b, g, c, :, :])  # DMA
-                nisa.dma_copy(dst=buffer[b, g, c, :, head_dim:width], src=v[b, g, c, :, :])  # DMA
+    chunks, head_dim, width = k.shape[2], k.shape[4], buffer.shape[4]
+    for i in range(len(items)):
+        b, g = items[i]
+        for c in range(chunks):
+            nisa.dma_copy(dst=buffer[0, i, c, :, 0:head_dim], src=k[b, g, c, :, :])  # DMA
+            nisa.dma_copy(dst=buffer[0, i, c, :, head_dim:width], src=v[b, g, c, :, :])  # DMA
 
 
-def unpack(k, v, buffer):
+def unpack(k, v, buffer, items):
     """Copy a message apart."""
-    batches, groups, chunks, _, head_dim = k.shape
-    width = buffer.shape[4]
-    for b in range(batches):
-        for g in range(groups):
-            for c in range(chunks):
-                nisa.dma_copy(dst=k[b, g, c, :, :], src=buffer[b, g, c, :, 0:head_dim])  # DMA
-                nisa.dma_copy(dst=v[b, g, c, :, :], src=buffer[b, g, c, :, head_dim:width])  # DMA
+    chunks, head_dim, width = k.shape[2], k.shape[4], buffer.shape[4]
+    for i in range(len(items)):
+        b, g = items[i]
+        for c in range(chunks):
+            nisa.dma_copy(dst=k[b, g, c, :, :], src=buffer[0, i, c, :, 0:head_dim])  # DMA
+            nisa.dma_copy(dst=v[b, g, c, :, :], src=buffer[0, i, c, :, head_dim:width])  # DMA
 
 
 def send_on(src, dst, group):

@@ -96,7 +96,8 @@ def transpose(dst_FP, data_PF, identity_PP):
 
 def whole(hbm_BHSD):
     """All rows of an HBM tensor as a place to load from and store to."""
-    return {"hbm": hbm_BHSD, "kind": "whole", "rows": hbm_BHSD.shape[2], "width": hbm_BHSD.shape[3]}
+    rows, width = hbm_BHSD.shape[2], hbm_BHSD.shape[3]
+    return {"hbm": hbm_BHSD, "kind": "whole", "pair": (), "rows": rows, "width": width}
 
 
 def chunk(hbm_BHCSD, index, first_column, width):
@@ -104,6 +105,7 @@ def chunk(hbm_BHCSD, index, first_column, width):
     return {
         "hbm": hbm_BHCSD,
         "kind": "chunk",
+        "pair": (),
         "index": index,
         "first": first_column,
         "rows": hbm_BHCSD.shape[3],
@@ -124,6 +126,8 @@ def moving_chunk(hbm_BHCSD, index_11, first_column, width):
 def rows_of(place, b, h, start, count):
     """Rows start to start + count of one head at a place, as an operand of a DMA."""
     hbm = place["hbm"]
+    if len(place["pair"]) > 0:  # a tensor that counts its heads in its own way
+        b, h = place["pair"]
     if place["kind"] == "whole":
         return hbm[b, h, start : start + count, :]
     first, width = place["first"], place["width"]

@@ -18,11 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nxd_cp.backends import device_ring
+from nxd_cp.backends import device_ring, get_support_kernels
 from nxd_cp.backends.device_ops import launch_cores, outputs_like
 from nxd_cp.backends.device_ring import HOST_RING
 from nxd_cp.backends.kernel_modules import kernel_module
-from nxd_cp.backends.kernel_support import SupportKernels
 from nxd_cp.context import CPContext
 from nxd_cp.ops import refuse
 from nxd_cp.options import Options
@@ -51,6 +50,11 @@ def attend(
     return o, lse
 
 
+def cores_of(kernels: str) -> int:
+    """Physical cores of a rank (LNC): what the runtime groups on a device, one in the simulator."""
+    return launch_cores() if kernels == "nki" else 1
+
+
 class _Ring:
     """The ring of one context."""
 
@@ -62,7 +66,8 @@ class _Ring:
             )
         self.cp, self.options = cp, options
         self.kernels = RING_BACKENDS[options.backend]
-        self.support = SupportKernels(self.kernels)
+        self.support = get_support_kernels(self.kernels)
+        self.cores = cores_of(self.kernels)
         self.groups = (tuple(range(cp.size)),)
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> None:
@@ -99,11 +104,6 @@ class _Ring:
                 self.cp.agree(call, {**shapes, "dtype": str(q.dtype), **named}, q.device)
 
     def _check_job(self) -> None:
-        if launch_cores() != 1:
-            raise ValueError(
-                f"device ring: expected one core per rank (LNC1), got {launch_cores()}; set "
-                f"NEURON_LOGICAL_NC_CONFIG=1, or {HOST_RING}"
-            )
         world = dist.get_world_size() if dist.is_initialized() else 1
         if isinstance(self.cp.transport, LocalTransport) or world != self.cp.size:
             raise ValueError(
@@ -127,13 +127,14 @@ class _Ring:
             scale=self.options.scale,
             softcap=self.options.softcap,
             generation=generation,
+            cores=self.cores,
         )
 
     def launch(self, name: str, arguments: tuple[Any, ...]) -> list[Tensor]:
         """This rank's results of a ring kernel."""
         kernel = getattr(kernel_module(self.kernels, None, name), name)
         if self.kernels == "nki":
-            return list(kernel(*arguments))
+            return list(kernel[self.cores](*arguments))
         by_tensor = [
             self.cp.all_gather(x) if isinstance(x, Tensor) else [x] * self.cp.size
             for x in arguments
@@ -144,7 +145,7 @@ class _Ring:
         if self.cp.rank == 0:
             from nxd_cp.simulators.nki_api import simulate_ranks
 
-            results = simulate_ranks(kernel, calls)
+            results = simulate_ranks(kernel, calls, lnc=self.cores)
             found = [torch.stack([*parts]) for parts in zip(*results, strict=True)]
         return [self.cp.all_gather(x)[0][self.cp.rank] for x in found]
 

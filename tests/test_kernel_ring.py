@@ -23,6 +23,7 @@ from nxd_cp.backends import device_ops, kernel_limits, kernel_modules
 from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
 from nxd_cp.context import CPContext
 from nxd_cp.simulators.nki_api import (
+    Log,
     NkiSimulatorWarning,
     NkiValidationError,
     load,
@@ -126,6 +127,12 @@ def test_groups_of_ranks_are_rings_of_their_own() -> None:
 
 def opcodes(case: Case, direction: str) -> list[list[str]]:
     """The instructions of every rank."""
+    log = program(case, direction)
+    return [[r.opcode for r in log.of_core(rank, 0)] for rank in range(case.size)]
+
+
+def program(case: Case, direction: str, lnc: int = 1) -> Log:
+    """The log of one direction."""
     kernels = load("nxd_cp.kernels", generation="gen3")
     parts = [[cut(x, case, rank) for x in inputs(case)] for rank in range(case.size)]
     calls = [arguments(case, part, "gen3") for part in parts]
@@ -135,8 +142,8 @@ def opcodes(case: Case, direction: str) -> list[list[str]]:
         rows = torch.zeros(case.B, case.Hq, case.S // case.size)
         calls = [backward_arguments(p[3], rows, rows, c) for p, c in zip(parts, calls, strict=True)]
     with record() as log:
-        simulate_ranks(kernel, calls, generation="gen3")
-    return [[r.opcode for r in log.of_core(rank, 0)] for rank in range(case.size)]
+        simulate_ranks(kernel, calls, generation="gen3", lnc=lnc)
+    return log
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -342,7 +349,8 @@ def kernels_under_ops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_modules, "importlib", SimpleNamespace(import_module=find))
     monkeypatch.setattr(device_ops, "_OPS", {})
     monkeypatch.setattr(device_ops, "STACKS", {"cpu": "xla"})
-    monkeypatch.setattr(device_ring, "launch_cores", lambda: 1)
+    monkeypatch.setattr(device_ring, "cores_of", lambda kernels: 1)
+    monkeypatch.setattr(device_ops, "launch_cores", lambda: 1)
 
 
 def test_on_a_device_every_rank_launches_its_own_program(
@@ -357,12 +365,39 @@ def test_on_a_device_every_rank_launches_its_own_program(
     check_fp32(case, found)
 
 
-def test_a_device_ring_is_one_core_per_rank_and_the_whole_job(
+def test_a_device_ring_is_the_whole_job_and_two_cores_share_its_heads(
     kernels_under_ops: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused("a context of all 1 processes of the job, got CPContext", backend="nki_ring")
-    monkeypatch.setattr(device_ring, "launch_cores", lambda: 2)
-    refused("expected one core per rank .LNC1., got 2", backend="nki_ring")
+    monkeypatch.setattr(device_ring, "cores_of", lambda kernels: 2)
+    refused("heads that the 2 cores of a rank can share, got 3; use one core", shape=(1, 3, 8, 16))
+
+
+@pytest.mark.parametrize("shape", [{"Hq": 4, "Hkv": 2}, {"B": 2, "Hq": 2, "Hkv": 1}], ids=str)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_two_cores_of_a_rank_share_its_heads_and_give_the_same_bits(
+    size: int, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = zigzag(size, **shape)
+    alone = run(case, "gen3")
+    monkeypatch.setattr(device_ring, "cores_of", lambda kernels: 2)
+    for x, y in zip(run(case, "gen3"), alone, strict=True):
+        assert torch.equal(x, y)
+    check(case, "gen4")
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_each_of_two_cores_sends_its_own_heads(direction: str) -> None:
+    case = zigzag(3, Hq=4, Hkv=2)
+    sent = {}
+    for lnc in (1, 2):
+        log = program(case, direction, lnc)
+        for core in range(lnc):
+            own = [one.bytes_sent for one in log.of_core(0, core).exchanges]
+            sent[lnc, core] = own
+    assert sent[2, 0] == sent[2, 1]
+    assert [2 * half for half in sent[2, 0]] == sent[1, 0]
+    assert len(sent[1, 0]) == (2 if direction == "forward" else 5)
 
 
 def test_the_instructions_of_a_ring_are_within_the_estimate() -> None:

@@ -29,14 +29,17 @@ def forward_arguments(
     scale: float,
     softcap: float | None = None,
     generation: str | None = None,
+    cores: int = 1,
 ) -> tuple[Any, ...]:
     """Positional arguments of `ring_fwd` for one rank.
 
     q [B, H, rows, D], k [B, G, rows, D] and v [B, G, rows, E] are the rank's own: its two zigzag
     chunks one after the other where `causal`, else any part of the sequence. groups: ranks by
     group, all of one length; the runtime orders each ring. generation: the chip's, if known.
+    cores: of a rank (LNC).
     """
     _check(q, k, v, groups, causal, scale, softcap, generation)
+    _check_cores(q, k, generation, cores)
     size, chunks = len(groups[0]), 2 if causal else 1
     rank = torch.arange(size)
     sides = (rank[None, :] > rank[:, None]).int()
@@ -95,6 +98,16 @@ def _check(
             "the batch"
         )
     _check_size(q, k, v, sizes.pop(), causal, softcap)
+
+
+def _check_cores(q: Tensor, k: Tensor, generation: str | None, cores: int) -> None:
+    limits.check_cores("device ring", generation, cores)
+    pairs = q.shape[0] * k.shape[1]
+    if pairs % cores:
+        raise ValueError(
+            f"device ring: expected batch x key/value heads that the {cores} cores of a rank can "
+            f"share, got {pairs}; use one core per rank (LNC1), or {HOST_RING}"
+        )
 
 
 def _check_size(
