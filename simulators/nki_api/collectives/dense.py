@@ -8,6 +8,7 @@ Source: nki.collectives. Letter: n ranks of the group.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from nxd_cp.simulators.nki_api.chips import NUM_PARTITIONS
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.memory import SBUF
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
+from nxd_cp.simulators.nki_api.runtime import Run
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .exchange import Arrays, exchange, moving
-from .group import own_group
-from .operands import SIZES, Operands, check_priority, operands, reduction, require_sizes
+from .operands import SIZES, Operands, begin, operands, reduction, require_sizes
 
 _DIM = documented(
     "collective.dim",
@@ -40,8 +41,7 @@ def all_reduce(
 ) -> None:
     """Every dst = the group's sources, reduced by op."""
     instr = "nki.collectives.all_reduce"
-    note_name(instr, name)
-    run, given, group = _start(instr, srcs, dsts, replica_group, priority)
+    run, given, group = _start(instr, name, srcs, dsts, replica_group, priority)
     function = reduction(instr, op)
     for src, dst in zip(given.sources, given.destinations, strict=True):
         require_sizes(instr, src, dst, src.shape)
@@ -64,8 +64,7 @@ def all_gather(
 ) -> None:
     """Every dst = the group's sources, one after another along collective_dim."""
     instr = "nki.collectives.all_gather"
-    note_name(instr, name)
-    run, given, group = _start(instr, srcs, dsts, replica_group, priority)
+    run, given, group = _start(instr, name, srcs, dsts, replica_group, priority)
     n, on_chip = len(group), given.sources[0].space == SBUF
     _check_dim(instr, collective_dim, (0, 1) if on_chip else (0,))
     for src, dst in zip(given.sources, given.destinations, strict=True):
@@ -94,14 +93,9 @@ def reduce_scatter(
 ) -> None:
     """dst of the i-th rank = the i-th part along dim 0 of the group's sources, reduced by op."""
     instr = "nki.collectives.reduce_scatter"
-    note_name(instr, name)
-    run, given, group = _start(instr, srcs, dsts, replica_group, priority)
-    n = len(group)
-    _check_dim(instr, collective_dim, (0,))
-    function = reduction(instr, op)
-    for src, dst in zip(given.sources, given.destinations, strict=True):
-        if src.shape[0] % n:
-            fail(SIZES, instr, f"dim 0 does not divide by {n}", src=src, dst=dst)
+    run, given, group = _start(instr, name, srcs, dsts, replica_group, priority)
+    n, function = len(group), reduction(instr, op)
+    for src, dst in _divided(instr, given, n, collective_dim):
         require_sizes(instr, src, dst, (src.shape[0] // n, *src.shape[1:]))
 
     def compute(parts: list[Arrays]) -> list[Arrays]:
@@ -122,13 +116,9 @@ def all_to_all(
 ) -> None:
     """Part j along dim 0 of the dst of rank i = part i of the src of rank j."""
     instr = "nki.collectives.all_to_all"
-    note_name(instr, name)
-    run, given, group = _start(instr, srcs, dsts, replica_group, priority, hbm_only=True)
+    run, given, group = _start(instr, name, srcs, dsts, replica_group, priority, hbm_only=True)
     n = len(group)
-    _check_dim(instr, collective_dim, (0,))
-    for src, dst in zip(given.sources, given.destinations, strict=True):
-        if src.shape[0] % n:
-            fail(SIZES, instr, f"dim 0 does not divide by {n}", src=src, dst=dst)
+    for src, dst in _divided(instr, given, n, collective_dim):
         require_sizes(instr, src, dst, src.shape)
 
     def compute(parts: list[Arrays]) -> list[Arrays]:
@@ -140,15 +130,30 @@ def all_to_all(
 
 
 def _start(
-    instr: str, srcs: Any, dsts: Any, replica_group: Any, priority: Any, hbm_only: bool = False
+    instr: str,
+    name: str | None,
+    srcs: Any,
+    dsts: Any,
+    replica_group: Any,
+    priority: Any,
+    hbm_only: bool = False,
 ) -> tuple[Run, Operands, tuple[int, ...]]:
-    run = current(instr)
-    check_priority(run, instr, priority)
-    group = own_group(run, instr, replica_group)
+    run, group = begin(instr, name, replica_group, priority)
     given = operands(run, instr, srcs, dsts, hbm_only=hbm_only)
     if len(given.sources) != len(given.destinations):
         fail(SIZES, instr, f"{len(given.sources)} sources, {len(given.destinations)} destinations")
     return run, given, group
+
+
+def _divided(
+    instr: str, given: Operands, parts: int, dim: Any
+) -> Iterator[tuple[NkiTensor, NkiTensor]]:
+    """Every (source, destination) of a collective that cuts dim 0 into parts."""
+    _check_dim(instr, dim, (0,))
+    for src, dst in zip(given.sources, given.destinations, strict=True):
+        if src.shape[0] % parts:
+            fail(SIZES, instr, f"dim 0 does not divide by {parts}", src=src, dst=dst)
+        yield src, dst
 
 
 def _check_dim(instr: str, dim: Any, legal: tuple[int, ...]) -> None:

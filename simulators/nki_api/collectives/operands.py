@@ -13,8 +13,10 @@ from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.memory import HBM, PSUM, SBUF
 from nxd_cp.simulators.nki_api.ops import OPS
 from nxd_cp.simulators.nki_api.rules import documented, inferred
-from nxd_cp.simulators.nki_api.runtime import Run
+from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
+
+from .group import own_group
 
 _PLACES = documented(
     "collective.operands",
@@ -101,6 +103,16 @@ def require_sizes(instr: str, src: NkiTensor, dst: NkiTensor, wanted: tuple[int,
     """dst must have src's dtype and the shape `wanted`."""
     if dst.dtype is not src.dtype or dst.shape != wanted:
         fail(SIZES, instr, f"expected a dst of {wanted} {src.dtype}", src=src, dst=dst)
+
+
+def begin(
+    instr: str, name: str | None, replica_group: Any, priority: Any
+) -> tuple[Run, tuple[int, ...]]:
+    """The run, and the ranks of the caller's group, in order."""
+    note_name(instr, name)
+    run = current(instr)
+    check_priority(run, instr, priority)
+    return run, own_group(run, instr, replica_group)
 
 
 def check_priority(run: Run, instr: str, priority: Any) -> None:

@@ -21,7 +21,7 @@ from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
 
 from .exchange import Arrays, exchange, moving
 from .group import own_group, ring
-from .operands import check_priority, one, operands, reduction, require_sizes
+from .operands import begin, check_priority, one, operands, reduction, require_sizes
 
 _PAIRS = documented(
     "collective.pairs",
@@ -92,10 +92,7 @@ def collective_permute_implicit(
 ) -> None:
     """On every channel, dst = the src of the predecessor in that channel's ring."""
     instr = "nki.collectives.collective_permute_implicit"
-    note_name(instr, name)
-    run = current(instr)
-    check_priority(run, instr, priority)
-    group = own_group(run, instr, replica_group)
+    run, group = begin(instr, name, replica_group, priority)
     rings = _rings(run, instr, group, channel_ids)
     srcs = _by_channel(instr, srcs_by_channel, len(rings))
     dsts = _by_channel(instr, dsts_by_channel, len(rings))
@@ -114,10 +111,7 @@ def collective_permute_implicit_reduce(
 ) -> None:
     """On every channel, dst = op(src0, src1) of the predecessor in that channel's ring."""
     instr = "nki.collectives.collective_permute_implicit_reduce"
-    note_name(instr, name)
-    run = current(instr)
-    check_priority(run, instr, priority)
-    group = own_group(run, instr, replica_group)
+    run, group = begin(instr, name, replica_group, priority)
     rings = _rings(run, instr, group, channel_ids)
     srcs0 = _by_channel(instr, srcs0_by_channel, len(rings))
     srcs1 = _by_channel(instr, srcs1_by_channel, len(rings))

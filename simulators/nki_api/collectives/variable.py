@@ -21,12 +21,11 @@ from nxd_cp.simulators.nki_api.isa.dma import check_padding
 from nxd_cp.simulators.nki_api.memory import HBM, SBUF
 from nxd_cp.simulators.nki_api.ranks.world import Meeting
 from nxd_cp.simulators.nki_api.rules import documented
-from nxd_cp.simulators.nki_api.runtime import Run, current, note_name
+from nxd_cp.simulators.nki_api.runtime import Run
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .exchange import exchange, planes
-from .group import own_group
-from .operands import SIZES, Operands, check_priority, one, operands
+from .operands import SIZES, Operands, begin, one, operands
 
 _METADATA = documented(
     "collective_v.metadata",
@@ -54,13 +53,10 @@ def all_gather_v(
 ) -> None:
     """Slot s of every dst = the chunk of the s-th rank's src that its metadata names."""
     instr = "nki.collectives.all_gather_v"
-    note_name(instr, name)
-    run = current(instr)
-    group = own_group(run, instr, replica_group)
+    run, group = begin(instr, name, replica_group, priority)
     if run.num_programs != 2 or len(group) != 4 or has_rdispls:
         detail = f"{run.num_programs} core(s), {len(group)} ranks, has_rdispls={has_rdispls}"
         fail(_LIMITS, instr, detail)
-    check_priority(run, instr, priority)
     _exchange(run, instr, srcs, dsts, group, metadata_tensor, recv_counts_known, False, True)
 
 
@@ -76,16 +72,13 @@ def all_to_all_v(
 ) -> None:
     """Part s of every dst = the chunk that the s-th rank's metadata names for this rank."""
     instr = "nki.collectives.all_to_all_v"
-    note_name(instr, name)
-    run = current(instr)
-    group = own_group(run, instr, replica_group)
+    run, group = begin(instr, name, replica_group, priority)
     switch = run.chip.number >= 4
     successive = group == tuple(range(group[0], group[0] + len(group)))
     whole = run.num_programs == 2 and len(group) % 4 == 0 and successive
     if (has_rdispls and not switch) or (switch and not whole):
         detail = f"{run.num_programs} core(s), group {group}, has_rdispls={has_rdispls}"
         fail(_LIMITS, instr, f"{detail} on {run.chip.generation}")
-    check_priority(run, instr, priority)
     _exchange(run, instr, srcs, dsts, group, metadata_tensor, recv_counts_known, has_rdispls, False)
 
 
