@@ -95,6 +95,22 @@ def test_every_8_and_16_bit_value_converts_to_every_type_as_documented(target):
         assert _same_bits(got, expected), f"{source} to {target}"
 
 
+def test_the_sources_of_the_exhaustive_test_are_all_the_small_types():
+    small = {d for d in dtypes.ALL if d.itemsize < 4 and d is not dtypes.bool_}
+    assert set(SMALL) == small
+    assert all(len(_all_values(d)) == 2 ** (8 * d.itemsize) for d in SMALL)
+
+
+@pytest.mark.parametrize("target", [*dtypes.ALL], ids=str)
+def test_booleans_convert_to_every_type(target):
+    values = np.array([0, 1], np.uint8)
+    got = np.empty(2, target.np_dtype)
+    dtypes.store_f32(got, dtypes.to_f32(values, dtypes.bool_), target)
+    wide = np.array([0, 1], np.float32)
+    with np.errstate(all="ignore"):
+        assert _same_bits(got, wide.astype(target.np_dtype))
+
+
 @pytest.mark.parametrize("source", [*SMALL_FLOATS, *INTEGERS], ids=str)
 def test_instructions_convert_like_the_tables(source):
     targets = [d for d in (*SMALL_FLOATS, *INTEGERS, dtypes.float32) if d is not source]
