@@ -180,6 +180,30 @@ def test_extrapolation_meets_a_size_run_in_full_within_one_percent(kernel):
         assert timed.rectangle_ns(q_len, k_len, mask) == pytest.approx(full, rel=0.01)
 
 
+@pytest.mark.parametrize("generation", ["gen2", "gen3"])
+def test_a_bound_is_extrapolated_by_resource_because_the_busiest_changes(generation):
+    timed = timed_kernel(
+        "flash_fwd", generation, heads_per_core=1, kv_heads_per_core=1, level="low"
+    )
+    full = time_kernel("flash_fwd", generation, q_len=4096, k_len=4096, mask="causal")
+    found = timed.rectangle_ns(4096, 4096, "causal")
+    assert found == pytest.approx(max(full.bounds.values()), rel=0.01)
+    # At 128K the engines bind on every chip: four times the work per doubling, not twice.
+    far = [timed.rectangle_ns(n, n, "full") for n in (2**17, 2**18)]
+    assert far[1] / far[0] == pytest.approx(4, rel=0.01)
+
+
+def test_a_bound_extrapolated_as_a_whole_is_caught():
+    def bound(q_len, k_len, mask):
+        times = time_kernel("flash_fwd", "gen3", q_len=q_len, k_len=k_len, mask=mask)
+        return times.bound_ns
+
+    whole = Timed(bound, small=1024, large=3072)
+    full = time_kernel("flash_fwd", "gen3", q_len=4096, k_len=4096, mask="causal")
+    found = whole.rectangle_ns(4096, 4096, "causal")
+    assert abs(found / max(full.bounds.values()) - 1) > 0.01
+
+
 def test_short_blocks_are_run_as_they_are():
     timed = timed_kernel("flash_bwd", "gen3", heads_per_core=1, kv_heads_per_core=1)
     short = time_kernel("flash_bwd", "gen3", q_len=256, k_len=256).expected_ns

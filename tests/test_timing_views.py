@@ -74,6 +74,9 @@ def test_trace_has_a_slice_per_instruction_and_lanes_do_not_overlap(times):
     assert not _lanes_overlap(trace)
     assert {e["args"]["name"] for e in _events(trace, "M")} >= {"rank 1 core 0", "tensor", "vector"}
     assert trace["otherData"]["note"] == "estimated, not measured"
+    assert trace["otherData"]["guess_share"] == {
+        name: round(times.guess_share, 4) for name in ("rank 0 core 0", "rank 1 core 0")
+    }
     assert json.loads(json.dumps(trace)) == trace
 
 
@@ -87,6 +90,39 @@ def test_the_wait_of_every_slice_is_the_gap_before_it(times):
         ):
             assert e["args"]["wait_ns"] / 1e3 == pytest.approx(max(0.0, e["ts"] - free), abs=2e-6)
             free = e["ts"] + e["dur"]
+
+
+def _format_errors(trace):
+    """What the Trace Event Format does not allow, one line each."""
+    found = [] if isinstance(trace.get("traceEvents"), list) else ["no traceEvents"]
+    needed = {"X": ("ts", "dur", "tid"), "C": ("ts", "args"), "M": ("args",)}
+    needed |= dict.fromkeys("sf", ("ts", "tid", "id", "cat"))
+    for event in trace["traceEvents"]:
+        kind = event.get("ph")
+        if kind not in needed:
+            found.append(f"phase {kind}")
+            continue
+        found += [f"{kind} without {k}" for k in ("name", "pid", *needed[kind]) if k not in event]
+        numbers = [event[k] for k in ("ts", "dur") if k in event]
+        numbers += list(event["args"].values()) if kind == "C" else []
+        if any(isinstance(n, str) or not 0 <= n < float("inf") for n in numbers):
+            found.append(f"{kind} with a number that is none: {numbers}")
+    return found
+
+
+def test_a_trace_is_in_the_trace_event_format_and_an_error_in_it_is_caught(times):
+    trace = document({"rank 0 core 0": times.timeline})
+    assert not _format_errors(trace)
+    assert {e["ph"] for e in trace["traceEvents"]} == set("XCMsf")
+    counted = {e["name"] for e in _events(trace, "C")}
+    assert counted >= {"HBM GB/s", "DMA GB/s", "sbuf bytes per partition"}
+    for kind, key, value in (("X", "ts", -1.0), ("s", "id", None), ("C", "args", {"value": "x"})):
+        wrong = json.loads(json.dumps(trace))
+        event = _events(wrong, kind)[0]
+        event[key] = value
+        if value is None:
+            del event[key]
+        assert len(_format_errors(wrong)) == 1
 
 
 def test_overlapping_slices_are_caught(times):

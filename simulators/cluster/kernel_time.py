@@ -114,3 +114,24 @@ class Timed:
         at_a, at_b = self._run(a, a, mask), self._run(b, b, mask)
         linear = (at_b - at_a - quadratic * (b * b - a * a)) / (b - a)
         return at_a + linear * (length - a) + quadratic * (length * length - a * a)
+
+
+@dataclass(frozen=True)
+class Busiest:
+    """Bounds: the work of every resource, each extrapolated by itself; the largest counts."""
+
+    resources: list[Timed]
+
+    @property
+    def dma_share(self) -> float:
+        """As of each resource."""
+        return self.resources[0].dma_share
+
+    @property
+    def guess_share(self) -> float:
+        """As of each resource."""
+        return self.resources[0].guess_share
+
+    def rectangle_ns(self, q_len: int, k_len: int, mask: str) -> float:
+        """ns of the busiest resource for a rectangle of this size."""
+        return max(one.rectangle_ns(q_len, k_len, mask) for one in self.resources)

@@ -8,8 +8,9 @@ Letters: H query heads, G key/value heads of one core, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from nxd_cp.simulators.nki_api import SimParams, load, parameters, record
 from nxd_cp.simulators.nki_api.log import Log
 from nxd_cp.simulators.timing import Estimate, constants_for, estimate
 
-from .kernel_time import Timed
+from .kernel_time import Busiest, Timed
 
 KERNELS = ("flash_fwd", "flash_bwd")
 
@@ -72,9 +73,11 @@ def time_kernel(name: str, generation: str, **shape: Any) -> Estimate:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What is kept of an Estimate: the three times, shares at the DMA cap and of guesses."""
+    """What is kept of an Estimate: bounds by resource, two times, shares at the DMA cap and of
+    guesses.
+    """
 
-    low: float
+    bounds: dict[str, float]
     expected: float
     high: float
     dma_share: float
@@ -104,7 +107,7 @@ def _numbers(
     )
     moving = times.timeline.resource_busy.get("dma core rate", 0.0)
     return _Numbers(
-        low=times.bound_ns,
+        bounds=times.bounds,
         expected=times.expected_ns,
         high=times.pessimistic_ns,
         dma_share=moving / times.expected_ns,
@@ -123,7 +126,7 @@ def timed_kernel(
     level: str = "expected",
     small: int = 1024,
     large: int = 3072,
-) -> Timed:
+) -> Timed | Busiest:
     """Extrapolated times of a kernel on one core; one group of heads is run, the rest multiplied.
 
     level: "low" gives bounds, "expected", or "high" gives pessimistic times. small and large: the
@@ -140,16 +143,21 @@ def timed_kernel(
 
     steady = _numbers(name, generation, large, large, "full", heads, head_dim, dtype)
 
-    def measure(q_len: int, k_len: int, mask: str) -> float:
-        found = _numbers(name, generation, q_len, k_len, mask, heads, head_dim, dtype)
-        return float(getattr(found, level))
+    def timed(number: Callable[[_Numbers], float]) -> Timed:
+        return Timed(
+            lambda *block: number(_numbers(name, generation, *block, heads, head_dim, dtype)),
+            fixed_ns=values.kernel_start + values.kernel_end,
+            groups=kv_heads_per_core,
+            small=small,
+            large=large,
+            dma_share=steady.dma_share,
+            guess_share=steady.guess_share,
+        )
 
-    return Timed(
-        measure,
-        fixed_ns=values.kernel_start + values.kernel_end,
-        groups=kv_heads_per_core,
-        small=small,
-        large=large,
-        dma_share=steady.dma_share,
-        guess_share=steady.guess_share,
-    )
+    if level == "low":  # which resource is the busiest depends on the size
+        return Busiest([timed(partial(_bound, resource=name)) for name in sorted(steady.bounds)])
+    return timed(lambda found: found.expected if level == "expected" else found.high)
+
+
+def _bound(numbers: _Numbers, resource: str) -> float:
+    return numbers.bounds.get(resource, 0.0)

@@ -21,8 +21,8 @@ def document(plan: Plan, times: RingTimes, *, max_ranks: int = 64) -> dict[str, 
     events: list[dict[str, Any]] = []
     for rank in range(min(plan.size, max_ranks)):
         events += _rank(plan, times, rank)
-    note = "estimated, not measured"
-    return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": {"note": note}}
+    other = {"note": "estimated, not measured", "guess_share": round(times.guess_share, 4)}
+    return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": other}
 
 
 def write(path: Path, plan: Plan, times: RingTimes, *, max_ranks: int = 64) -> None:

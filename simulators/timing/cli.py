@@ -123,8 +123,9 @@ def run_trace(call: Block | Call, out: Path) -> str:
     times = time_call(call)
     trace.write(out, {name: one.timeline for name, one in times.items()})
     count = sum(len(one.timeline.program) for one in times.values())
-    longest = times[slowest(times)].expected_ns
+    longest = times[slowest(times)]
     return (
-        f"{out}: {count} instructions on {len(times)} cores, {longest / 1e3:.1f} us "
-        "estimated; open it at ui.perfetto.dev"
+        f"{out}: {count} instructions on {len(times)} cores, {longest.expected_ns / 1e3:.1f} us "
+        f"estimated, {100 * longest.guess_share:.0f} % of it rests on guesses; "
+        "open it at ui.perfetto.dev"
     )

@@ -23,14 +23,22 @@ from .together import replay, replay_together
 
 @dataclass
 class Estimate:
-    """The times of one kernel on one core, ns, and the expected timeline."""
+    """The times of one kernel on one core, ns, and the expected timeline.
+
+    bounds: by resource, its work at the shortest constants; the largest is the bound.
+    """
 
     generation: str
     bound_ns: float
     expected_ns: float
     pessimistic_ns: float
     timeline: Timeline
-    bound_resource: str
+    bounds: dict[str, float]
+
+    @property
+    def bound_resource(self) -> str:
+        """The busiest resource."""
+        return busiest(self.bounds)
 
     @cached_property
     def guess_share(self) -> float:
@@ -96,15 +104,19 @@ def estimate(log: Log, generation: str, options: Options | None = None) -> Estim
 def _estimate(
     log: Log, name: str, options: Options, timeline: Timeline, pessimistic: float
 ) -> Estimate:
-    resource, bound = lower_bound(log, name, options)
+    bounds = lower_bounds(log, name, options)
     expected = timeline.total_ns
-    return Estimate(
-        name, min(bound, expected), expected, max(expected, pessimistic), timeline, resource
-    )
+    bound = min(bounds[busiest(bounds)], expected)
+    return Estimate(name, bound, expected, max(expected, pessimistic), timeline, bounds)
 
 
-def lower_bound(log: Log, generation: str, options: Options) -> tuple[str, float]:
-    """(busiest resource, ns): its work at the shortest constants, plus kernel start and end."""
+def busiest(bounds: dict[str, float]) -> str:
+    """The resource with the most work; of equals the last by name."""
+    return max(bounds, key=lambda name: (bounds[name], name))
+
+
+def lower_bounds(log: Log, generation: str, options: Options) -> dict[str, float]:
+    """ns by resource: its work at the shortest constants, plus kernel start and end."""
     values = constants_for(generation).at("low")
     program = Program(log, generation, values, options)
     busy: dict[str, float] = {"nothing": 0.0}
@@ -117,8 +129,8 @@ def lower_bound(log: Log, generation: str, options: Options) -> tuple[str, float
                 busy["descriptors"] = busy.get("descriptors", 0.0) + cost.issue_ns
         else:
             busy[queue] = busy.get(queue, 0.0) + cost.occupancy_ns
-    resource = max(busy, key=lambda name: (busy[name], name))
-    return resource, busy[resource] + values.kernel_start + values.kernel_end
+    ends = values.kernel_start + values.kernel_end
+    return {name: ns + ends for name, ns in busy.items()}
 
 
 def matmul_flops(program: Program) -> float:

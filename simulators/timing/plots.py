@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .constants import constants_for
+from .critical import guess_share
 from .estimate import Estimate
 from .profile import hbm_bytes
 from .timeline import Timeline
@@ -41,7 +42,8 @@ def timeline_png(
     axes.set_xlim(begin_ns / 1e3, end / 1e3)
     axes.invert_yaxis()
     axes.set_xlabel("us")
-    axes.set_title(f"{line.program.generation}: estimated timeline (not measured)")
+    guessed = f"{100 * guess_share(line):.0f} % rests on guesses"
+    axes.set_title(f"{line.program.generation}: estimated timeline (not measured; {guessed})")
     figure.savefig(path, dpi=110)
 
 
@@ -67,7 +69,8 @@ def roofline_png(path: Path, kernels: Mapping[str, Estimate]) -> None:
             times.tensor_flops / moved,
             times.tensor_flops / times.expected_ns / 1e3,
             "o",
-            label=f"{name} ({100 * times.mfu:.0f} % MFU, estimated)",
+            label=f"{name} ({100 * times.mfu:.0f} % MFU, estimated, "
+            f"{100 * times.guess_share:.0f} % rests on guesses)",
         )
     axes.set_xscale("log")
     axes.set_yscale("log")

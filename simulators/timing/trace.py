@@ -16,6 +16,7 @@ from typing import Any
 
 from .access import Access
 from .counters import counters
+from .critical import guess_share
 from .dma import Transfer
 from .timeline import Timeline
 
@@ -45,7 +46,11 @@ def document(parts: Mapping[str, Timeline]) -> dict[str, Any]:
         listed += events(line, pid=pid, name=name)
     listed += _meetings(list(parts.values()))
     generations = sorted({line.program.generation for line in parts.values()})
-    other = {"target": ", ".join(generations), "note": "estimated, not measured"}
+    other = {
+        "target": ", ".join(generations),
+        "note": "estimated, not measured",
+        "guess_share": {name: round(guess_share(line), 4) for name, line in parts.items()},
+    }
     return {"traceEvents": listed, "displayTimeUnit": "ns", "otherData": other}
 
 
