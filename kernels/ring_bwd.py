@@ -8,7 +8,7 @@ full turn. Each step
     compute the present rectangles: dq is added in HBM here, dk and dv in the message that is here
     issue the permute that passes that message on
 
-From gen3 (trn2), one core per rank or two that share the heads (LNC2), NKI 0.5 and later
+From gen3 (trn2), one core per rank or two that share the heads (LNC2), NKI 0.3 and later
 (nki.collectives).
 Letters and schedule: ring_steps.py. Precision: as flash_bwd.py, all sums fp32.
 """
@@ -29,6 +29,8 @@ from .ring_steps import (
     unpack,
 )
 from .tiles import make_identity, my_items, query_units
+
+NKI_SINCE = "0.3"  # nki.collectives, with channel_ids
 
 
 @nki.jit

@@ -6,7 +6,7 @@ Every rank holds its queries and passes its keys and values round the ring. Each
     compute the present ones, merged into o and lse in HBM: the carry of `flash_fwd.rectangle`
 
 so that the transfer of step i + 1 has the whole computation of step i to hide behind. From gen3
-(trn2), one core per rank or two that share the heads (LNC2), NKI 0.5 and later (nki.collectives).
+(trn2), one core per rank or two that share the heads (LNC2), NKI 0.3 and later (nki.collectives).
 
 Letters: N ranks; B batch, H query heads, G key/value heads, C chunks, S rows of a chunk, D head dim
 of q and k, E of v. Schedule: Note [Zigzag] in ring_steps.py. Precision: as flash_fwd.py; o and lse
@@ -28,6 +28,8 @@ from .ring_steps import (
     side_of,
 )
 from .tiles import make_identity, my_items, query_units
+
+NKI_SINCE = "0.3"  # nki.collectives, with channel_ids
 
 
 @nki.jit

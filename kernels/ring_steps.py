@@ -21,6 +21,8 @@ import nki.language as nl
 
 from .tiles import chunk, moving_chunk
 
+NKI_SINCE = "0.3"  # nki.collectives, with channel_ids
+
 
 def rectangles(mask, step):
     """(query chunk, key chunk, mask, whether these rows and these keys come first) of a step.

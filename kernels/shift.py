@@ -25,15 +25,30 @@ from .tiles import ROWS, WIDTH, contract, is_gen2, spans, transpose
 
 def find_shift(queries, keys, limits, options, identity_PP):
     """c of every row, fp32 [128, units], and -c as three bf16 rows [3, N] (none: 0 and nothing)."""
-    num_units = len(queries["units"])
-    c_MU = nl.ndarray((ROWS, num_units), dtype=nl.float32, buffer=nl.sbuf)
+    c_MU = fresh_maxima(queries)
+    if options["shift"] == "row_max":
+        raise_maxima(c_MU, queries, keys, limits, options["mask"])
+    return make_shift(c_MU, queries, options, identity_PP)
+
+
+def fresh_maxima(queries):
+    """A maximum per row, [128, units], that nothing has raised yet."""
+    c_MU = nl.ndarray((ROWS, len(queries["units"])), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=c_MU, value=MASKED_SCORE)
+    return c_MU
+
+
+def raise_maxima(c_MU, queries, keys, limits, mask):
+    """c = max(c, q k^T over the keys that each row sees)."""
+    for u in range(len(queries["units"])):
+        row_maximum(c_MU, u, queries, keys, limits, mask)
+
+
+def make_shift(c_MU, queries, options, identity_PP):
+    """What `find_shift` returns, of maxima of q k^T; with shift "none" they are not read."""
     if options["shift"] == "none":
         nisa.memset(dst=c_MU, value=0.0)
         return c_MU, ()
-    nisa.memset(dst=c_MU, value=MASKED_SCORE)
-    for u in range(num_units):
-        row_maximum(c_MU, u, queries, keys, limits, options["mask"])
-    nisa.tensor_scalar(dst=c_MU, data=c_MU, op0=nl.maximum, operand0=MASKED_SCORE)  # VectorE
     softcap = options["softcap"]
     if softcap != 0.0:
         nisa.activation(dst=c_MU, op=nl.tanh, data=c_MU, scale=options["scale"] / softcap)
@@ -41,7 +56,7 @@ def find_shift(queries, keys, limits, options, identity_PP):
 
 
 def row_maximum(c_MU, u, queries, keys, limits, mask):
-    """c = max of q k^T over the keys that each row of unit u sees."""
+    """c = max(c, q k^T over the keys that each row of unit u sees)."""
     _, start, rows = queries["units"][u]
     tiles = []
     wide_tiles = spans(keys["count"], WIDTH)
@@ -50,7 +65,8 @@ def row_maximum(c_MU, u, queries, keys, limits, mask):
         num_keys = reachable(mask, start + rows, key_start, length)
         if num_keys > 0:
             tiles.append((key_start, num_keys))
-    max_MT = nl.ndarray((rows, len(tiles)), dtype=nl.float32, buffer=nl.sbuf)
+    max_MT = nl.ndarray((rows, len(tiles) + 1), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.tensor_copy(dst=max_MT[:, len(tiles) : len(tiles) + 1], src=c_MU[0:rows, u : u + 1])
     for t in range(len(tiles)):
         key_start, num_keys = tiles[t]
         s_psum_MN = nl.ndarray((rows, num_keys), dtype=nl.float32, buffer=nl.psum)

@@ -158,6 +158,9 @@ ISA: dict[str, tuple[str, ...]] = {
         "name",
     ),
 }
+# What later versions added, or changed, and kernels here use, each behind a file's NKI_SINCE.
+ADDED = {"nki.collectives": "0.3", "nl.fori_loop": "0.6", "nl.while_loop": "0.6"}
+
 LANGUAGE = frozenset(
     [
         "NKIObject",

@@ -1,8 +1,9 @@
 """Does a kernel's source stay within what NKI 0.2 to 0.6 all accept?
 
 Does: parse files and name every construct, instruction, parameter and language name that at least
-one of those versions rejects. Does not: run anything, follow values, or check shapes and dtypes;
-the simulator does that. A file without findings can still be rejected by a compiler.
+one of those versions rejects. A file that says `NKI_SINCE = "0.6"` is for that version and later,
+and may use what had been added by then. Does not: run anything, follow values, or check shapes and
+dtypes; the simulator does that. A file without findings can still be rejected by a compiler.
 
 Sources: the NKI migration guide ("Language restrictions", "Migrating from NKI 0.1.0"), the NKI
 release notes of 0.3.0, the NKI language guide ("NKI Values", "Class support"), and the API stubs
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxd_cp.nki_common import ISA, LANGUAGE, NDARRAY
+from nxd_cp.nki_common import ADDED, ISA, LANGUAGE, NDARRAY
 from nxd_cp.nki_constructs import constructs
 
 REMOVED_PARAMETERS = ("mask", "platform_target", "mode")
@@ -47,14 +48,23 @@ def check_source(source: str, path: Path | str = "<kernel>") -> list[Finding]:
     return [Finding(str(path), line, text) for line, text in sorted(found)]
 
 
+def first_version(tree: ast.Module) -> str:
+    """What the file says as `NKI_SINCE`; "0.2" where it says nothing."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NKI_SINCE":
+            return str(ast.literal_eval(node.value))
+    return "0.2"
+
+
 def _visit(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    since = first_version(tree)
     for node in ast.walk(tree):
         line = getattr(node, "lineno", 0)
-        for text in _findings(node):
+        for text in _findings(node, since):
             yield line, text
 
 
-def _findings(node: ast.AST) -> Iterator[str]:
+def _findings(node: ast.AST, since: str) -> Iterator[str]:
     yield from (text for _, text in constructs(node))
     if isinstance(node, ast.ClassDef):
         if [ast.unparse(base) for base in node.bases] not in (["NKIObject"], ["nl.NKIObject"]):
@@ -64,17 +74,27 @@ def _findings(node: ast.AST) -> Iterator[str]:
         for name in names or [alias.name for alias in node.names]:
             if name.split(".")[0] == "neuronxcc":
                 yield "neuronxcc.nki was removed in 0.4; import nki"
+            yield from _too_new(name, since)
     elif isinstance(node, ast.Call):
         yield from _call(node)
     elif isinstance(node, ast.Attribute):
-        yield from _language_name(node)
+        yield from _language_name(node, since)
 
 
-def _language_name(node: ast.Attribute) -> Iterator[str]:
+def _too_new(name: str, since: str) -> Iterator[str]:
+    """Names that came later than the first version that the file is for."""
+    if ADDED.get(name, since) > since:
+        yield f'{name} came with NKI {ADDED[name]}; say NKI_SINCE = "{ADDED[name]}" in the file'
+
+
+def _language_name(node: ast.Attribute, since: str) -> Iterator[str]:
     if not (isinstance(node.value, ast.Name) and node.value.id == "nl"):
         return
-    if node.attr not in LANGUAGE:
-        yield f"nl.{node.attr} is not in every version from 0.2 to 0.6"
+    name = f"nl.{node.attr}"
+    if name in ADDED:
+        yield from _too_new(name, since)
+    elif node.attr not in LANGUAGE:
+        yield f"{name} is not in every version from 0.2 to 0.6"
     elif node.attr == "hbm":
         yield "nl.hbm for outputs is rejected since 0.3; write nl.shared_hbm"
 

@@ -1,8 +1,16 @@
 """What a kernel case is, and how one is checked: every feature in one dataclass, against fp64.
 
 A case is a block of queries and keys that reaches the kernels in one or more hops, each taking the
-result of the one before as its carry, and the gradients on the way back. The allowed error is that
-of the same maths in the same dtype on one device (`rounded`), times the factors of budgets.py.
+result of the one before as its carry, and the gradients on the way back.
+
+Note [Budget]
+    An error may be twice that of the same maths in the same dtype. That is measured, not chosen:
+    `OneDevice` computes attention and its gradients as a device does, with p and ds rounded to the
+    dtype and everything else in fp32. How a sum in fp32 rounds depends on the order of its terms,
+    and with large scores few ties hold all of an error; so several results are drawn. The error of
+    a sum of terms of random sign, one after the other, is about normal, with an RMS of 2**-24 *
+    (sum of the terms' sizes) / sqrt(3) (tests/test_kernel_budget.py measures it).
+    Sums that are taken hop by hop also round the lse, and what is multiplied to o, once per hop.
 
 Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim of q and k, E of v.
 """
@@ -13,14 +21,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
-from budgets import (
-    FP32_GRADIENT,
-    FP32_OUTPUT,
-    MAX_FACTOR,
-    RMS_FACTOR,
-    error,
-    rounding_step,
-)
+from budgets import RMS_FACTOR, error
 from torch import Tensor
 
 from nxd_cp.backends.base import BlockMask, Documents, QueryRows, Scores
@@ -28,7 +29,13 @@ from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.reference import hidden
 from nxd_cp.schedule import Bounded
 
-FEW = 4096  # values of a tensor
+SAMPLES = 8
+EMPTY = -1e30
+FP32_STEP = torch.finfo(torch.float32).eps / 2
+# What happens to every value of o at each hop, one rounding after the other (kernels/finish.py): a
+# weight's difference, exp, times l, plus the other, reciprocal, product, times the sum, plus the
+# carry. All else is a term of a sum, and rounds in `OneDevice` too.
+HOP_ROUNDINGS = 8
 NAMES = ("o", "dq", "dk", "dv")
 
 
@@ -160,6 +167,7 @@ def _cut(length: int, count: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges) if a < b]
 
 
+Pair = tuple[Tensor, Tensor]
 Results = tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]
 
 
@@ -201,72 +209,102 @@ def by_kernels(case: KernelCase, x: Problem, *, before: float = 1.0) -> Results:
 def exact(case: KernelCase, x: Problem) -> Results:
     """The same in fp64, the gradients by autograd."""
     q, k, v = (t.double().requires_grad_() for t in (x.q, x.k, x.v))
-    lse, p = _probabilities(case, x, q, k)
-    o = p @ v.repeat_interleave(case.Hq // case.Hkv, dim=1)
+    s, _ = _capped(case, q @ _expanded(case, k).mT * case.scale)
+    s = s.masked_fill(~x.seen, -torch.inf)
+    lse = torch.logsumexp(s, -1)
+    if x.sink is not None:
+        lse = torch.logaddexp(lse, x.sink.double().view(1, -1, 1))
+    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1))
+    o = p @ _expanded(case, v)
     return o.detach(), lse.detach(), torch.autograd.grad(o, (q, k, v), x.do.double())
 
 
-def rounded(case: KernelCase, x: Problem) -> Results:
-    """The same in fp32 with p, ds and the results rounded to the dtype, as one device computes it.
-
-    lse is that of the rounded p, as in the kernels.
-    """
-    groups = case.Hq // case.Hkv
-    q, k, v = (t.float() for t in (x.q, x.k, x.v))
-    do = x.do.float()
-    k_all, v_all = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    lse, p = _probabilities(case, x, q, k)
-    top = p.amax(-1, keepdim=True) if not case.bounded else torch.exp(-lse).unsqueeze(-1)
-    top = top.clamp(torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
-    p_low = (p / top).to(case.dtype).float() * top
-    share = p.sum(-1) / p_low.sum(-1)  # both 0 in a row that sees nothing
-    o = (p_low @ v_all) * share.nan_to_num(0.0).unsqueeze(-1)
-    delta = (do * o).sum(-1, keepdim=True)
-    # Flash attention computes scores twice and dp apart from delta: sums of fp32 in another order,
-    # which round otherwise. Large scores and small differences show it.
-    make = torch.Generator().manual_seed(case.seed)
-    s, t = _capped(case, q.flip(-1), k_all.flip(-1))
-    s, dp = _rounded_again(s, s.abs(), make), do @ v_all.mT
-    dp = _rounded_again(dp, do.abs() @ v_all.abs().mT, make)
-    p = (p.sign() * torch.exp(s - lse.unsqueeze(-1))).nan_to_num(0.0)
-    ds = (p * (dp - delta) * (1 - t * t)).to(case.dtype).float()
-    p_low = p.to(case.dtype).float()
-    dq = case.scale * ds @ k_all
-    dk, dv = case.scale * ds.mT @ q, p_low.mT @ do
-    shape = (case.B, case.Hkv, groups, case.K, -1)
-    grads = dq, dk.reshape(shape).sum(2), dv.reshape(shape).sum(2)
-    return (
-        o.to(case.dtype),
-        lse - share.nan_to_num(1.0).log(),
-        tuple(g.to(case.dtype) for g in grads),
-    )
+def _expanded(case: KernelCase, kv: Tensor) -> Tensor:
+    """[B, Hkv, K, ...] repeated for the query heads of each group."""
+    return kv.repeat_interleave(case.Hq // case.Hkv, dim=1)
 
 
-def _rounded_again(x: Tensor, size: Tensor, make: torch.Generator) -> Tensor:
-    """x with an error of one fp32 step of `size`, up or down."""
-    step = torch.finfo(torch.float32).eps * size
-    return x + step * (2 * torch.randint(2, x.shape, generator=make) - 1)
-
-
-def _capped(case: KernelCase, q: Tensor, k_all: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores with the cap, and its tanh (0 without)."""
-    s = q @ k_all.mT * case.scale
+def _capped(case: KernelCase, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled scores with the cap, and its tanh (0 without)."""
     if case.softcap is None:
         return s, torch.zeros(())
     t = torch.tanh(s / case.softcap)
     return case.softcap * t, t
 
 
-def _probabilities(case: KernelCase, x: Problem, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """lse [B, Hq, S] (-inf where nothing is seen) and p, in the dtype of q."""
-    s, _ = _capped(case, q, k.repeat_interleave(case.Hq // case.Hkv, dim=1))
-    s = s.masked_fill(~x.seen, -torch.inf)
-    if x.sink is None:
-        lse = torch.logsumexp(s, -1)
-    else:
-        column = x.sink.to(s).view(1, -1, 1, 1).expand(*s.shape[:3], 1)
-        lse = torch.logsumexp(torch.cat((s, column), -1), -1)
-    return lse, torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1))
+class OneDevice:
+    """The same maths on one device: fp32, with p and ds rounded to the dtype. See Note [Budget].
+
+    `sample` gives one of the results that it may give: every call rounds sums another way.
+    """
+
+    def __init__(self, case: KernelCase, x: Problem) -> None:
+        self.case, self.x = case, x
+        self.make = torch.Generator().manual_seed(case.seed)
+        self.q, self.do = x.q.float(), x.do.float()
+        self.k, self.v = (_expanded(case, t.float()) for t in (x.k, x.v))
+        self.s, self.s_size = (t * case.scale for t in _product(self.q, self.k))
+        self.dp, self.dp_size = _product(self.do, self.v)
+
+    def sample(self) -> Results:
+        """o, lse, (dq, dk, dv), fp32."""
+        case = self.case
+        o, lse = self._forward()
+        s, t = self._scores()
+        p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1))
+        p = p.masked_fill(~self.x.seen, 0.0).to(case.dtype).float()
+        delta = (self.do * o).sum(-1, keepdim=True)
+        ds = p * (1 - t * t) * (self._summed(self.dp, self.dp_size) - delta)
+        ds = ds.to(case.dtype).float()
+        dk, dv = case.scale * ds.mT @ self.q, p.mT @ self.do
+        shape = case.B, case.Hkv, case.Hq // case.Hkv, case.K, -1
+        grads = case.scale * ds @ self.k, dk.reshape(shape).sum(2), dv.reshape(shape).sum(2)
+        return o, lse, grads
+
+    def _forward(self) -> Pair:
+        """o and lse, with the roundings of a carried lse: at each hop, by its own size."""
+        case, x = self.case, self.x
+        s = self._scores()[0].masked_fill(~x.seen, -torch.inf)
+        c = s.amax(-1, keepdim=True)
+        c = torch.zeros_like(c) if case.bounded else c.clamp_min(EMPTY)
+        for keys, _ in x.pieces:
+            s[..., keys] += self._rounded(c)
+        p = torch.exp(s - c).to(case.dtype).float()
+        sink = torch.tensor(-torch.inf) if x.sink is None else x.sink.view(1, -1, 1, 1)
+        top = torch.maximum(c, sink)
+        new = torch.exp(c - top)
+        total = new * p.sum(-1, keepdim=True) + torch.exp(sink - top)
+        empty = total == 0
+        o = (new * (p @ self.v) / total).masked_fill(empty, 0.0)
+        lse = top + total.log()
+        lse = (lse + self._rounded(lse)).masked_fill(empty, -torch.inf)
+        return o, lse.squeeze(-1)
+
+    def _scores(self) -> Pair:
+        """Scores with the cap and its tanh, which is rounded up or down."""
+        s, t = _capped(self.case, self._summed(self.s, self.s_size))
+        if self.case.softcap is None:
+            return s, t
+        t = (t + self._rounded(t)).clamp(-1, 1)
+        return self.case.softcap * t, t
+
+    def _summed(self, exact: Tensor, size: Tensor) -> Tensor:
+        """A sum in fp32, one term after the other; size: that of the terms' absolute values."""
+        return (exact + summing_noise(size, self.make)).float()
+
+    def _rounded(self, size: Tensor) -> Tensor:
+        """The rounding of one number of this size, up or down."""
+        return FP32_STEP * size * (2 * torch.rand(size.shape, generator=self.make) - 1)
+
+
+def summing_noise(size: Tensor, make: torch.Generator) -> Tensor:
+    """The error of a sum in fp32 whose terms' sizes add up to `size`: see Note [Budget]."""
+    return FP32_STEP / 3**0.5 * size * torch.randn(size.shape, generator=make)
+
+
+def _product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a b^T in fp64, and the same of absolute values."""
+    return a.double() @ b.double().mT, a.abs() @ b.abs().mT
 
 
 def check(case: KernelCase, given: Problem | None = None) -> None:
@@ -274,36 +312,29 @@ def check(case: KernelCase, given: Problem | None = None) -> None:
     x = problem(case) if given is None else given
     o, lse, grads = by_kernels(case, x)
     o_true, lse_true, grads_true = exact(case, x)
-    o_low, lse_low, grads_low = rounded(case, x)
+    device = OneDevice(case, x)
+    samples = [device.sample() for _ in range(SAMPLES)]
     seen = lse_true > -torch.inf
     assert torch.equal(lse > -torch.inf, seen), "lse: another row is empty"
     assert not (o * ~seen.unsqueeze(-1)).any(), "o: an empty row is not zero"
     if seen.any():
-        _assert_as_good("lse", lse[seen], lse_true[seen], lse_low[seen], FP32_OUTPUT, case.gain)
-    found, truth, low = (o, *grads), (o_true, *grads_true), (o_low, *grads_low)
-    for name, got, expected, baseline in zip(NAMES, found, truth, low, strict=True):
+        assert_as_good("lse", lse[seen], lse_true[seen], [s[1][seen] for s in samples], case.hops)
+    found, truth = (o, *grads), (o_true, *grads_true)
+    baselines = zip(*((s[0], *s[2]) for s in samples), strict=True)
+    for name, got, expected, same in zip(NAMES, found, truth, baselines, strict=True):
         assert torch.isfinite(got).all(), f"{name}: not finite"
-        absolute = 0.0
-        if case.dtype == torch.float32:
-            absolute = FP32_OUTPUT if name == "o" else FP32_GRADIENT
-        _assert_as_good(name, got, expected, baseline, absolute, case.gain)
+        assert_as_good(name, got, expected, list(same), case.hops)
 
 
-def _assert_as_good(
-    name: str, got: Tensor, truth: Tensor, baseline: Tensor, absolute: float, gain: float
-) -> None:
-    """Within a multiple of the one-device error, largest and RMS, and one rounding step.
+def assert_as_good(name: str, got: Tensor, truth: Tensor, same: list[Tensor], hops: int) -> None:
+    """At most twice the error of the same maths, largest and RMS, and the roundings of a hop.
 
-    absolute: what fp32 may be off in any case, of values up to 1. The RMS of few roundings is no
-    steadier than their maximum; with a large gain few rows, those of ties, hold all of the error.
+    same: what the same maths gives on one device, rounded in several ways.
     """
-    found, allowed = error(got, truth), error(baseline, truth)
-    text = f"{name}: {found}; one device: {allowed}"
-    absolute *= max(1.0, float(truth.abs().max()))
-    step = max(absolute, rounding_step(truth, baseline.dtype))
-    assert found.max_abs <= max(step, MAX_FACTOR * allowed.max_abs), text
-    factor = RMS_FACTOR if truth.numel() >= FEW and gain <= 30 else MAX_FACTOR
-    rms_step = torch.finfo(baseline.dtype).eps / 4
-    allowed_rms = factor * allowed.relative_rms + rms_step
-    size = float(truth.square().mean().sqrt())
-    assert found.relative_rms * size <= max(absolute, allowed_rms * size), text
+    found, errors = error(got, truth), [error(baseline, truth) for baseline in same]
+    step = HOP_ROUNDINGS * hops * FP32_STEP
+    largest = max(e.max_abs for e in errors)
+    bound = RMS_FACTOR * largest + step * float(truth.abs().max())
+    assert found.max_abs <= bound, f"{name}: {found}; one device: max {largest:.3e}"
+    rms = max(e.relative_rms for e in errors)
+    assert found.relative_rms <= RMS_FACTOR * rms + step, f"{name}: {found}; one device: {rms:.3e}"

@@ -23,7 +23,7 @@ from budgets import (
     error,
 )
 from cases import NAMES, Case, cut, inputs, join_all, one_device, truth
-from kernel_cases import KernelCase, by_kernels, check, exact, problem, rounded
+from kernel_cases import KernelCase, by_kernels, check, exact, problem
 from kernel_shapes import Total, exceeded, run_shapes, whole_rectangle
 from torch import Tensor
 
@@ -118,31 +118,6 @@ def check_hops(case: KernelCase) -> None:
     for hops in (2, 4, 8, 16):
         for name, now, one in zip(NAMES, found[hops], found[1], strict=True):
             assert now <= HOPS_FACTOR * one, f"{name}: {now} after {hops} hops, {one} after one"
-
-
-@pytest.mark.parametrize("mask", ["full", "causal", "strict"])
-def test_the_allowed_error_is_that_of_pytorchs_flash_attention(mask: str) -> None:
-    """The baseline of the suite is no looser than an attention that people use."""
-    case = KernelCase(mask=mask, dtype=torch.bfloat16)
-    x = problem(case)
-    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
-    rows, keys = slice(None), slice(None)
-    if mask == "strict":
-        rows, keys = slice(1, None), slice(None, -1)
-    o = torch.zeros_like(q)
-    o[:, :, rows] = torch.nn.functional.scaled_dot_product_attention(
-        q[:, :, rows],
-        k[:, :, keys],
-        v[:, :, keys],
-        is_causal=mask != "full",
-        scale=case.scale,
-        enable_gqa=True,
-    )
-    o.backward(x.do)
-    ours, (o_true, _, true) = rounded(case, x), exact(case, x)
-    baseline, accepted = (ours[0], *ours[2]), (o.detach(), q.grad, k.grad, v.grad)
-    for low, flash, expected in zip(baseline, accepted, (o_true, *true), strict=True):
-        assert error(low, expected).relative_rms <= 1.2 * error(flash, expected).relative_rms
 
 
 RINGS = [

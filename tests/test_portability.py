@@ -28,7 +28,9 @@ PLANTED = [
     ("t = nl.ndarray((128, 4), dtype=nl.float32, buffer=nl.hbm)", "nl.shared_hbm"),
     ("for i in nl.dynamic_range(4): pass", "nl.dynamic_range"),
     ("i = nl.arange(4)", "nl.arange"),
-    ("nl.fori_loop(0, 4, body)", "nl.fori_loop"),
+    ("nl.fori_loop(0, 4, body)", 'NKI 0.6; say NKI_SINCE = "0.6"'),
+    ("import nki.collectives as ncc", 'NKI 0.3; say NKI_SINCE = "0.3"'),
+    ("from nki.collectives import ReplicaGroup", "nki.collectives came with NKI 0.3"),
     ("nisa.nc_matmul(dst=a, stationary=b, moving=c, accumulate=True)", "parameter accumulate"),
     ("nisa.tensor_copy(a, b)", "by keyword"),
     ("nisa.activate2(dst=a, data=b)", "nisa.activate2"),
@@ -51,6 +53,17 @@ def test_a_planted_violation_is_caught_with_its_line(source: str, message: str) 
     (finding,) = check_source(f"# line 1\n{source}\n", "kernel.py")
     assert message in finding.text
     assert str(finding).startswith("kernel.py:2: ")
+
+
+def test_a_file_for_a_later_version_may_use_what_that_version_has() -> None:
+    loop = "nl.fori_loop(0, 4, body)\nimport nki.collectives\n"
+    assert check_source(f'NKI_SINCE = "0.6"\n{loop}') == []
+    (finding,) = check_source(f'NKI_SINCE = "0.5"\n{loop}')
+    assert "nl.fori_loop came with NKI 0.6" in finding.text
+    (finding,) = check_source('NKI_SINCE = "0.6"\nfor i in nl.dynamic_range(4):\n    pass\n')
+    assert "nl.dynamic_range" in finding.text
+    declared = {path.stem for path in KERNELS.glob("*.py") if "NKI_SINCE" in path.read_text()}
+    assert declared == {"loop_fwd", "loop_bwd", "ring_fwd", "ring_bwd", "ring_steps"}
 
 
 def test_the_command_lists_findings_and_fails(tmp_path: Path) -> None:

@@ -1,0 +1,141 @@
+"""What the kernel cases allow: no more than a device's own roundings, and what people use.
+
+The cases: kernel_cases.py, Note [Budget].
+"""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from budgets import assert_within_budget, error
+from kernel_cases import (
+    NAMES,
+    KernelCase,
+    OneDevice,
+    assert_as_good,
+    by_kernels,
+    check,
+    exact,
+    problem,
+    summing_noise,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+tensor_engine = import_module("nxd_cp.simulators.nki_api.isa.tensor_engine")
+
+
+@pytest.mark.parametrize("terms", [16, 64, 128, 256])
+def test_the_modelled_error_of_a_sum_is_that_of_adding_one_term_after_the_other(terms: int) -> None:
+    make = torch.Generator().manual_seed(terms)
+    a, b = torch.randn(2, 4000, terms, generator=make)
+    products = a.double() * b.double()
+    total = torch.zeros(4000)
+    for i in range(terms):
+        total = (total.double() + products[:, i]).float()
+    measured = (total - products.sum(1)).square().mean().sqrt()
+    modelled = summing_noise(products.abs().sum(1), make).square().mean().sqrt()
+    assert 0.7 <= float(measured / modelled) <= 1.4
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "strict"])
+def test_the_allowed_error_is_less_than_that_of_pytorchs_flash_attention(mask: str) -> None:
+    """PyTorch's op in bf16 also rounds its results to bf16."""
+    case = KernelCase(mask=mask, dtype=torch.bfloat16)
+    x = problem(case)
+    accepted = by_pytorch(case)
+    ours, truth = OneDevice(case, x).sample(), exact(case, x)
+    names = zip((ours[0], *ours[2]), accepted, (truth[0], *truth[2]), strict=True)
+    for low, flash, expected in names:
+        assert error(low, expected).relative_rms <= error(flash, expected).relative_rms
+
+
+def by_pytorch(case: KernelCase) -> tuple[torch.Tensor, ...]:
+    """o, dq, dk and dv of scaled_dot_product_attention, in the case's dtype."""
+    x = problem(case)
+    q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
+    rows, keys = slice(None), slice(None)
+    if case.mask == "strict":
+        rows, keys = slice(1, None), slice(None, -1)
+    o = torch.zeros_like(q)
+    o[:, :, rows] = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, rows],
+        k[:, :, keys],
+        v[:, :, keys],
+        is_causal=case.mask != "full",
+        scale=case.scale,
+        enable_gqa=True,
+    )
+    o.backward(x.do)
+    return o.detach(), q.grad, k.grad, v.grad
+
+
+class OneTermAfterTheOther:
+    """NumPy whose matmul adds in the order of the rows, as a column of TensorE's array does.
+
+    A library's matmul adds q k^T and k q^T in different orders; an array of multipliers does not.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    def matmul(self, a: Any, b: Any, out: Any = None) -> Any:
+        total = np.zeros((a.shape[0], b.shape[1]), np.float32)
+        for i in range(a.shape[1]):
+            total += a[:, i : i + 1] * b[i : i + 1]
+        if out is None:
+            return total
+        out[...] = total
+        return out
+
+
+@pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("gain", [1.0, 9000.0])
+def test_fp32_is_as_good_as_pytorchs_flash_attention_in_fp32(
+    gain: float, mask: str, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where scores are 3e4 and an fp32 there has steps of 2**-9.
+
+    p = exp(score - lse) is then as good as score and lse are the same in both directions. Few ties
+    hold the error, so it is taken over eight blocks.
+    """
+    monkeypatch.setattr(tensor_engine, "np", OneTermAfterTheOther())
+    found, accepted, truth = [], [], []
+    for seed in range(8):
+        case = KernelCase(generation, mask, S=128, K=128, gain=gain, Hkv=2, seed=seed)
+        o, _, grads = by_kernels(case, problem(case))
+        o_true, _, true = exact(case, problem(case))
+        found.append(torch.stack((o, *grads)))
+        truth.append(torch.stack((o_true, *true)))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            accepted.append(torch.stack(by_pytorch(case)))
+    tensors = (torch.stack(x, dim=1) for x in (found, truth, accepted))
+    for name, got, expected, flash in zip(NAMES, *tensors, strict=True):
+        assert_within_budget(name, got, expected, flash)
+
+
+def test_an_error_of_three_times_the_allowed_one_is_caught() -> None:
+    case = KernelCase("gen3", dtype=torch.bfloat16)
+    x = problem(case)
+    check(case)
+    truth, device = exact(case, x)[0], OneDevice(case, x)
+    same = [device.sample()[0] for _ in range(4)]
+    worst = max(error(o, truth).relative_rms for o in same) * float(truth.square().mean().sqrt())
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    assert_as_good("o", truth + worst * noise, truth, same, 1)
+    with pytest.raises(AssertionError, match="o: relative RMS"):
+        assert_as_good("o", truth + 3 * worst * noise, truth, same, 1)
+
+
+def test_one_wrong_value_among_thousands_is_caught() -> None:
+    case = KernelCase("gen3", dtype=torch.bfloat16)
+    truth, device = exact(case, problem(case))[0], OneDevice(case, problem(case))
+    wrong = device.sample()[0].clone()
+    wrong[0, 0, 7, 3] += 0.02 * math.copysign(1.0, float(wrong[0, 0, 7, 3]))
+    with pytest.raises(AssertionError, match="one device: max"):
+        assert_as_good("o", wrong, truth, [device.sample()[0] for _ in range(4)], 1)
