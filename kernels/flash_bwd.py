@@ -82,7 +82,8 @@ def flash_bwd(
         mask: "full", "causal", "strict" (the last two need S == K) or "interval".
         scale, softcap: as in the forward kernel.
         carry: () or (dq,) or (dq, dk, dv), HBM fp32, in the shapes of the results.
-        bounds: () or, for mask "interval", two HBM fp32 tensors [B, S, 1]: first and stop key.
+        bounds: () or, for mask "interval", HBM fp32 tensors as `flash_fwd` takes them; the first
+            two, those of queries, are read.
 
     Returns:
         dq [B, H, S, D], dk [B, G, K, D] and dv [B, G, K, E], fp32, summed over the query heads of

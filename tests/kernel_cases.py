@@ -47,7 +47,7 @@ class KernelCase:
     "offset" (causal, with more keys than rows or fewer); "documents" (causal within packed ones).
     With more keys than rows, causal and strict blocks are preceded by keys that all rows see.
     hops: pieces in which the keys arrive. gain: factor on q. bounded: the caller promises bounded
-    scores. cores: physical cores of a launch.
+    scores. cores: physical cores of a launch. loops: masks of intervals are skipped at run time.
     """
 
     generation: str = "gen3"
@@ -66,6 +66,7 @@ class KernelCase:
     gain: float = 1.0
     bounded: bool = False
     cores: int = 1
+    loops: bool = False
     seed: int = 0
 
     def __str__(self) -> str:
@@ -73,7 +74,8 @@ class KernelCase:
         flags = "".join(
             f"-{f.name}{value:g}" if isinstance(value, float) else f"-{f.name}"
             for f in fields(self)
-            if f.name in ("softcap", "sink", "bounded") and (value := getattr(self, f.name))
+            if f.name in ("softcap", "sink", "bounded", "loops")
+            and (value := getattr(self, f.name))
         )
         return (
             f"{self.generation}-{self.mask}-{dtype}-B{self.B}-H{self.Hq}-G{self.Hkv}-S{self.S}"
@@ -181,6 +183,7 @@ def by_kernels(case: KernelCase, x: Problem, *, before: float = 1.0) -> Results:
         case.generation,
         cores=case.cores,
         score_bound=32.0 if case.bounded else None,
+        device_loops=case.loops,
     )
     carry = None
     if x.sink is not None:

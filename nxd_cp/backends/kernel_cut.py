@@ -25,10 +25,19 @@ class Cut:
     """A rectangle of q [B, H, S, D], k [B, G, K, D] and v [B, G, K, E], and its launches.
 
     shares: how many pairs a key/value head is repeated as, so that two cores have an even number.
+    loops: whether device loops run blocks under an interval mask.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, shares: int, cores: int
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        *,
+        shares: int,
+        cores: int,
+        loops: bool = False,
     ) -> None:
         self.masks, self.shares, self.cores = kernel_masks(scores.mask, q, k), shares, cores
         self.num_pairs = q.shape[0] * k.shape[1] * shares
@@ -41,6 +50,7 @@ class Cut:
             itemsize=q.element_size(),
             mask=self.masks[0].word,
             softcap=scores.softcap is not None,
+            loops=loops and self.masks[0].word == "interval",
         )
 
     def queries(self, x: Tensor) -> Tensor:

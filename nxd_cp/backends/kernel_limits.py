@@ -10,7 +10,7 @@ architecture guides (SBUF of trn1: 24 MiB, 192 KiB per partition).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -31,11 +31,16 @@ SBUF_BYTES = 150 * 1024  # per partition, of the 176 KiB that trn1 leaves to ker
 # Kernels are unrolled, and the time to compile one grows with its length. No limit is documented;
 # this one is ours.
 MAX_INSTRUCTIONS = 40_000
+LOOP_INSTRUCTIONS = 80  # around a device loop and in it: its ends, moving bounds, sums
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The shape of one launch, for one batch element and one key/value head."""
+    """The shape of one launch, for one batch element and one key/value head.
+
+    loops: whether the kernels that skip at run time run it; these hold and unroll one chunk of the
+    side that passes by.
+    """
 
     heads: int
     rows: int
@@ -45,6 +50,7 @@ class Launch:
     itemsize: int
     mask: str = "full"
     softcap: bool = False
+    loops: bool = False
 
     @property
     def units(self) -> int:
@@ -68,9 +74,25 @@ class Launch:
         tiles = range(ceil(self.rows / ROWS))
         return self.heads * sum(ceil(min(self.keys, (t + 1) * ROWS) / width) for t in tiles)
 
+    def forward_turn(self) -> Launch:
+        """One turn of `loop_fwd`: the units of a block, a chunk of keys."""
+        return replace(self, heads=1, rows=UNITS * ROWS, keys=WIDTH, loops=False)
+
+    def backward_turn(self) -> Launch:
+        """One turn of `loop_bwd`: a row tile of every head, a tile of keys."""
+        return replace(self, rows=ROWS, keys=self.wide_keys, loops=False)
+
+    @property
+    def wide_keys(self) -> int:
+        """Keys of a wide tile in the backward: dk and dv of it take a PSUM bank each."""
+        return WIDTH if max(self.head_dim, self.value_dim) <= ROWS else WIDTH // 2
+
 
 def forward_bytes(launch: Launch) -> int:
     """SBUF per partition that `flash_fwd` holds at once, an upper estimate."""
+    if launch.loops:
+        sums = UNITS * 4 * (launch.value_dim + 1) + 4 * 6 * launch.units
+        return 2 * forward_bytes(launch.forward_turn()) + sums + 8 * 4 * WIDTH
     z, (d_parts, _) = launch.itemsize, launch.contractions
     rows_of_k = launch.key_tiles * launch.head_dim * z
     values = launch.key_tiles * (launch.value_dim + 1) * z
@@ -82,6 +104,9 @@ def forward_bytes(launch: Launch) -> int:
 
 def backward_bytes(launch: Launch) -> int:
     """SBUF per partition that `flash_bwd` holds at once, an upper estimate."""
+    if launch.loops:
+        sums = launch.wide_keys // ROWS * 4 * (launch.head_dim + launch.value_dim)
+        return backward_bytes(launch.backward_turn()) + sums + 8 * 4 * WIDTH
     z, (d_parts, e_parts) = launch.itemsize, launch.contractions
     keys = launch.keys * (d_parts + e_parts) * z
     keys += launch.key_tiles * (launch.head_dim + launch.value_dim) * z
@@ -92,7 +117,10 @@ def backward_bytes(launch: Launch) -> int:
 
 
 def forward_instructions(launch: Launch) -> int:
-    """Instructions of `flash_fwd` per key/value head, an upper estimate."""
+    """Instructions of `flash_fwd` per key/value head, an upper estimate; a loop's count once."""
+    if launch.loops:
+        turn = forward_instructions(launch.forward_turn())
+        return ceil(launch.units / UNITS) * (turn + LOOP_INSTRUCTIONS)
     d_parts, _ = launch.contractions
     interval = launch.mask == "interval"
     blocks = ceil(launch.units / UNITS)
@@ -106,9 +134,12 @@ def forward_instructions(launch: Launch) -> int:
 
 
 def backward_instructions(launch: Launch) -> int:
-    """Instructions of `flash_bwd` per key/value head, an upper estimate."""
+    """Instructions of `flash_bwd` per key/value head, an upper estimate; a loop's count once."""
+    wide = launch.wide_keys
+    if launch.loops:
+        turn = backward_instructions(launch.backward_turn()) + LOOP_INSTRUCTIONS
+        return ceil(launch.keys / wide) * turn + launch.units + 16
     d_parts, e_parts = launch.contractions
-    wide = WIDTH if max(launch.head_dim, launch.value_dim) <= ROWS else WIDTH // 2
     interval = launch.mask == "interval"
     loads = (launch.key_tiles + launch.units) * (2 + 2 * d_parts + 2 * e_parts)
     per_wide = d_parts + e_parts + 4 + (6 if interval else 0) + (4 if launch.softcap else 0)

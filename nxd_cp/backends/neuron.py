@@ -19,6 +19,7 @@ from nxd_cp.backends import kernel_limits as limits
 from nxd_cp.backends.base import Pair, QueryRows, Scores
 from nxd_cp.backends.kernel_blocks import Block
 from nxd_cp.backends.kernel_cut import Cut, Found, dense, no_rows
+from nxd_cp.backends.kernel_loops import LoopKernels
 from nxd_cp.backends.kernel_modules import has_nki, kernel_module
 from nxd_cp.backends.kernel_support import SupportKernels
 from nxd_cp.schedule import Plan
@@ -38,6 +39,8 @@ class KernelBackend:
         cores: physical cores per launch (LNC), 1, or 2 from gen3; they share the heads.
         score_bound: a promise that every scaled score lies within +-score_bound, at most 32 (as
             with normalised queries and keys); the forward then needs no pass for row maxima.
+        device_loops: whether masks of windows and documents run as loops on the device, which skip
+            at run time what nobody sees (NKI 0.6); otherwise every tile of a block is computed.
     """
 
     carries = True
@@ -49,6 +52,7 @@ class KernelBackend:
         *,
         cores: int = 1,
         score_bound: float | None = None,
+        device_loops: bool = False,
     ) -> None:
         limits.check_cores(name, generation, cores)
         limits.check_score_bound(name, score_bound, None)
@@ -58,6 +62,7 @@ class KernelBackend:
         tiles = kernel_module(name, generation, "tiles")
         self._empty_lse: float = tiles.EMPTY_LSE
         self._empty_lse_limit: float = tiles.EMPTY_LSE_LIMIT
+        self._loops = LoopKernels(name, generation, cores) if device_loops else None
         self._support = SupportKernels(name, generation, cores=cores)
 
     def validate(
@@ -104,7 +109,7 @@ class KernelBackend:
             last = () if carry is None else (before[0][at], before[1][at])
             if block.corner in found:
                 _, last = found[block.corner]
-            pair = self._launch(self._fwd.flash_fwd)(
+            pair = self._forward_kernel(block)(
                 *dense(q_P[at], k_P[keys], v_P[keys]),
                 block.mask,
                 scores.scale,
@@ -163,13 +168,13 @@ class KernelBackend:
         """One launch. inputs: do, q, k, v, lse and delta of the whole rectangle."""
         at, keys = block.queries, block.key_rows
         places = (at, at, keys, keys, at, at)
-        found: tuple[Tensor, ...] = self._launch(self._bwd.flash_bwd)(
+        found: tuple[Tensor, ...] = self._backward_kernel(block)(
             *dense(*(x[place] for x, place in zip(inputs, places, strict=True))),
             block.mask,
             scores.scale,
             softcap=scores.softcap or 0.0,
             carry=dense(*carry),
-            bounds=bounds[:2],
+            bounds=bounds,
         )
         return found
 
@@ -183,7 +188,16 @@ class KernelBackend:
         limits.check_score_bound(self.name, self.score_bound, q.dtype)
         num_pairs, heads = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]
         shares = limits.shares(self.name, self.cores, num_pairs, heads)
-        return Cut(q, k, v, scores, shares=shares, cores=self.cores)
+        loops = self._loops is not None
+        return Cut(q, k, v, scores, shares=shares, cores=self.cores, loops=loops)
+
+    def _forward_kernel(self, block: Block) -> Any:
+        loops = self._loops if block.mask == "interval" else None
+        return loops.forward if loops else self._launch(self._fwd.flash_fwd)
+
+    def _backward_kernel(self, block: Block) -> Any:
+        loops = self._loops if block.mask == "interval" else None
+        return loops.backward if loops else self._launch(self._bwd.flash_bwd)
 
     def _launch(self, kernel: Any) -> Any:
         return kernel if self.cores == 1 else kernel[self.cores]
