@@ -39,11 +39,16 @@ def attend(
     given: arguments of `ring_attention` that the ring kernels do not know, by name.
     Raises ValueError for these, and for every other limit of the ring kernels; before any message.
     """
-    ring = _Ring(cp, options)
+    if cp is None:
+        raise ValueError(
+            f'backend "{options.backend}": expected a context, got cp=None; a single device needs '
+            f'no ring, use backend="{RING_BACKENDS[options.backend]}"'
+        )
     try:
+        ring = _Ring(cp, options)
         ring.check(q, k, v, given)
     except ValueError as error:
-        refuse(ring.cp, str(error), q.device)
+        refuse(cp, str(error), q.device)
         raise
     ring.agree(q, k, v)
     o, lse = _Attend.apply(q, k, v, ring)
@@ -58,12 +63,7 @@ def cores_of(kernels: str) -> int:
 class _Ring:
     """The ring of one context."""
 
-    def __init__(self, cp: CPContext | None, options: Options) -> None:
-        if cp is None:
-            raise ValueError(
-                f'backend "{options.backend}": expected a context, got cp=None; a single device '
-                f'needs no ring, use backend="{RING_BACKENDS[options.backend]}"'
-            )
+    def __init__(self, cp: CPContext, options: Options) -> None:
         self.cp, self.options = cp, options
         self.kernels = RING_BACKENDS[options.backend]
         self.support = get_support_kernels(self.kernels)
@@ -84,7 +84,12 @@ class _Ring:
                 f"device ring: expected no padding, got seq_len={tokens} in {slots} slots; "
                 f"{HOST_RING}"
             )
-        layout = self.cp.layout
+        layout, strategy = self.cp.layout, self.cp.strategy.name
+        if strategy not in ("ring", "auto"):
+            raise ValueError(
+                f'device ring: expected a context with strategy="ring", got "{strategy}"; make it '
+                f"so, or {HOST_RING}"
+            )
         if self.options.causal and layout != "zigzag":
             raise ValueError(
                 f'device ring: expected layout="zigzag" where causal, got "{layout}"; make the '
@@ -97,8 +102,7 @@ class _Ring:
     def agree(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise RankMismatchError on all ranks where one was asked for something else."""
         if self.cp.agrees:
-            own = ("cp", "differentiable")
-            named = {key: str(x) for key, x in self.options._asdict().items() if key not in own}
+            named = {key: str(x) for key, x in self.options._asdict().items() if key != "cp"}
             shapes = {name: str(tuple(x.shape)) for name, x in (("q", q), ("k", k), ("v", v))}
             with self.cp.transport.call("forward") as call:
                 self.cp.agree(call, {**shapes, "dtype": str(q.dtype), **named}, q.device)

@@ -282,7 +282,12 @@ def test_limits_of_the_device_ring(
 
 
 def refused(
-    message: str, *, layout: str = "zigzag", shape: tuple[int, ...] = (1, 2, 8, 16), **options: Any
+    message: str,
+    *,
+    layout: str = "zigzag",
+    strategy: str = "ring",
+    shape: tuple[int, ...] = (1, 2, 8, 16),
+    **options: Any,
 ) -> None:
     """Two ranks whose call raises on both, before keys or values are sent."""
 
@@ -292,7 +297,8 @@ def refused(
             ring_attention(q, k, v, cp=cp, **{"backend": "simulate_ring", **options})
         return cp.transport.counters.messages["gather"]
 
-    assert CPContext.local(2, layout=layout).run(on_each_rank) == [0, 0]
+    group = CPContext.local(2, layout=layout, strategy=strategy)
+    assert group.run(on_each_rank) == [0, 0]
 
 
 NOT_IN_THE_KERNELS = [
@@ -302,6 +308,7 @@ NOT_IN_THE_KERNELS = [
     ({"sinks": torch.zeros(2)}, "expected no sinks, got one"),
     ({"seq_len": 15}, "expected no padding, got seq_len=15 in 16 slots"),
     ({"dropout_p": 0.1}, "no generator gives equal masks"),
+    ({"strategy": "heads"}, 'expected a context with strategy="ring", got "heads"'),
     ({"layout": "striped"}, 'expected layout="zigzag" where causal, got "striped"'),
     ({"shape": (1, 2, 7, 16)}, "expected a multiple of 2 .chunks per rank, .*, got 7"),
     ({"backend": "nki_ring"}, "AWS Neuron SDK"),
