@@ -1,7 +1,7 @@
 """GpSimdE and DMA, addresses known at run time, registers."""
 
 import numpy as np
-from nki_sim import nisa, nl, sbuf
+from nki_sim import nisa, nl, psum, sbuf
 
 from . import pair
 from .memory import hbm
@@ -162,3 +162,9 @@ def copy_address(_):
     index, tile = nl.zeros((1, 1), nl.uint32), nl.ones((128, 16), nl.float32)
     src = tile.ap([[16, 128], [1, 8]], scalar_offset=index, indirect_dim=1)
     nisa.tensor_copy(sbuf((128, 8)), src)  # bad
+
+
+@pair("instruction.arguments", good=True, bad=False)
+def arguments(given):
+    dst = psum((8, 128)) if given else None
+    nisa.nc_transpose(dst, nl.ones((128, 8), nl.float32))  # bad

@@ -6,6 +6,9 @@ may take is the cost model's business, and what may overlap it is in ranks/races
 
 from __future__ import annotations
 
+import inspect
+
+from nxd_cp.simulators.nki_api.isa.arguments import guarded
 from nxd_cp.simulators.nki_api.isa.issue import issue
 from nxd_cp.simulators.nki_api.registers import Register
 from nxd_cp.simulators.nki_api.runtime import current
@@ -42,3 +45,7 @@ __all__ = [
     "rank_id",
     "reduce_scatter",
 ]
+
+for _name in __all__:
+    if inspect.isfunction(globals()[_name]):
+        globals()[_name] = guarded("nki.collectives", globals()[_name])

@@ -6,6 +6,7 @@ fp32, round to dst, log. Names of the vendor's API that are not implemented rais
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from nxd_cp.simulators.nki_api.chips import chip_for
@@ -21,6 +22,7 @@ from nxd_cp.simulators.nki_api.runtime import current_or_none
 
 from . import enums as constants
 from .activate2 import activate2
+from .arguments import guarded
 from .copy import memset, tensor_copy
 from .dma import dma_copy
 from .dma_compute import dma_compute
@@ -143,3 +145,7 @@ __all__ = [
     "tensor_tensor",
     "tensor_tensor_scan",
 ]
+
+for _name in __all__:
+    if inspect.isfunction(globals()[_name]):
+        globals()[_name] = guarded("nki.isa", globals()[_name])

@@ -1,0 +1,157 @@
+"""Nonsense for any argument of any instruction gives one clear exception at the user's line."""
+
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+from nki_sim import nisa, nl, run, sbuf
+from rule_pairs import PAIRS, Pair, alone, load_pairs, ranks
+from rule_pairs.memory import hbm
+from rule_pairs.ranks import ALL, filled, shared
+
+from nxd_cp.simulators.nki_api import (
+    NkiDeadlockError,
+    NkiSimulatorWarning,
+    NkiValidationError,
+    SimParams,
+    parameters,
+)
+from nxd_cp.simulators.nki_api import collectives as ncc
+
+load_pairs()
+JUNK = (None, -3, 1.5, "text", (), np.ones((2, 2), np.float32), object())
+CLEAR = (NkiValidationError, NkiDeadlockError)
+PARAMS = SimParams(stall_seconds=5.0)
+FUNCTIONS = [
+    (module, name)
+    for module in (nisa, ncc)
+    for name in module.__all__
+    if inspect.isfunction(getattr(module, name)) and not name.startswith("get_nc")
+]
+
+
+def vector(_):
+    """Instructions that no pair calls."""
+    ones, out = nl.ones((128, 8), nl.float32), sbuf((128, 8))
+    nisa.reciprocal(out, ones)
+    nisa.scalar_tensor_tensor(out, ones, nl.add, 1.0, nl.add, ones)
+    nisa.select_reduce(out, nl.ones((128, 8), nl.uint8), ones, 0.0)
+    nisa.nc_find_index8(sbuf((128, 8), nl.uint32), ones, ones)
+    nisa.nc_match_replace8(out, ones, ones, 0.0)
+    nisa.bn_aggr(sbuf((128, 2)), nl.ones((128, 6), nl.float32))
+
+
+def gpsimd(_):
+    """The same of other engines."""
+    index = nl.zeros((16, 1), nl.uint16)
+    nisa.local_gather(sbuf((16, 16)), nl.ones((16, 8), nl.float32), index)
+    state = nl.zeros((128, 6), nl.uint32)
+    nisa.rand_set_state(state)
+    nisa.rand_get_state(state)
+    nisa.register_load(nisa.register_alloc(0), hbm((1, 1), nl.int32))
+
+
+def collectives(_):
+    """The same of collectives, on two ranks."""
+    src, dst, half = filled("src"), shared("dst"), shared("half", (64, 8))
+    ncc.all_to_all([src], [dst], ALL, 0)
+    ncc.reduce_scatter([src], [half], ALL, 0, nl.add)
+    ncc.collective_permute_implicit_reduce([[src]], [[src]], [[dst]], ALL, nl.add)
+
+
+MORE = [
+    Pair("", kernel, None, None, "gen3", "gen3", launch)
+    for kernel, launch in ((vector, alone), (gpsimd, alone), (collectives, ranks(2)))
+]
+NOT_CALLED = {"all_gather_v", "rank_id"}  # four ranks of two cores; no argument but a name
+
+
+class Swap:
+    """Counts the calls of a function and gives one of them another argument."""
+
+    def __init__(self, function, turn=None, which=None, junk=None):
+        self.function, self.turn, self.which, self.junk = function, turn, which, junk
+        self.calls = []
+
+    def __call__(self, *args, **kwargs):
+        self.calls.append((len(args), tuple(kwargs)))
+        if len(self.calls) - 1 == self.turn:
+            args, kwargs = list(args), dict(kwargs)
+            (args if isinstance(self.which, int) else kwargs)[self.which] = self.junk
+        return self.function(*args, **kwargs)
+
+
+def _pairs_that_call(name):
+    """At most two pairs whose kernel names the function."""
+    found = [p for p in (*PAIRS.values(), *MORE) if f".{name}(" in inspect.getsource(p.kernel)]
+    return [p for p in found if p.rule != "kernel.endless"][:2]
+
+
+def _call(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NkiSimulatorWarning)
+        with parameters(PARAMS):
+            case.launch(case.kernel, case.good, case.good_generation)
+
+
+def _outcome(case):
+    """The message of the one exception that may come; empty for junk that is legal or unused."""
+    try:
+        _call(case)
+    except CLEAR as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("module", "name"), FUNCTIONS, ids=[name for _, name in FUNCTIONS])
+def test_no_argument_confuses_an_instruction(monkeypatch, module, name):
+    real = getattr(module, name)
+    tried = 0
+    for case in _pairs_that_call(name):
+        seen = Swap(real)
+        monkeypatch.setattr(module, name, seen)
+        _call(case)
+        if not seen.calls:
+            continue
+        positions, keywords = seen.calls[-1]
+        for which in (*range(positions), *keywords):
+            for junk in JUNK:
+                swap = Swap(real, len(seen.calls) - 1, which, junk)
+                monkeypatch.setattr(module, name, swap)
+                tried += 1
+                text = _outcome(case)
+                assert not text or "\n  at " in text or "deadlock: " in text, text
+        monkeypatch.setattr(module, name, real)
+    assert tried or name in NOT_CALLED
+
+
+def test_the_message_names_instruction_argument_and_line():
+    def nothing():
+        nisa.nc_transpose(None, nl.ones((128, 8), nl.float32))  # bad
+
+    with pytest.raises(NkiValidationError, match=r"rule ") as caught:
+        run(nothing)
+    text = str(caught.value)
+    assert text.startswith("nki.isa.nc_transpose: ")
+    assert "None" in text
+    assert "# bad" in text.splitlines()[-1]
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_call_that_does_not_fit_the_signature_keeps_its_type_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
+        run(lambda: nisa.memset(sbuf((128, 8)), 0.0, wrong=1))
+
+
+def test_an_error_of_a_kernels_own_callback_comes_through():
+    def body(i):
+        raise AttributeError("mine")
+
+    with pytest.raises(AttributeError, match="mine"):
+        run(lambda: nl.fori_loop(0, 2, body))
+
+
+@pytest.fixture(autouse=True)
+def _short_kernels(monkeypatch):
+    monkeypatch.setattr("nxd_cp.simulators.nki_api.jit.check_kernel", lambda *_: None)
