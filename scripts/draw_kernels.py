@@ -21,8 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from nxd_cp.backends.base import QueryRows, Scores
 from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
-from nxd_cp.schedule import token_runs
+from nxd_cp.backends.neuron import KernelBackend
+from nxd_cp.schedule import Bounded, token_runs
 from nxd_cp.simulators.cluster.measure import kernel_log
 from nxd_cp.simulators.nki_api import SimParams, load, parameters, record, simulate_ranks
 from nxd_cp.simulators.nki_api.log import Log, Record, View
@@ -227,6 +229,38 @@ def _strip(axes: Axes, log: Log) -> None:
     axes.set_xlabel("instruction number; lines: a message is issued")
 
 
+def draw_loops(path: Path) -> None:
+    """Matmuls that ran under windows of several widths, with and without device loops."""
+    rows, keys = 1024, 4096
+    widths = (64, 512, 1024, 2048, 3072)
+    found: dict[str, list[int]] = {}
+    q, k = torch.zeros(1, 1, rows, 32), torch.zeros(1, 1, keys, 32)
+    row = torch.zeros(1, 1, rows)
+    for loops in (False, True):
+        backend = KernelBackend("simulate", "gen3", device_loops=loops)
+        for width in widths:
+            scores = Scores(Bounded(0, width - 1), 1.0)
+            with record() as forward:
+                backend.forward(q, k, k, scores)
+            with record() as backward:
+                backend.backward(QueryRows(q, q, q, row, row), k, k, scores)
+            for name, log in (("fwd", forward), ("bwd", backward)):
+                kernel = f"{'loop' if loops else 'flash'}_{name}"
+                found.setdefault(kernel, []).append(log.counts()["nc_matmul"])
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for kernel, counts in found.items():
+        style = "o-" if kernel.startswith("loop") else "--"
+        colour = "tab:blue" if kernel.endswith("fwd") else "tab:red"
+        axes.plot(widths, counts, style, color=colour, label=kernel)
+    axes.set(xlabel="keys that a row sees", ylabel="nc_matmul in the log", ylim=(0, None))
+    axes.set_title(
+        f"{rows} rows, {keys} keys, one head: row i sees keys i, i + 1, ...", fontsize=11
+    )
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def draw_permute(path: Path) -> None:
     """Which tokens each DMA of `permute_tokens` moves where."""
     size, tokens = 4, 32
@@ -264,6 +298,7 @@ def main(folder: Path) -> None:
     draw_covers(folder / "kernels_bwd_tiles.png", "flash_bwd", backward_covers(backward))
     draw_memory(folder / "kernels_bwd_memory.png", "flash_bwd", backward)
     draw_ring(folder / "kernels_ring.png")
+    draw_loops(folder / "kernels_loops.png")
     draw_permute(folder / "kernels_permute.png")
     for path in sorted(folder.glob("kernels_*.png")):
         print(path)

@@ -20,6 +20,7 @@ PAGES = (
     "kernels/index.md",
     "kernels/flash_fwd.md",
     "kernels/flash_bwd.md",
+    "kernels/loops.md",
     "kernels/ring.md",
     "kernels/support.md",
 )
