@@ -16,6 +16,7 @@ import torch
 from kernel_cases import KernelCase
 
 GENERATIONS = ("gen2", "gen3", "gen4")
+INTERVALS = ("window", "band", "offset", "documents")  # masks given by run-time intervals
 LARGE = 8000.0  # scores up to about 3e4
 LARGE_FP16 = 3000.0  # so that gradients stay in range
 

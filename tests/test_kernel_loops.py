@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import KernelCase, by_kernels, check, problem
-from kernel_suite import generate
+from kernel_suite import INTERVALS, generate
 
 from nxd_cp.backends import kernel_blocks, kernel_limits, kernel_loops
 from nxd_cp.backends.base import QueryRows, Scores
@@ -23,7 +23,6 @@ from nxd_cp.schedule import Bounded
 from nxd_cp.simulators.nki_api import Log, NkiValidationError, load, record
 
 GENERATIONS = ("gen2", "gen3", "gen4")
-INTERVALS = ("window", "band", "offset", "documents")
 GENERATED = [
     replace(case, loops=True)
     for generation in GENERATIONS
