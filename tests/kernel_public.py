@@ -1,7 +1,7 @@
 """Cases of public test suites for the kernels: one rank's share, at their shapes, lengths cut.
 
 Each case is held to two things: the tolerance that its suite states (against fp64 here, where the
-suite compares two runs in low precision), and ours, `kernel_cases.check`. A rank's share is its
+suite compares two runs in low precision), and ours, `kernel_cases.check` (of inputs of mean zero). A rank's share is its
 queries against the keys of all ranks, hop by hop as the layout has it; the rank that sees the most.
 
 Sources, shapes and tolerances as read there:
@@ -101,7 +101,9 @@ class PublicCase:
     def check(self) -> None:
         """AssertionError where the suite's tolerance or ours does not hold."""
         x = self.problem()
-        check(self.case, x)
+        # Ours is for inputs of mean zero. With do = 1 and positive values do v^T and delta are
+        # large and nearly equal, and their roundings, not those of dq, are what shows in dq.
+        check(self.case, problem(self.case) if self.uniform else x)
         o, lse, grads = by_kernels(self.case, x)
         o_true, lse_true, true = exact(self.case, x)
         if self.output is not None:
