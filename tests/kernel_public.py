@@ -1,8 +1,9 @@
 """Cases of public test suites for the kernels: one rank's share, at their shapes, lengths cut.
 
 Each case is held to two things: the tolerance that its suite states (against fp64 here, where the
-suite compares two runs in low precision), and ours, `kernel_cases.check` (of inputs of mean zero). A rank's share is its
-queries against the keys of all ranks, hop by hop as the layout has it; the rank that sees the most.
+suite compares two runs in low precision), and ours, `kernel_cases.check`, of inputs of mean zero. A
+rank's share is its queries against the keys of all ranks, hop by hop as the layout has it; the rank
+that sees the most.
 
 Sources, shapes and tolerances as read there:
     aws-neuron/nki-library e9ef98f test/integration/nkilib/experimental/attention/
