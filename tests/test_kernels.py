@@ -10,17 +10,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from budgets import (
     FP32_GRADIENT,
     FP32_OUTPUT,
-    HOPS_FACTOR,
     assert_close,
     assert_within_budget,
-    error,
 )
 from cases import NAMES, Case, cut, inputs, join_all, one_device, truth
 from kernel_cases import KernelCase, by_kernels, check, exact, problem
@@ -82,42 +79,6 @@ def test_a_carry_that_has_seen_nothing_changes_nothing(generation: str) -> None:
     again = backend.forward(x.q, x.k, x.v, scores, empty)
     assert torch.equal(again[0], o)
     assert torch.equal(again[1], lse)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("generation", GENERATIONS)
-@pytest.mark.parametrize("mask", ["full", "offset", "window"])
-def test_error_does_not_grow_with_the_number_of_hops(
-    mask: str, generation: str, dtype: torch.dtype
-) -> None:
-    check_hops(KernelCase(generation, mask, dtype, S=128, K=2048, D=128, E=128))
-
-
-def test_a_carry_that_is_rounded_at_every_hop_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = KernelBackend.forward
-
-    def wrong(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        o, lse = right(*args, **options)
-        return o.bfloat16().float(), lse
-
-    monkeypatch.setattr(KernelBackend, "forward", wrong)
-    with pytest.raises(AssertionError, match=r"o: .* hops, .* after one"):
-        check_hops(KernelCase(S=128, K=2048, D=128, E=128))
-
-
-def check_hops(case: KernelCase) -> None:
-    """AssertionError where the error of more hops is more than HOPS_FACTOR that of one."""
-    found = {}
-    for hops in (1, 2, 4, 8, 16):
-        cut_up = replace(case, hops=hops)
-        x = problem(cut_up)
-        o, _, (dq, dk, dv) = by_kernels(cut_up, x, before=0.0)
-        o_true, _, true = exact(cut_up, x)
-        pairs = zip((o, dq, dk, dv), (o_true, *true), strict=True)
-        found[hops] = [error(got, expected).relative_rms for got, expected in pairs]
-    for hops in (2, 4, 8, 16):
-        for name, now, one in zip(NAMES, found[hops], found[1], strict=True):
-            assert now <= HOPS_FACTOR * one, f"{name}: {now} after {hops} hops, {one} after one"
 
 
 RINGS = [
