@@ -334,7 +334,7 @@ def test_the_write_map_agrees_with_a_plain_bitmap(writes):
             np.testing.assert_array_equal(written.all(axis=-1), cells)
         init.mark(view, OTHER)
         cells[...] = True
-    whole = Region.of_rect((0, 4, 0, 32))
+    whole = Region.whole(4, 32)
     assert (FRESH in init.codes(whole)) == (not plain.all())
     assert (init.uniform == OTHER) == plain.all()
 

@@ -101,7 +101,7 @@ def _hbm(run: Run, sizes: tuple[int, ...], kind: DType, region: MemoryRegion, na
 
 def _shape(shape: Any, buffer: Any) -> tuple[int, ...]:
     plain = type(shape) is tuple and isinstance(buffer, MemoryRegion)
-    if plain and 2 <= len(shape) <= 5 and all(type(n) is int and n > 0 for n in shape):
+    if plain and 2 <= len(shape) <= 5 and set(map(type, shape)) == {int} and min(shape) > 0:
         return shape
     if not isinstance(buffer, MemoryRegion):
         fail(_BUFFER, "nki.language.ndarray", f"buffer={buffer!r}")

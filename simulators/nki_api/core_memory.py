@@ -157,10 +157,13 @@ class Core:
             init = InitMap(chips.NUM_PARTITIONS, size, collapse=False)
             self.placed_init[space] = init
         storage.own, storage.init, storage.map_origin = storage.init, init, (first, at)
-        owners = self.placed.setdefault(space, Owners(chips.NUM_PARTITIONS, size))
+        owners = self.placed.get(space)
+        if owners is None:
+            owners = self.placed[space] = Owners(chips.NUM_PARTITIONS, size)
         storage.group, shares = owners.enter(storage.number, rect)
         if not shares:
-            init.mark(Region.of_rect(rect), FRESH)
+            whole = Region.whole(storage.partitions, storage.row_bytes)
+            init.mark_later(whole, storage.map_origin, FRESH)
             storage.fill()
 
     def _at(

@@ -34,9 +34,9 @@ class InitMap:
         self.whole: Rect = (0, partitions, 0, row_bytes)
         self.area = partitions * row_bytes
         self.grid: Grid | None = None
-        self.marked: list[int] = []  # by code: at most so many bytes have it
+        self.marked: Any = None  # with a grid, by code: at most so many bytes have it
         self.collapse = collapse
-        self.later: list[tuple[Region, tuple[int, int], int]] = []
+        self.later: Any = None if collapse else []  # writes that are not in the grid yet
 
     def mark(self, region: Region, code: int) -> None:
         """Record a write by `code` (FRESH to forget one)."""

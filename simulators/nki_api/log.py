@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -121,10 +122,20 @@ class Log:
         self.exchanges: list[Exchange] = []
         self.names: list[str] = []
         self._name_ids: dict[str, int] = {}
-        self.views: list[View] = []
+        self._words: dict[tuple[str, str, str], tuple[int, ...]] = {}
+        self._views: list[View] = []  # of the first keys of _view_ids; the rest when asked for
         self._view_ids: dict[tuple[Any, ...], int] = {}
         self.lines: list[tuple[str, int]] = []
         self._line_ids: dict[tuple[Any, int], int] = {}
+
+    @property
+    def views(self) -> list[View]:
+        """The table of views."""
+        if len(self._views) < len(self._view_ids):
+            for key in islice(self._view_ids, len(self._views), None):
+                number, offset, shape, strides, dtype = key
+                self._views.append(View(number, offset, shape, strides, str(dtype)))
+        return self._views
 
     def __len__(self) -> int:
         return len(self.rows) // WIDTH
@@ -188,8 +199,11 @@ class Log:
         operands = [NONE if dst is None else self._view(dst)]
         operands += [self._view(s) for s in sources]
         operands += _PADDING[len(operands) :]
-        first, second, third = self._name(opcode), self._name(engine), self._name(detail)
-        head = [first, second, line, elements, flags, third]
+        words = self._words.get((opcode, engine, detail))
+        if words is None:
+            words = tuple(self._name(word) for word in (opcode, engine, detail))
+            self._words[opcode, engine, detail] = words
+        head = [words[0], words[1], line, elements, flags, words[2]]
         self.rows.extend(head + operands[:MAX_OPERANDS])
 
     def _name(self, name: str) -> int:
@@ -207,7 +221,5 @@ class Log:
         key = (tensor.storage.number, tensor.offset, tensor.shape, tensor.strides, tensor.dtype)
         found = self._view_ids.get(key)
         if found is None:
-            found = self._view_ids[key] = len(self.views)
-            number, offset, shape, strides, dtype = key
-            self.views.append(View(number, offset, shape, strides, str(dtype)))
+            found = self._view_ids[key] = len(self._view_ids)
         return found

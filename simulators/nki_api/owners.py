@@ -67,9 +67,8 @@ class Owners:
             for member in (group, *group.neighbours):
                 member.shared = True
         if not shares and (self.noted or self.writers is not None):
-            self._note(
-                0, rect[0], rect[2], Region.of_rect((0, rect[1] - rect[0], 0, rect[3] - rect[2]))
-            )
+            whole = Region.whole(rect[1] - rect[0], rect[3] - rect[2])
+            self._note(0, rect[0], rect[2], whole)
         return group, shares
 
     def leave(self, number: int) -> None:

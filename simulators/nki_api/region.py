@@ -9,6 +9,7 @@ A pattern is (first partition, byte, counts, byte strides, item size), partition
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -60,11 +61,11 @@ class Region:
         self.runs = counts[1 : outer + 1], strides[1 : outer + 1], run
         self.grain = math.gcd(byte, run, *self.runs[1])
 
-    @classmethod
-    def of_rect(cls, rect: Rect) -> Region:
-        """A whole rectangle."""
-        first, last, start, end = rect
-        return cls((first, start, (last - first, end - start), (1, 1), 1))
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def whole(partitions: int, num_bytes: int) -> Region:
+        """All bytes of a memory of this size."""
+        return Region((0, 0, (partitions, num_bytes), (1, 1), 1))
 
     def moved_rect(self, partitions: int, num_bytes: int) -> Rect:
         """The bounds so many partitions and bytes further on."""
