@@ -179,3 +179,19 @@ def test_capacity_in_program_order_can_be_tolerated():
         pytest.warns(NkiSimulatorWarning, match=r"memory\.capacity"),
     ):
         assert (run(many_banks, X) == 9).all()
+
+
+def test_a_tensor_allocated_early_lives_from_its_first_use():
+    def kernel(x):
+        out = psum((128, 2048))  # half of the memory, used last
+        first, second = psum((128, 2048)), psum((128, 1024))
+        nisa.memset(first, 1.0)
+        nisa.memset(second, 2.0)
+        total = sbuf((128, 1024))
+        nisa.tensor_copy(dst=total, src=first[:, 0:1024])
+        nisa.tensor_tensor(dst=total, data1=total, data2=second, op=nl.add)
+        nisa.memset(out, 3.0)
+        nisa.tensor_tensor(dst=total, data1=total, data2=out[:, 0:1024], op=nl.add)
+        return store(total)
+
+    assert (run(kernel, X) == 6).all()

@@ -49,8 +49,8 @@ _ALIGNMENT = inferred(
 )
 
 
-Live = tuple[int, int, tuple[str, int, tuple[int, ...]], int, int]
-# (space, address, (name, number, shape), bytes per partition, quarters of the partitions)
+Live = tuple[int, int, tuple[str, int, tuple[int, ...]], int, int, InitMap]
+# (space, address, (name, number, shape), bytes per partition, quarters of the partitions, writes)
 
 
 def _label(name: str, number: int, shape: tuple[int, ...]) -> str:
@@ -117,14 +117,15 @@ class Core:
             spare = self.spare.get(shape[0] * pitch)
             data = spare.pop() if spare else np.empty(shape[0] * pitch, np.uint8)
             place = (data, 0, pitch)
-            if at is not None:
-                self.live[number] = (space, at, (name, number, shape), padded, quarters(shape[0]))
         else:
             assert at is not None, "an address is checked, not searched"
             memory = self.sbuf if space == SBUF else self.psum
             scale = self.scale
             place = (memory, address[0] * memory.shape[1] + at * scale, memory.shape[1])
         storage = Storage(space, region, *place, shape[0], row_bytes, dtype, name, scale)
+        if address is None and at is not None:
+            label = (name, number, shape)
+            self.live[number] = (space, at, label, padded, quarters(shape[0]), storage.init)
         storage.number, storage.core, storage.epoch = number, self, self.epoch
         storage.address = at or 0
         storage.silent = not self.values
@@ -142,7 +143,7 @@ class Core:
         first = storage.first_partition
         rect = (first, first + storage.partitions, at, end)
         free = self.sbuf_list if space == SBUF else self.psum_list
-        for other_space, other, name, size, _ in () if free.holds(at, end) else self.live.values():
+        for other_space, other, name, size, *_ in () if free.holds(at, end) else self.live.values():
             if other_space == space and other < end and at < other + size:
                 fail(
                     _ADDRESS,
@@ -208,8 +209,9 @@ class Core:
             detail = self._full(space, num_bytes, free)
             problem = message(CAPACITY, "nki.language.ndarray", detail, {"tensor": asked})
             held = {n: r[3] * r[4] for n, r in self.live.items() if r[0] == space}
+            used = {n for n in held if self.live[n][5].uniform != FRESH}
             capacity = QUARTERS * (free.size - free.reserved)
-            known = self.lifetimes[space] = Lifetimes(space, capacity, held, problem)
+            known = self.lifetimes[space] = Lifetimes(space, capacity, held, used, problem)
         known.add(number, area, placed)
 
     def check_lifetimes(self) -> None:

@@ -38,15 +38,18 @@ class Lifetimes:
     space: SBUF or PSUM, as in memory.py.
     capacity: bytes for automatic tensors, per partition and times the quarters.
     held: the same of the tensors that were live then, by their number.
+    used: the numbers of those that had been written; the others' first use is yet to come.
     problem: the message if it really does not fit.
     """
 
-    def __init__(self, space: int, capacity: int, held: dict[int, int], problem: str) -> None:
+    def __init__(
+        self, space: int, capacity: int, held: dict[int, int], used: Iterable[int], problem: str
+    ) -> None:
         self.space = space
         self.capacity = capacity
         self.problem = problem
         self.area = dict(held)
-        self.first = dict.fromkeys(held, 0)
+        self.first = dict.fromkeys(used, 0)
         self.last: dict[int, int] = {}
         self.unplaced: dict[int, int] = {}  # live tensors that have no place, and their areas
 
