@@ -70,7 +70,8 @@ def test_mamba_is_bound_by_vector_and_near_its_published_time_on_trn1():
     values = constants_for("gen2").at("expected")
     core = times.expected_ns - values.kernel_start - values.kernel_end
     assert active_ns(times, "vector") / core == pytest.approx(0.987, rel=LARGE)
-    assert times.expected_ns == pytest.approx(172_930, rel=LARGE)
+    # 6 % low: of the published time 22 us are start and end, and this model has trn2's, 9 us.
+    assert times.expected_ns == pytest.approx(172_930, rel=SMALL)
 
 
 PRIMITIVES = [

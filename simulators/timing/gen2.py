@@ -5,7 +5,7 @@ ARCH  AWS Neuron SDK docs, nki/guides/architecture/trainium_inferentia2_arch.rst
 ISA   AWS Neuron SDK docs v2.26, nki.isa reference pages (cost notes, since dropped)
 PERF  AWS Neuron SDK docs, nki/deep-dives/nki_perf_guide.rst (figures)
 DMABW AWS Neuron SDK docs, nki/deep-dives/nki-dma-bandwidth-guide.rst
-KILN  foxl-ai/kiln docs/neuron-notes.md (trn1.2xlarge, NKI 0.6.0)
+KILN  foxl-ai/kiln docs/neuron-notes.md and tools/probe_prefill_vector.py (trn1.2xlarge, NKI 0.6.0)
 """
 
 from .constants import Constant, Constants, same
@@ -37,11 +37,11 @@ CONSTANTS = Constants(
         4.0, 4.0, 2.0, "columns per cycle", "documented", "ARCH, fast LoadStationary (up to)"
     ),
     vector_clock=same(1.12, "GHz", "documented", "ARCH, engine table"),
-    vector_issue=Constant(8.0, 33.0, 36.0, "ns", "derived", "fit: KILN N=64 and N=512 rows"),
+    vector_issue=Constant(3.0, 10.4, 36.0, "ns", "derived", "fit: KILN, eight N=512"),
     vector_latency=Constant(
         89.0, 152.0, 358.0, "ns", "guess", "gen3's; ARCH ~100 cycles; PERF 358"
     ),
-    vector_pointer=Constant(0.0, 0.0, 64.0, "ns", "guess", "KILN tensor_scalar shows none"),
+    vector_pointer=Constant(0.0, 23.7, 64.0, "ns", "derived", "fit: KILN, 64 with a scalar a row"),
     vector_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
     scalar_clock=same(1.4, "GHz", "documented", "ARCH, engine table"),
     scalar_issue=Constant(6.0, 23.5, 30.0, "ns", "derived", "fit: KILN 64 activations of N=64"),

@@ -113,13 +113,19 @@ def stream_ns(
     count: int,
     sources: int = 1,
     psum: bool = False,
+    pointer: bool = False,
 ) -> float:
-    """Time from the first start to the last free of `count` independent instructions."""
+    """Time from the first start to the last free of `count` independent instructions.
+
+    psum: the first source lies there. pointer: one more source is a scalar per partition.
+    """
     s = Stream()
     for _ in range(count + 1):  # the first one loads the function table
         given = [s.sbuf(128, elements, dtype="float32") for _ in range(sources)]
         if psum:
             given[0] = s.psum(128, elements)
+        if pointer:
+            given.append(s.sbuf(128, 1, dtype="float32"))
         out = s.sbuf(128, elements, dtype="float32")
         if engine == "scalar":
             s.scalar(opcode, out, *given)
@@ -202,7 +208,7 @@ _ROWS: dict[tuple[str, tuple[str, ...]], Callable[[], Primitive]] = {
     ("K2", ("1 KB per partition",)): lambda: _rate(dma_stream("gen2", 128, 1024)),
     ("K2", ("[128,16,512 B]",)): lambda: _rate(dma_stream("gen2", 128, 8192, pieces=16)),
     ("K2", ("64 tensor_scalar",)): lambda: Primitive(
-        stream_ns("gen2", "vector", "tensor_scalar", 64, 64), 64
+        stream_ns("gen2", "vector", "tensor_scalar", 64, 64, pointer=True), 64
     ),
     ("K2", ("one operand PSUM",)): lambda: Primitive(
         stream_ns("gen2", "vector", "tensor_tensor", 512, 8, sources=2, psum=True), 512
