@@ -11,7 +11,9 @@ cu_seqlens[i] to cu_seqlens[i + 1] - 1 of the whole sequence, in every row of th
 
 from __future__ import annotations
 
+import threading
 import zlib
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -72,9 +74,16 @@ def slot_positions(layout: str, size: int, rank: int, seq_len: int) -> Tensor:
 def spared(plan: Plan, ids: list[Tensor]) -> Plan:
     """The plan without the rectangles in which no query sees a key of its own document.
 
-    ids: [B or 1, S] of every rank. The plan itself where nothing can be left out.
+    ids: [B or 1, S] of every rank. The plan itself where nothing can be left out. Remembered for
+    the last few packings: layers of one step, and their backwards, ask for the same.
     """
-    seeker = _Seeker(ids)
+    by_rank = torch.stack([one.cpu() for one in ids])
+    found = _RECENT.find(plan, by_rank)
+    return _RECENT.add(plan, by_rank, _spared(plan, by_rank)) if found is None else found
+
+
+def _spared(plan: Plan, by_rank: Tensor) -> Plan:
+    seeker = _Seeker(by_rank)
     tiles = [
         (rank, step.owner, tile)
         for rank, steps in enumerate(plan.steps)
@@ -83,6 +92,32 @@ def spared(plan: Plan, ids: list[Tensor]) -> Plan:
     ]
     seen = [one for one in tiles if seeker.sees(*one)]
     return plan if len(seen) == len(tiles) else spare(plan, seen)
+
+
+class _Recent:
+    """The last few spared plans, by the plan they come from and the ids; thread-safe."""
+
+    def __init__(self, num_kept: int) -> None:
+        self._kept: deque[tuple[Plan, Tensor, Plan]] = deque(maxlen=num_kept)
+        self._lock = threading.Lock()
+
+    def find(self, plan: Plan, ids: Tensor) -> Plan | None:
+        """The spared plan; None where it is not known."""
+        with self._lock:
+            kept = [*self._kept]
+        for before, its, after in kept:
+            if before == plan and torch.equal(its, ids):
+                return after
+        return None
+
+    def add(self, plan: Plan, ids: Tensor, after: Plan) -> Plan:
+        """Keep it, and return it."""
+        with self._lock:
+            self._kept.append((plan, ids, after))
+        return after
+
+
+_RECENT = _Recent(8)
 
 
 def balance(plan: Plan, cu_seqlens: Tensor) -> tuple[float, ...]:
@@ -112,8 +147,7 @@ class _Seeker:
     band is then found by bisection, and it is seen if it is not behind the band.
     """
 
-    def __init__(self, ids: list[Tensor]) -> None:
-        by_rank = torch.stack([one.cpu() for one in ids])
+    def __init__(self, by_rank: Tensor) -> None:
         self._dense = by_rank.unique(return_inverse=True)[1]  # numbered from 0 on
         self._width = by_rank.shape[-1] + 1
         self._sorted = (self._dense * self._width + torch.arange(self._width - 1)).sort(-1)[0]

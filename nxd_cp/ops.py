@@ -21,7 +21,7 @@ from torch import Tensor
 from nxd_cp import documents, ring, strategies
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
-from nxd_cp.debugging import debug_enabled, refuse_nan
+from nxd_cp.debugging import call_site, debug_enabled, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
 from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
@@ -232,6 +232,7 @@ class _Asked:
         description: dict[str, str | int | float] = {
             "call": f"{call.kind} {call.number}",
             "of forward call": forward_call,
+            "called from": call_site() if debug_enabled() and call.kind == "forward" else "",
             "batch": batch,
             "query heads": num_heads,
             "key/value heads": self._k.shape[1],

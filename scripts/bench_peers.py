@@ -3,18 +3,19 @@
 Two processes of one thread each (JAX: one process with two host devices of one thread each), over
 gloo, causal, fp32. In every round each library runs once, so that they share the machine's moods;
 reported are medians over rounds and, per library, the median of the ratios ours / theirs of the
-same round. Before that every library is checked against fp64, gradients too, and its errors stand
-beside its times: a fast wrong gradient is not a peer. Memory: how far a rank's resident set rises
-in one call, each measurement in processes of its own.
+same round. A library that takes more than twice our time in a first, untimed round is not a rival:
+it runs in one round only. Before that every library is checked against fp64, gradients too, and its
+errors stand beside its times: a fast wrong gradient is not a peer. Memory: how far a rank's
+resident set rises in one call, each measurement in processes of its own.
 
-    python scripts/bench_peers.py --seq-len 4096 8192 16384 --rounds 5
+    python scripts/bench_peers.py --out peers.json --png peers.png   # 16 minutes on two free cores
     python scripts/bench_peers.py --jax-python ~/venv-jax/bin/python    # with ringattention in it
 
 Optional installs: `pip install ring-attention-pytorch` (lucidrains), and for JAX, in a virtual
 environment of its own, `pip install jax==0.4.30 "flax<0.9" "numpy<2.1" einops ringattention`.
 Exits with 1 when a threshold is not met: --at-most (our median time over the best correct peer's,
-in any row), --window-at-least (causal / window 1024, at the longest length) and --memory-at-most
-(our forward growth over PyTorch's).
+in any row), --window-at-least (causal / window 1024, at the longest length), --memory-at-most (our
+forward growth over PyTorch's, in any row), and when our gradients are wrong.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ from typing import Any
 import torch
 from peers.adapters import installed
 from peers.measure import Problem, serve
+from peers.table import Results
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 SIZE = 2
 MODES = ("forward", "forward + backward")
 PAUSE_S = 0.2
 CHECK_LEN = 1024
-CORRECT = 1e-4  # largest error of a gradient that counts as right, unit-variance inputs
 WINDOW = 1024
+SLOW = 2.0  # times our time: such a peer runs in one round only
 
 
 class Ranks:
@@ -85,7 +88,7 @@ class Jax:
         self._process = subprocess.Popen(
             [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        print("jax:", self._answer())
+        self.version = self._answer()
 
     def ask(self, command: str, problem: Problem, mode: str = "") -> Any:
         """Its answer to one request."""
@@ -109,73 +112,74 @@ class Jax:
 class Bench:
     """All peers, and the table of what they did."""
 
-    def __init__(self, names: list[str], jax_python: str | None) -> None:
+    def __init__(self, names: list[str], jax_python: str | None, progress: Progress) -> None:
         self.ranks = Ranks()
         self.jax = Jax(jax_python) if jax_python else None
         self.names = [*names, "jax"] if self.jax else names
-        self.errors: dict[tuple[str, str], dict[str, float]] = {}
+        self.results = Results(progress.console.print)
+        self._progress, self._task = progress, progress.add_task("peers", total=None)
+
+    def expect(self, num_runs: int) -> None:
+        """So many runs are to come."""
+        self._progress.update(self._task, total=num_runs)
 
     def check(self, problem: Problem) -> None:
         """Every peer's largest errors at a small length."""
-        print(f"\nlargest error against fp64, {problem.name}, S {problem.seq_len}:")
         for name in self.names:
             if name == "jax":
                 found = self.jax.ask("errors", problem)
             else:
                 both = self.ranks.ask("errors", name, problem, "")
                 found = {key: max(one[key] for one in both) for key in both[0]}
-            self.errors[problem.name, name] = found
-            text = "  ".join(f"{key} {value:.1e}" for key, value in found.items())
-            print(f"  {name:<16} {text}{'' if self.is_right(problem, name) else '   WRONG'}")
-
-    def is_right(self, problem: Problem, name: str) -> bool:
-        """Its gradients were right."""
-        return max(self.errors[problem.name, name].values()) <= CORRECT
+            self.results.add_errors(problem, name, found)
 
     def seconds(self, name: Any, problem: Problem, mode: str) -> float:
         """From the first start to the last end of one run."""
+        label = f"{problem.name}, S {problem.seq_len}, {mode}, {name}"
+        self._progress.update(self._task, description=label)
         time.sleep(PAUSE_S)
         if name == "jax":
             started, ended = self.jax.ask("span", problem, mode)
-            return ended - started
-        spans = self.ranks.ask("span", name, problem, mode)
-        return max(end for _, end in spans) - min(start for start, _ in spans)
+        else:
+            spans = self.ranks.ask("span", name, problem, mode)
+            started, ended = min(start for start, _ in spans), max(end for _, end in spans)
+        self._progress.advance(self._task)
+        return ended - started
 
-    def row(self, problem: Problem, mode: str, rounds: int) -> float:
-        """Time all peers in turn; print; return our time over that of the best correct peer."""
+    def row(self, problem: Problem, mode: str, rounds: int) -> None:
+        """Time all peers in turn, after a round that compiles and touches memory."""
+        if self.jax:
+            self.jax.ask("warm", problem, mode)
+        first = {name: self.seconds(name, problem, mode) for name in self.names}
+        rivals = [name for name in self.names if first[name] <= SLOW * first["ours"]]
         times: dict[str, list[float]] = {name: [] for name in self.names}
-        for name in self.names:  # not timed: compiles, touches memory
-            if name == "jax":
-                self.jax.ask("warm", problem, mode)
-            else:
-                self.seconds(name, problem, mode)
         for index in range(rounds):
-            turn = self.names[index % len(self.names) :] + self.names[: index % len(self.names)]
-            for name in turn:
+            turn = rivals[index % len(rivals) :] + rivals[: index % len(rivals)]
+            for name in turn if index else [*turn, *(set(self.names) - set(rivals))]:
                 times[name].append(self.seconds(name, problem, mode))
-        print(f"\n{problem.name}, S {problem.seq_len}, {mode}: median of {rounds} rounds")
-        best = None
-        for name in self.names:
-            ratio = median(a / b for a, b in zip(times["ours"], times[name], strict=True))
-            right = self.is_right(problem, name)
-            print(
-                f"  {name:<16} {median(times[name]):8.3f} s   ours / this {ratio:.3f}"
-                f"{'' if right else '   (gradients wrong)'}",
-                flush=True,
-            )
-            if not name.startswith("ours") and (right or mode == "forward"):
-                best = ratio if best is None else max(best, ratio)
-        return 0.0 if best is None else best
+        skipped = (len(self.names) - len(rivals)) * (rounds - 1)
+        self._progress.advance(self._task, skipped)
+        self.results.add_times(problem, mode, times)
 
-    def window(self, problem: Problem, rounds: int) -> float:
+    def window(self, problem: Problem, rounds: int) -> None:
         """Our time for causal over that for a window, forward and backward, paired."""
         ratios = []
         for _ in range(rounds + 1):
             causal = self.seconds("ours", problem, MODES[1])
             ratios.append(causal / self.seconds(("window", WINDOW), problem, MODES[1]))
-        ratio = median(ratios[1:])
-        print(f"\n{problem.name}, S {problem.seq_len}: causal / window {WINDOW} = {ratio:.2f}")
-        return ratio
+        self.results.add_window(problem, WINDOW, median(ratios[1:]))
+
+    def memory(self, problem: Problem, modes: tuple[str, ...]) -> None:
+        """Each rival's growth: ours and PyTorch's."""
+        for name in [name for name in self.names if name.startswith(("ours", "torch"))]:
+            for mode in modes:
+                label = f"{problem.name}, S {problem.seq_len}, memory, {name}"
+                self._progress.update(self._task, description=label)
+                ranks = Ranks()
+                rise = max(ranks.ask("growth", name, problem, mode)) / 2**20
+                ranks.close()
+                self.results.add_memory(problem, mode, name, rise)
+                self._progress.advance(self._task)
 
     def close(self) -> None:
         """End all processes."""
@@ -184,67 +188,70 @@ class Bench:
             self.jax.close()
 
 
-def memory(names: list[str], problem: Problem) -> float:
-    """Print each peer's growth; return our forward growth over PyTorch's smaller one."""
-    print(f"\nrise of a rank's resident set, {problem.name}, S {problem.seq_len}, MiB:")
-    forward = {}
-    for name in names:
-        found = []
+def rounds_of(seq_len: int, asked: int) -> int:
+    """Long runs need fewer: their times scatter less."""
+    return min(asked, 3) if seq_len > 8192 else asked
+
+
+def run(options: argparse.Namespace, progress: Progress) -> Results:
+    """Check, time and weigh all peers."""
+    bench = Bench(options.peers, options.jax_python, progress)
+    shapes = [(options.heads, kv_heads, options.head_dim) for kv_heads in options.kv_heads]
+    problems = [Problem(seq_len, *shape) for shape in shapes for seq_len in options.seq_len]
+    longest = Problem(max(options.seq_len), *shapes[0])
+    timed = sum(1 + rounds_of(one.seq_len, options.rounds) for one in problems)
+    weighed = sum(name.startswith(("ours", "torch")) for name in bench.names)
+    window = 2 * (1 + rounds_of(longest.seq_len, options.rounds))
+    bench.expect(
+        len(MODES) * timed * len(bench.names)
+        + window
+        + options.memory * weighed * (len(problems) + 1)
+    )
+    for shape in shapes:
+        bench.check(Problem(options.check_len, *shape))
+    for problem in problems:
         for mode in MODES:
-            ranks = Ranks()
-            found.append(max(ranks.ask("growth", name, problem, mode)) / 2**20)
-            ranks.close()
-        forward[name] = found[0]
-        print(
-            f"  {name:<16} forward {found[0]:8.1f}   forward + backward {found[1]:8.1f}", flush=True
-        )
-    torchs = [value for name, value in forward.items() if name.startswith("torch")]
-    return forward["ours"] / min(torchs) if torchs else 0.0
+            bench.row(problem, mode, rounds_of(problem.seq_len, options.rounds))
+    bench.window(longest, rounds_of(longest.seq_len, options.rounds))
+    bench.close()
+    for problem in problems if options.memory else ():
+        bench.memory(problem, MODES if problem == longest else MODES[:1])
+    return bench.results
 
 
 def main() -> int:
-    """Check, time and weigh all peers; 1 where a threshold is not met."""
+    """The command line; 1 where a threshold is not met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seq-len", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[8, 2], help="one per shape")
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="at most 3 beyond S 8192")
     parser.add_argument("--check-len", type=int, default=CHECK_LEN)
     parser.add_argument("--jax-python", help="interpreter with jax and ringattention")
     parser.add_argument("--peers", nargs="+", choices=installed(), default=installed())
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--at-most", type=float, default=float("inf"))
-    parser.add_argument("--window-at-least", type=float, default=0.0)
-    parser.add_argument("--memory-at-most", type=float, default=float("inf"))
+    parser.add_argument("--at-most", type=float, default=1.05)
+    parser.add_argument("--window-at-least", type=float, default=3.0)
+    parser.add_argument("--memory-at-most", type=float, default=0.5)
+    parser.add_argument("--out", type=Path, help="write all figures as JSON")
+    parser.add_argument("--png", type=Path, help="draw them")
     options = parser.parse_args()
-    names = options.peers
-    print(
+    machine = (
         f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, load "
-        f"{os.getloadavg()[0]:.2f}; peers: {', '.join(names)}"
+        f"{os.getloadavg()[0]:.2f}"
     )
-    bench = Bench(names, options.jax_python)
-    ratios = []
-    for kv_heads in options.kv_heads:
-        shape = (options.heads, kv_heads, options.head_dim)
-        bench.check(Problem(options.check_len, *shape))
-        for seq_len in options.seq_len:
-            problem = Problem(seq_len, *shape)
-            ratios += [bench.row(problem, mode, options.rounds) for mode in MODES]
-    longest = Problem(max(options.seq_len), options.heads, options.kv_heads[0], options.head_dim)
-    window = bench.window(longest, options.rounds)
-    bench.close()
-    rise = memory(names, longest) if options.memory else 0.0
-    groups = [Problem(0, options.heads, kv_heads, 0) for kv_heads in options.kv_heads]
-    ours_right = all(bench.is_right(group, "ours") for group in groups)
-    print(
-        f"\nworst row: ours / best correct peer {max(ratios):.3f} (limit {options.at_most}); "
-        f"window {window:.2f} (limit {options.window_at_least}); forward memory over PyTorch's "
-        f"{rise:.2f} (limit {options.memory_at_most}); our gradients "
-        f"{'right' if ours_right else 'WRONG'}"
-    )
-    met = max(ratios) <= options.at_most and window >= options.window_at_least
-    return int(not (met and rise <= options.memory_at_most and ours_right))
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *clocks) as progress:
+        progress.console.print(f"{machine}; peers: {', '.join(options.peers)}", soft_wrap=True)
+        results = run(options, progress)
+    if options.out:
+        results.write(options.out, machine)
+    if options.png:
+        results.draw(options.png, machine)
+    limits = (options.at_most, options.window_at_least, options.memory_at_most)
+    return int(not results.meets(*limits))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ the memory of a rank is measured.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -35,21 +36,30 @@ TINY = [
 def run(script: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"scripts/{script}", *arguments]
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
 
 
-def test_a_threshold_that_cannot_be_met_ends_in_an_error_and_the_table_is_printed() -> None:
-    done = run("bench_peers.py", TINY)
+def test_a_threshold_that_cannot_be_met_ends_in_an_error_after_table_figures_and_picture(
+    tmp_path: Path,
+) -> None:
+    figures, picture = tmp_path / "peers.json", tmp_path / "peers.png"
+    done = run("bench_peers.py", [*TINY, "--out", str(figures), "--png", str(picture)])
     assert done.returncode == 1, done.stderr
     assert "our gradients right" in done.stdout
     assert "WRONG" not in done.stdout
     assert done.stdout.count("torch-alltoall") == 4
+    found = json.loads(figures.read_text(encoding="utf-8"))
+    assert {one["name"] for one in found["times"]} == {"ours", "torch-alltoall"}
+    assert all(one["right"] for one in found["errors"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_memory_of_a_rank_is_measured() -> None:
+def test_memory_of_a_rank_is_measured_and_its_growth_is_limited() -> None:
     shape = "--seq-len 2048 --heads 2 --kv-heads 1 --head-dim 64 --ranks 1 --strategies ring"
-    done = run("bench_memory.py", shape.split())
-    assert done.returncode == 0, done.stderr
+    limit = ["--modes", "forward", "--growth-at-most", "0.5"]
+    done = run("bench_memory.py", [*shape.split(), *limit])
+    assert done.returncode == 1, done.stderr
     rises = [float(x) for x in re.findall(r"(\d+\.\d) \(x N", done.stdout)]
-    assert len(rises) == 2, "forward, and forward and backward"
-    assert 0 < rises[0] < rises[1] < 64
+    assert len(rises) == 2, "at S and S / 2"
+    assert 0 < rises[0] < 64
+    assert done.stdout.count("NOT MET: ring") == 1

@@ -13,14 +13,14 @@ from cases import NAMES, Case, cut, inputs, join_all, rows
 from ranks import RankGroup
 from torch import Tensor
 
-from nxd_cp import reference, ring
+from nxd_cp import documents, reference, ring
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends import torch_bounded, torch_flash
 from nxd_cp.backends.base import Documents, QueryRows, Scores
 from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
-from nxd_cp.schedule import LAYOUTS, Bounded, Mask
+from nxd_cp.schedule import LAYOUTS, Bounded, Mask, Plan, make_plan
 
 
 def packed(lengths: Sequence[int], B: int, seq_len: int) -> Tensor:
@@ -170,3 +170,27 @@ def test_documents_that_see_each_other_are_caught() -> None:
     case, ids = Case(size=2), packed((7, 20), 1, 48)
     with pytest.raises(AssertionError, match="expected max"):
         check_fp32(case, ids, locally(case, torch.zeros_like(ids)))
+
+
+def test_what_documents_spare_is_found_once_for_all_layers_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    right = documents._Seeker
+    monkeypatch.setattr(documents, "_RECENT", documents._Recent(2))
+    monkeypatch.setattr(documents, "_Seeker", lambda ids: asked.append(ids) or right(ids))
+    plan = make_plan("zigzag", 4, 64)
+    packings = [torch.tensor([0, end, 64]) for end in (8, 20, 40)]
+
+    def spared(bounds: torch.Tensor) -> Plan:
+        return documents.spared(plan, documents.ids_of_ranks(bounds, plan, torch.device("cpu")))
+
+    first = spared(packings[0])
+    assert all(spared(packings[0]) is first for _ in range(5))
+    assert len(asked) == 1
+    assert [spared(one) for one in packings[1:]] != [first, first], (
+        "another packing is another plan"
+    )
+    assert len(asked) == 3
+    assert spared(packings[0]) == first
+    assert len(asked) == 4, "only the last few are kept"

@@ -365,3 +365,23 @@ def test_a_rank_that_is_lost_while_a_hop_is_posted_ends_the_group(
     monkeypatch.setattr(LocalTransport, "post", lost)
     for text in CPContext.local(2).run(work):
         assert "cannot be used any more" in text
+
+
+def two_layers(cp: CPContext, swapped: bool) -> None:
+    x = torch.randn(1, 4, 12, 16)
+    if swapped:
+        ring_attention(x.cos(), x, x, cp=cp)
+        ring_attention(x.sin(), x, x, cp=cp)
+    else:
+        ring_attention(x.sin(), x, x, cp=cp)
+        ring_attention(x.cos(), x, x, cp=cp)
+
+
+def test_equal_layers_that_one_rank_swaps_are_caught_in_debug_mode() -> None:
+    group = CPContext.local(3)
+    with debug():
+        group.run(lambda cp: two_layers(cp, False))
+        with pytest.raises(ValueError, match=r"called from = test_faults.py:\d+ \(crc") as caught:
+            group.run(lambda cp: two_layers(cp, cp.rank == 1))
+    assert "on rank 0 and 2" in str(caught.value)
+    group.run(lambda cp: two_layers(cp, cp.rank == 1))  # without debug nothing can tell them apart

@@ -276,6 +276,30 @@ def test_lengths_that_make_no_sense_are_refused_on_all_ranks(lengths: Any, text:
     assert all(text in said for said in CPContext.local(2).run(work))
 
 
+@pytest.mark.parametrize("first", [0, 6])
+@pytest.mark.parametrize("layout", ["zigzag", "striped", "contiguous"])
+def test_what_lies_in_padding_does_not_reach_a_token(layout: str, first: int) -> None:
+    """In the first prompt (first = 0) and in a chunk that follows; NaN in q, k and v."""
+
+    def work(cp: CPContext, value: float) -> Tensor:
+        cache = KVCache(batch=2, num_kv_heads=2, head_dim=16, capacity=64, dtype=torch.float32)
+        q, k, v = (x[:, :, :24] for x in Case().inputs())
+        options = {"cache": cache, "cp": cp}
+        if first:
+            prefill(*(shard(x, cp, dim=2) for x in (q, k, v)), **options)
+        padding = torch.arange(24) >= LENGTHS[:, None]
+        given = (x.masked_fill(padding[:, None, :, None], value) for x in (q, k, v))
+        o = prefill(*(shard(x, cp, dim=2) for x in given), lengths=LENGTHS, **options)
+        token = (x[:, :, :1] for x in (q, k, v))
+        o = unshard(o, cp, dim=2).masked_fill(padding[:, None, :, None], 0.0)
+        return torch.cat([o, decode(*token, **options)], dim=2)
+
+    group = CPContext.local(2, layout=layout)
+    with_nan, *_ = group.run(lambda cp: work(cp, float("nan")))
+    with_zeros, *_ = group.run(lambda cp: work(cp, 0.0))
+    assert torch.equal(with_nan, with_zeros)
+
+
 def test_a_pair_is_the_window_that_it_says() -> None:
     def work(cp: CPContext, window: Any) -> Tensor:
         cache = KVCache(batch=2, num_kv_heads=2, head_dim=16, capacity=53, dtype=torch.float32)

@@ -72,6 +72,8 @@ def prefill(
             call, cp, cache, (q, k, v), options, lambda: _places(cp, k, cache, lengths)
         )
     if bool((cache.next_position == 0).all()):
+        # Nobody sees padding, but a weight of 0 times a NaN would be one.
+        q, k, v = (q, k, v) if lengths is None else _without_padding(place.ours, q, k, v)
         o = ring_attention(q, k, v, cp=cp, backend=backend, **options)
         assert isinstance(o, Tensor), "lse was not asked for"
         cache.store(k, v, place.ours)
@@ -102,6 +104,12 @@ def _places(cp: CPContext, k: Tensor, cache: KVCache, lengths: Tensor | None) ->
         counts = lengths.to(counts)
     positions = cache.next_position[:, None] + at
     return Places(counts, positions, torch.where(at < counts[:, None], positions, EMPTY))
+
+
+def _without_padding(ours: Tensor, *tensors: Tensor) -> list[Tensor]:
+    """Zeros in the rows of [B, H, L, D] that hold no token; ours: [B, L], `EMPTY` for these."""
+    padding = (ours == EMPTY)[:, None, :, None]
+    return [x.masked_fill(padding, 0.0) for x in tensors]
 
 
 def _positions(cp: CPContext, local_len: int) -> Tensor:

@@ -4,7 +4,6 @@ Does: cut a whole sequence as each library wants it, and run forward, or forward
 one rank's part. Does not: time, or repair anything: what a library computes is what is shown.
 
     ours               nxd_cp.ring_attention, zigzag, on torch.distributed
-    ours-by-heads      the same in rounds of two key/value heads: smaller buffers
     torch-alltoall     torch.distributed.tensor.experimental's templated ring attention (private
     torch-allgather    API), load-balanced, over PyTorch's CPU flash attention, both rotations
     lucidrains         ring_attention_pytorch.ring_flash_attn, contiguous, its default bucket size
@@ -155,7 +154,6 @@ class Lucidrains:
 
 PEERS: dict[str, Callable[[], Peer]] = {
     "ours": Ours,
-    "ours-by-heads": lambda: Ours(strategy=Strategy("ring", heads_per_round=2)),
     "torch-alltoall": lambda: TorchRing("alltoall"),
     "torch-allgather": lambda: TorchRing("allgather"),
     "lucidrains": Lucidrains,
