@@ -380,17 +380,21 @@ def test_a_device_ring_is_the_whole_job_and_two_cores_share_its_heads(
     refused("heads that the 2 cores of a rank can share, got 3; use one core", shape=(1, 3, 8, 16))
 
 
-@pytest.mark.parametrize("shape", [{"Hq": 4, "Hkv": 2}, {"B": 2, "Hq": 2, "Hkv": 1}], ids=str)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [(2, {"B": 2, "Hq": 2, "Hkv": 1}), (3, {"Hq": 4, "Hkv": 2}), (4, {"Hq": 2, "Hkv": 2})],
+    ids=str,
+)
 def test_two_cores_of_a_rank_share_its_heads_and_give_the_same_bits(
     size: int, shape: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = zigzag(size, **shape)
+    case = zigzag(size, 20, **shape)
     alone = run(case, "gen3")
     monkeypatch.setattr(device_ring, "cores_of", lambda kernels: 2)
     for x, y in zip(run(case, "gen3"), alone, strict=True):
         assert torch.equal(x, y)
-    check(case, "gen4")
+    if size == 2:
+        check(case, "gen4")
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
