@@ -10,6 +10,8 @@ Note [Budget]
     and with large scores few ties hold all of an error; so several results are drawn. The error of
     a sum of terms of random sign, one after the other, is about normal, with an RMS of 2**-24 *
     (sum of the terms' sizes) / sqrt(3) (tests/test_kernel_budget.py measures it).
+    How p rounds to the dtype depends on the row's shift, which is that of a hop or of a tile: in
+    each result it is another one, up to e above the maximum.
     Sums that are taken hop by hop also round the lse, and what is multiplied to o, once per hop.
 
 Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim of q and k, E of v.
@@ -269,7 +271,8 @@ class OneDevice:
         case, x = self.case, self.x
         s = self._scores()[0].masked_fill(~x.seen, -torch.inf)
         c = s.amax(-1, keepdim=True)
-        c = torch.zeros_like(c) if case.bounded else c.clamp_min(EMPTY)
+        late = torch.rand(c.shape, generator=self.make)
+        c = torch.zeros_like(c) if case.bounded else (c + late).clamp_min(EMPTY)
         for keys, _ in x.pieces:
             s[..., keys] += self._rounded(c)
         p = torch.exp(s - c).to(case.dtype).float()
