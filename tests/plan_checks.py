@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import product
+from itertools import permutations, product
 
 from nxd_cp.schedule import HEADER_BYTES, Bounded, Move, Plan, Rows, Tile, token_runs
+from nxd_cp.strategies.plan import StrategyPlan
+from nxd_cp.strategies.routes import HeadGroup
 
 Event = tuple[str, str, int]  # "post" or "wait", channel, step
 Pair = tuple[int, int]
@@ -219,11 +221,43 @@ def program(plan: Plan, rank: int, *, backward: bool) -> list[Event]:
     return [*events, ("wait", "grad", open_grad)] if open_grad is not None else events
 
 
+def strategy_program(work: StrategyPlan, rank: int, *, backward: bool) -> list[Event]:
+    """As `program`, of a strategy: all rounds, keys posted a round ahead, and exchanges of heads.
+
+    The number of a round, or of an exchange, is part of the channel's name.
+    """
+    plan, num_rounds = work.plan, len(work.rounds)
+    one = program(plan, rank, backward=backward)
+    rounds = [[(kind, f"{name} {i}", at) for kind, name, at in one] for i in range(num_rounds)]
+    if work.strategy.name == "gather" and plan.size > 1:
+        ahead = [
+            [e for e in events if e[0] == "post" and e[1] == f"kv {i}"]
+            for i, events in enumerate(rounds)
+        ]
+        rest = [[e for e in events if e not in ahead[i]] for i, events in enumerate(rounds)]
+        following = [*ahead[1:], []]
+        return [*ahead[0], *(e for i in range(num_rounds) for e in (*following[i], *rest[i]))]
+    before, after = (
+        [
+            (kind, f"heads {i}", distance)
+            for kind in ("post", "wait")
+            for distance in range(1, work.ways)
+        ]
+        for i in range(2)
+    )
+    return [*before, *(e for events in rounds for e in events), *after]
+
+
 class Channels:
     """Which message meets which: between two ranks the n-th send meets the n-th receive."""
 
-    def __init__(self, plan: Plan, programs: list[list[Event]]) -> None:
-        self.plan, self.programs = plan, programs
+    def __init__(
+        self,
+        plan: Plan,
+        programs: list[list[Event]],
+        groups: tuple[HeadGroup, ...] | None = None,
+    ) -> None:
+        self.plan, self.programs, self.groups = plan, programs, groups
         self.posted = [{e[1:]: i for i, e in enumerate(p) if e[0] == "post"} for p in programs]
         sends, receives = defaultdict(list), defaultdict(list)
         for rank, events in enumerate(programs):
@@ -236,8 +270,13 @@ class Channels:
         assert sends == receives, "messages between two ranks meet in their order"
 
     def move(self, rank: int, channel: str, index: int) -> Move:
+        if channel.startswith("heads"):
+            assert self.groups is not None, "heads have groups"
+            mine = self.groups[rank]
+            to, source = (mine.members[(mine.index + d) % mine.ways] for d in (index, -index))
+            return Move(to, source, brings=source)
         step = self.plan.steps[rank][index]
-        move = step.kv if channel == "kv" else step.grad
+        move = step.kv if channel.startswith("kv") else step.grad
         assert move is not None
         return move
 
@@ -257,8 +296,40 @@ def check_progress(plan: Plan, *, backward: bool) -> None:
     Ranks are deterministic and an event that can happen stays possible until it does, so all other
     orders end where this one does; `check_every_order` tries them.
     """
-    channels = Channels(plan, [program(plan, r, backward=backward) for r in range(plan.size)])
-    state = [0] * plan.size
+    _run(Channels(plan, [program(plan, r, backward=backward) for r in range(plan.size)]))
+
+
+def check_start_orders(work: StrategyPlan, *, backward: bool) -> None:
+    """As `check_progress`, of a strategy, for every order in which the ranks may start: each goes
+    on as far as it can before the next is looked at.
+    """
+    channels = _of_strategy(work, backward)
+    programs = channels.programs
+    for order in permutations(range(work.plan.size)):
+        state = [0] * work.plan.size
+        moved = True
+        while moved:
+            moved = False
+            for rank in order:
+                while state[rank] < len(programs[rank]) and channels.can_pass(tuple(state), rank):
+                    state[rank] += 1
+                    moved = True
+        assert not unfinished(channels, state), f"blocked at {state}, started in order {order}"
+
+
+def check_strategy_progress(work: StrategyPlan, *, backward: bool) -> None:
+    """As `check_progress`, of a strategy."""
+    _run(_of_strategy(work, backward))
+
+
+def _of_strategy(work: StrategyPlan, backward: bool) -> Channels:
+    ranks = range(work.plan.size)
+    programs = [strategy_program(work, rank, backward=backward) for rank in ranks]
+    return Channels(work.plan, programs, work.groups)
+
+
+def _run(channels: Channels) -> None:
+    state = [0] * len(channels.programs)
     while True:
         ready = [r for r in unfinished(channels, state) if channels.can_pass(tuple(state), r)]
         if not ready:

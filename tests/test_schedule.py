@@ -19,6 +19,8 @@ from plan_checks import (
     check_pairs,
     check_plan,
     check_progress,
+    check_start_orders,
+    check_strategy_progress,
     program,
 )
 
@@ -35,6 +37,7 @@ from nxd_cp.schedule import (
     seq_len_multiple,
     token_runs,
 )
+from nxd_cp.strategies import Strategy, StrategyPlan, plan_strategy
 
 SIZES = range(1, 9)
 
@@ -154,10 +157,58 @@ def test_no_order_of_events_blocks_with_unbuffered_sends(
         assert states > len(program(plan, 0, backward=backward)) or size == 1
 
 
-@pytest.mark.parametrize("order", list(permutations(range(4)))[1::5], ids=str)
-def test_no_order_of_events_blocks_in_another_ring_order(order: tuple[int, ...]) -> None:
-    for layout in LAYOUTS:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_order_of_events_blocks_in_any_ring_order_of_four(layout: str) -> None:
+    for order in permutations(range(4)):
         check_every_order(make_plan(layout, 4, 16, window=6, ring_order=order), backward=True)
+
+
+STRATEGIES = [
+    Strategy("ring"),
+    Strategy("ring", heads_per_round=1),
+    Strategy("gather"),
+    Strategy("heads"),
+    Strategy("heads", ways=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_strategy_blocks_in_any_ring_order_and_start_order_of_up_to_four(layout: str) -> None:
+    for size in range(2, 5):
+        masks = [(True, None), (True, 5), (False, None), (False, (3, 2))]
+        for order, (causal, window) in product(permutations(range(size)), masks):
+            options = {"causal": causal, "window": window, "ring_order": order}
+            plan = make_plan(layout, size, 4 * size, **options)
+            for one in STRATEGIES:
+                if one.ways is None or size % one.ways == 0:
+                    work = plan_strategy(plan, one, num_heads=size, num_kv_heads=size)
+                    for backward in (False, True):
+                        check_start_orders(work, backward=backward)
+
+
+@pytest.mark.parametrize("size", [6, 8, 12, 16])
+def test_no_strategy_blocks_on_up_to_sixteen_ranks(size: int) -> None:
+    for layout, window in product(LAYOUTS, (None, 5)):
+        plan = make_plan(layout, size, 4 * size, window=window)
+        for one in STRATEGIES:
+            work = plan_strategy(plan, one, num_heads=size, num_kv_heads=size)
+            for backward in (False, True):
+                check_strategy_progress(work, backward=backward)
+
+
+def test_a_strategy_that_waits_before_it_sends_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = plan_checks.strategy_program
+
+    def late(work: StrategyPlan, rank: int, *, backward: bool) -> list[Event]:
+        events = right(work, rank, backward=backward)
+        waits = [e for e in events if e[0] == "wait"]
+        return [*waits, *(e for e in events if e[0] == "post")]
+
+    monkeypatch.setattr(plan_checks, "strategy_program", late)
+    for one in STRATEGIES:
+        work = plan_strategy(make_plan("zigzag", 4, 16), one, num_heads=4, num_kv_heads=4)
+        with pytest.raises(AssertionError, match="blocked"):
+            check_start_orders(work, backward=True)
 
 
 @pytest.mark.parametrize("window", [None, 7])
