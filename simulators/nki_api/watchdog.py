@@ -63,12 +63,12 @@ class _Watch:
     def stalled(self) -> bool:
         """Whether the kernel has done nothing for too long."""
         now = self.progress()
-        if now is None or now != self._last:
+        if now is None or now != self._last or self._debugging():
             self._last = now
             self._restart()
             return False
         worked, waited = self._spent() - self._spent_then, self._wall() - self._wall_then
-        return worked > self.limit or (waited > self.limit and not self._debugging())
+        return worked > self.limit or waited > self.limit
 
     def _debugging(self) -> bool:
         frame = sys._current_frames().get(self.thread)
