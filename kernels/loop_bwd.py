@@ -24,7 +24,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from .flash_bwd import key_tile, load_keys, make_query_side, store_key_gradient
-from .loops import bounds_of_chunk, in_chunks, visible_chunks
+from .loops import batches_of_step, bounds_of_chunk, in_chunks, visible_chunks
 from .masks import make_indices
 from .tiles import (
     ROWS,
@@ -94,7 +94,8 @@ def loop_bwd(
         b, g = items[i]
         for h in range(g * heads, (g + 1) * heads):
             begin_dq(whole(dq_hbm), places["dq_in"], b, h)
-        rectangle(places, rows, keys, (b, g, heads), bounds, options, identity_PP)
+        batches = batches_of_step(num_batches, num_groups, i)
+        rectangle(places, rows, keys, (b, g, heads, batches), bounds, options, identity_PP)
     return dq_hbm, dk_hbm, dv_hbm
 
 
@@ -114,7 +115,7 @@ def begin_dq(place, carried, b, h):
 
 def rectangle(places, rows, keys, at, bounds, options, identity_PP):
     """The query heads of one group over one rectangle of scores, from HBM to HBM."""
-    b, g, _ = at
+    b, g, heads, batches = at
     k_hbm, v_hbm = keys["k"], keys["v"]
     _, _, num_tiles, width, head_dim = k_hbm.shape
     indices_PN = make_indices()
@@ -125,9 +126,9 @@ def rectangle(places, rows, keys, at, bounds, options, identity_PP):
         }
         loaded = load_keys(here, b, g, identity_PP)
         start = tile * width
-        turns = visible_chunks(bounds[2], bounds[3], b, (start, width), LOG_ROWS)
+        turns = visible_chunks(bounds[2], bounds[3], batches, (start, width), LOG_ROWS)
         limits = (bounds[0:2], float(start), indices_PN)
-        dk_JND, dv_JNE = sum_gradients(rows, loaded, at, turns, limits, options, identity_PP)
+        dk_JND, dv_JNE = sum_gradients(rows, loaded, (b, g, heads), turns, limits, options, identity_PP)
         place = (b, g, (start, width))
         store_key_gradient(places["dk"], places["dk_in"], dk_JND, place, options["scale"])
         store_key_gradient(places["dv"], places["dv_in"], dv_JNE, place, 1.0)

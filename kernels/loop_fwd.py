@@ -27,7 +27,13 @@ import nki.language as nl
 
 from .finish import finish, store_lse
 from .flash_fwd import UNITS, attend, load_keys, load_queries
-from .loops import bounds_of_chunk, in_chunks, on_all_partitions, visible_chunks
+from .loops import (
+    batches_of_step,
+    bounds_of_chunk,
+    in_chunks,
+    on_all_partitions,
+    visible_chunks,
+)
 from .masks import load_bounds, make_indices
 from .shift import fresh_maxima, make_shift, raise_maxima
 from .tiles import (
@@ -81,12 +87,14 @@ def loop_fwd(
     for i in range(len(items)):
         b, g = items[i]
         units = query_units(num_heads, num_groups, g, num_rows)
-        rectangle(places, kv, b, g, units, bounds, options, eyes)
+        batches = batches_of_step(num_batches, num_groups, i)
+        rectangle(places, kv, (b, g, batches), units, bounds, options, eyes)
     return o_hbm, lse_hbm
 
 
-def rectangle(places, kv, b, g, units, bounds, options, eyes):
+def rectangle(places, kv, at, units, bounds, options, eyes):
     """The query heads of one group over one rectangle of scores, from HBM to HBM."""
+    b, g, batches = at
     top_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
     sum_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
     row_bounds, indices_PN = load_bounds(bounds[0], bounds[1], b), make_indices()
@@ -94,7 +102,7 @@ def rectangle(places, kv, b, g, units, bounds, options, eyes):
     for j in range(len(blocks)):
         first, count = blocks[j]
         queries = load_queries(places["q"], b, units[first : first + count], eyes[0])
-        turns = rows_that_turn(queries["units"], bounds, b)
+        turns = rows_that_turn(queries["units"], bounds, batches)
         c_MU = fresh_maxima(queries)
         if options["shift"] == "row_max":
             find_maxima(c_MU, queries, kv[0], (b, g), turns, (row_bounds, indices_PN), eyes[0])
@@ -105,11 +113,11 @@ def rectangle(places, kv, b, g, units, bounds, options, eyes):
     store_lse(places["lse"], b, units, top_MT, sum_MT)
 
 
-def rows_that_turn(units, bounds, b):
+def rows_that_turn(units, bounds, batches):
     """The chunks of keys that the rows of a block see: see `visible_chunks`."""
     _, start, _ = units[0]
     _, last, rows = units[len(units) - 1]
-    return visible_chunks(bounds[0], bounds[1], b, (start, last + rows - start), LOG_CHUNK)
+    return visible_chunks(bounds[0], bounds[1], batches, (start, last + rows - start), LOG_CHUNK)
 
 
 def find_maxima(c_MU, queries, k_hbm, at, turns, limits, identity_PP):

@@ -17,14 +17,25 @@ from .tiles import ROWS
 FAR = 16777216.0  # 2**24: an index past every sequence
 
 
-def visible_chunks(first_hbm_BS1, stop_hbm_BS1, b, span, log_size):
+def batches_of_step(num_batches, num_groups, step):
+    """The batch element that each core computes as its item `step` of `my_items`."""
+    items_per_core = num_batches * num_groups // nl.num_programs(0)
+    batches = []
+    for core in range(nl.num_programs(0)):
+        batches.append((core * items_per_core + step) // num_groups)
+    return batches
+
+
+def visible_chunks(first_hbm_BS1, stop_hbm_BS1, batches, span, log_size):
     """What these positions see, in chunks of 2**log_size: a register each for first and stop.
 
+    batches: whose positions, of all cores: loops have to turn as often on both (LNC2 rule), so each
+    takes the turns that either needs; in the others everything is masked.
     span: (start, count) of positions. Those that see nothing do not count; where all do, the
     registers are equal. Also returns the index at which the first chunk begins, fp32 [1, 1].
     """
-    first_1N = row_of(first_hbm_BS1, b, span)
-    stop_1N = row_of(stop_hbm_BS1, b, span)
+    first_1N = row_of(first_hbm_BS1, batches, span)
+    stop_1N = row_of(stop_hbm_BS1, batches, span)
     seen_1N = nl.ndarray(first_1N.shape, dtype=nl.float32, buffer=nl.sbuf)
     nisa.tensor_tensor(dst=seen_1N, data1=first_1N, data2=stop_1N, op=nl.less)  # VectorE
     nisa.tensor_tensor(dst=stop_1N, data1=stop_1N, data2=seen_1N, op=nl.multiply)  # VectorE
@@ -53,12 +64,14 @@ def visible_chunks(first_hbm_BS1, stop_hbm_BS1, b, span, log_size):
     return lower, upper, origin_11
 
 
-def row_of(hbm_BS1, b, span):
-    """Some numbers of one batch element side by side on one partition, fp32 [1, N]."""
+def row_of(hbm_BS1, batches, span):
+    """Some numbers of these batch elements side by side on one partition, fp32 [1, N]."""
     start, count = span
-    out_1N = nl.ndarray((1, count), dtype=nl.float32, buffer=nl.sbuf)
-    src = hbm_BS1.ap(pattern=[[1, 1], [1, count]], offset=b * hbm_BS1.shape[1] + start)
-    nisa.dma_copy(dst=out_1N, src=src)  # DMA
+    out_1N = nl.ndarray((1, len(batches) * count), dtype=nl.float32, buffer=nl.sbuf)
+    for i in range(len(batches)):
+        offset = batches[i] * hbm_BS1.shape[1] + start
+        src = hbm_BS1.ap(pattern=[[1, 1], [1, count]], offset=offset)
+        nisa.dma_copy(dst=out_1N[:, i * count : (i + 1) * count], src=src)  # DMA
     return out_1N
 
 

@@ -47,6 +47,12 @@ def test_two_cores_share_the_heads() -> None:
     check(KernelCase("gen3", "window", S=300, K=700, Hq=4, Hkv=2, cores=2, loops=True))
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_two_cores_turn_alike_where_their_batch_elements_are_packed_differently(seed: int) -> None:
+    case = KernelCase("gen4", "documents", B=2, S=700, K=700, Hq=1, D=16, E=16, cores=2, loops=True)
+    check(replace(case, seed=seed))
+
+
 def run(low: int, high: int, loops: bool = True) -> tuple[Log, Log]:
     """Logs of both directions, 1024 rows and 4096 keys, row i seeing keys i + low to i + high."""
     case = KernelCase("gen3", S=1024, K=4096, Hq=1, D=32, E=32)
