@@ -106,6 +106,30 @@ def test_one_scalar_moves_the_whole_view(as_register):
     np.testing.assert_array_equal(one, X[7:8])
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [
+        ((64, 6, 1, 8), 2),
+        ((64, 6, 1, 8, 1), 2),
+        ((8, 8, 1, 48), 2),
+        ((64, 6, 8, 1), 3),
+        ((64, 1, 48), 1),
+    ],
+)
+def test_a_scalar_counts_in_the_stride_of_a_dim_of_size_one(shape, dim):
+    unit = int(np.prod(shape[dim:]))  # the elements within the dim
+
+    def kernel(x, start):
+        index, out = load(start), sbuf((1, 16))
+        view = x.reshape(shape).ap([[48, 1], [1, 16]], scalar_offset=index, indirect_dim=dim)
+        nisa.dma_copy(out, view)  # bad
+        return store(out)
+
+    got = run(kernel, X, np.array([[5]], np.int32))
+    np.testing.assert_array_equal(got[0], X.reshape(-1)[5 * unit : 5 * unit + 16])
+    rejects("dynamic.bounds", kernel, X, np.array([[X.size // unit]], np.int32))
+
+
 def test_one_scalar_offset_may_lie_on_any_partition_but_must_be_written():
     def kernel(x, rows, first=0):
         index, out = sbuf((32, 1), nl.int32), sbuf((1, 48))

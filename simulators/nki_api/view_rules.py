@@ -62,7 +62,11 @@ def infer_shape(shape: tuple[int, ...], total: int) -> tuple[int, ...] | None:
 def reshape_strides(
     old: tuple[int, ...], strides: tuple[int, ...], new: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """Strides of `new` over the same elements, or None when a copy would be needed."""
+    """Strides of `new` over the same elements, or None when a copy would be needed.
+
+    A dim of size 1 has the stride of its place, the elements within it: a run-time address on this
+    dim (`.ap(indirect_dim=)`) counts in it.
+    """
     pairs = [(n, s) for n, s in zip(old, strides, strict=True) if n != 1]
     runs: list[tuple[int, int]] = []  # (elements, inner stride) of contiguous runs
     for count, stride in pairs:
@@ -73,10 +77,7 @@ def reshape_strides(
     result: list[int] = []
     left, step, done = 1, 1, 1
     for size in reversed(new):
-        if size == 1:
-            result.append(step * left if left > 1 else 1)
-            continue
-        if left == 1:
+        if size != 1 and left == 1:
             if not runs:
                 return None
             left, step = runs.pop()
