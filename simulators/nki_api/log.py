@@ -215,7 +215,8 @@ class Log:
 
     def view(self, tensor: Any) -> View:
         """The table's entry for a tensor."""
-        return self.views[self._view(tensor)]
+        number = self._view(tensor)  # before the table is read, which this may lengthen
+        return self.views[number]
 
     def _view(self, tensor: Any) -> int:
         key = (tensor.storage.number, tensor.offset, tensor.shape, tensor.strides, tensor.dtype)
