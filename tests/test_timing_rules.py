@@ -40,6 +40,7 @@ SILENT = {
     "current_or_none",
     "get_nc_sub_version",
     "get_nc_version",
+    "guarded",
     "register_alloc",
     "register_load",
     "register_move",
