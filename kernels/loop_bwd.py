@@ -116,6 +116,7 @@ def begin_dq(place, carried, b, h):
 def rectangle(places, rows, keys, at, bounds, options, identity_PP):
     """The query heads of one group over one rectangle of scores, from HBM to HBM."""
     b, g, heads, batches = at
+    pair = (b, g, heads)
     k_hbm, v_hbm = keys["k"], keys["v"]
     _, _, num_tiles, width, head_dim = k_hbm.shape
     indices_PN = make_indices()
@@ -128,7 +129,7 @@ def rectangle(places, rows, keys, at, bounds, options, identity_PP):
         start = tile * width
         turns = visible_chunks(bounds[2], bounds[3], batches, (start, width), LOG_ROWS)
         limits = (bounds[0:2], float(start), indices_PN)
-        dk_JND, dv_JNE = sum_gradients(rows, loaded, (b, g, heads), turns, limits, options, identity_PP)
+        dk_JND, dv_JNE = sum_gradients(rows, loaded, pair, turns, limits, options, identity_PP)
         place = (b, g, (start, width))
         store_key_gradient(places["dk"], places["dk_in"], dk_JND, place, options["scale"])
         store_key_gradient(places["dv"], places["dv_in"], dv_JNE, place, 1.0)
