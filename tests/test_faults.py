@@ -367,6 +367,33 @@ def test_a_rank_that_is_lost_while_a_hop_is_posted_ends_the_group(
         assert "cannot be used any more" in text
 
 
+def test_a_rank_that_is_lost_in_a_hop_of_others_ends_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain_post, plain_complete = LocalTransport.post, LocalTransport.complete
+
+    def post(self: LocalTransport, out: Any, into: Any, *rest: Any) -> Any:
+        return None if out is into is None else plain_post(self, out, into, *rest)
+
+    def lost(self: LocalTransport, ticket: Any) -> None:
+        if ticket is None:
+            raise RingError("planted")
+        plain_complete(self, ticket)
+
+    def work(cp: CPContext) -> str:
+        with pytest.raises(RingError, match="a hop that carries nothing of this rank: planted"):
+            attend(cp)
+        with pytest.raises(RingError) as caught:
+            attend(cp)
+        return str(caught.value)
+
+    monkeypatch.setattr(LocalTransport, "joins_every_hop", True)
+    monkeypatch.setattr(LocalTransport, "post", post)
+    monkeypatch.setattr(LocalTransport, "complete", lost)
+    for text in CPContext.local(2).run(work):
+        assert "cannot be used any more" in text
+
+
 def two_layers(cp: CPContext, swapped: bool) -> None:
     x = torch.randn(1, 4, 12, 16)
     if swapped:

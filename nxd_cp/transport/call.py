@@ -78,7 +78,7 @@ class Call:
                 self.transport.fail(f"{self} stopped in mid-ring: {error}")
             return
         for ticket in self._joined:
-            self.transport.complete(ticket)
+            self._complete(ticket, "a hop that carries nothing of this rank")
         for header, expected in self._unverified:
             self._verify(header.tolist(), expected)
         if self._open:
@@ -145,12 +145,7 @@ class Call:
         """What `hop.wait` does when something moves."""
         if hop not in self._open:
             raise RingError(f"{self}: hop {hop.sequence} is not under way; wait for a hop once")
-        try:
-            self.transport.complete(hop.ticket)
-        except RingError as error:
-            raise self._failed(
-                f"{self}, message {hop.sequence} ({parcel.channel}): {error}"
-            ) from error
+        self._complete(hop.ticket, f"message {hop.sequence} ({parcel.channel})")
         self._open.remove(hop)
         if hop.sent is not None and not torch.equal(hop.sent, parcel.here()):
             raise self._failed(
@@ -171,6 +166,13 @@ class Call:
                 f"{self}: message {hop.sequence} from rank {move.source} holds NaN "
                 f"({into.channel} of rank {into.owner})"
             )
+
+    def _complete(self, ticket: Any, what: str) -> None:
+        """Block until both ends are done; a lost rank makes this end unusable."""
+        try:
+            self.transport.complete(ticket)
+        except RingError as error:
+            raise self._failed(f"{self}, {what}: {error}") from error
 
     def _header(self, hop: Hop, parcel: Parcel, sender: int, owner: int) -> list[int]:
         channel = CHANNELS.index(parcel.channel)
