@@ -1,23 +1,24 @@
 """The command line: `nxd-cp --help` lists it; every command imports what it needs itself."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nxd_cp.bench.cli import app as bench
-from nxd_cp.doctor.cli import app as doctor
-from nxd_cp.timing_cli import (
+from nxd_cp.command_options import (
     Chip,
     ChipOption,
     HeadDimOption,
     HeadsOption,
     KvHeadsOption,
+    Layout,
+    LayoutOption,
+    LncOption,
     make_folder,
-    profile,
-    trace,
 )
+from nxd_cp.doctor.cli import app as doctor
+from nxd_cp.timing_cli import profile, trace
 
 app = typer.Typer(
     add_completion=False,
@@ -25,18 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Context parallelism for AWS Neuron devices: ring attention over a split sequence.",
 )
-
-
-class Layout(str, Enum):
-    """How the sequence is dealt out to the ranks."""
-
-    zigzag = "zigzag"
-    striped = "striped"
-    contiguous = "contiguous"
-
-
-LayoutOption = Annotated[Layout, typer.Option(help="How the sequence is dealt out to the ranks.")]
-
 
 app.add_typer(bench, name="bench")
 app.add_typer(doctor, name="doctor")
@@ -149,7 +138,7 @@ def simulate(
     layout: LayoutOption = Layout.zigzag,
     causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Logical cores of a position.")] = 4,
-    lnc: Annotated[int, typer.Option(help="Physical cores of a logical core, 1 or 2.")] = 2,
+    lnc: LncOption = 2,
     pods: Annotated[bool, typer.Option(help="trn2 nodes joined to UltraServers.")] = False,
     heads: HeadsOption = 32,
     kv_heads: KvHeadsOption = 8,

@@ -276,9 +276,13 @@ def test_the_commands_take_a_kernel_of_anybody(user_kernel):
     bare = CliRunner().invoke(app, ["profile", user_kernel])
     assert bare.exit_code == 2
     assert "expected arguments" in re.sub(r"[^\w:]+", " ", bare.output)
-    ours = CliRunner().invoke(app, ["profile", "flash_fwd", "--lnc", "2"])
-    assert ours.exit_code == 2
-    assert "are for module:function" in re.sub(r"[^\w:]+", " ", ours.output)
+
+
+def test_options_that_have_no_effect_are_refused(user_kernel):
+    for kernel, *option in (("flash_fwd", "--lnc", "2"), (user_kernel, "--head-dim", "128")):
+        result = CliRunner().invoke(app, ["profile", kernel, *option])
+        assert result.exit_code == 2, result.output
+        assert f"{option[0][2:]}: expected with" in re.sub(r"[^\w:-]+", " ", result.output)
 
 
 def test_profile_and_trace_have_the_same_options_but_for_what_they_write():
