@@ -90,12 +90,18 @@ class KernelBackend:
                 limits.check_lengths(self.name, tile.q_len, tile.k_len)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        carry: Pair | None = None,
+        out: Pair | None = None,
     ) -> Pair:
         """One block: o [B, H, S, E] and lse [B, H, S], both fp32; empty rows give 0 and -inf.
 
         carry: (o, lse) over other keys of the same rows; the result is then over both. A learnable
-        sink is the carry (0, sink).
+        sink is the carry (0, sink). out: kernels write new tensors.
         """
         cut = self._prepare(q, k, v, scores)
         q_P, k_P, v_P = cut.queries(q), cut.keys(k), cut.keys(v)
