@@ -1,6 +1,10 @@
 """The machine: what waits for what, shared ports, warm-up; determinism; bounds in order."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,8 @@ from nxd_cp.simulators.timing.critical import critical_path, stalls, time_by_lin
 from nxd_cp.simulators.timing.streams.attention import attention
 from nxd_cp.simulators.timing.streams.builder import Stream
 from nxd_cp.simulators.timing.streams.matmul import matmul
+
+ROOT = Path(__file__).parent.parent
 
 
 def _time(stream, generation="gen3", **options):
@@ -37,6 +43,31 @@ def test_equal_logs_give_equal_times_to_the_last_bit():
         b.expected_ns,
         b.pessimistic_ns,
     )
+
+
+DIGEST = """
+import hashlib, json
+from nxd_cp.simulators.timing import estimate
+from nxd_cp.simulators.timing.streams.attention import attention
+from nxd_cp.simulators.timing.trace import document
+times = estimate(attention(256, "bfloat16", fused=False), "gen3")
+text = json.dumps(document({"core": times.timeline})) + repr((times.bounds, times.pessimistic_ns))
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_another_process_gives_the_same_times_byte_for_byte():
+    def digest(seed):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-c", DIGEST]
+        found = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, check=True, timeout=60
+        )
+        return found.stdout
+
+    first, second = digest(1), digest(2)
+    assert len(first.strip()) == 64
+    assert first == second
 
 
 @pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
