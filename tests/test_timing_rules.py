@@ -164,11 +164,17 @@ def test_a_packet_on_trn1_takes_its_measured_time(size, published):
     assert (found.engine_ns < 0.99 * one_line) == (size < 512)
 
 
-def test_a_transpose_by_dma_on_chip_runs_at_its_share_of_the_rate():
+@pytest.mark.parametrize(
+    ("space", "share"), [("sbuf", "dma_transpose_share"), ("hbm", "dma_transpose_hbm_share")]
+)
+def test_a_transpose_by_dma_runs_at_its_share_of_the_rate_and_rests_on_it(space, share):
     chip = dataclasses.replace(TILE, elements=512, itemsize=2)
-    turned = transfer("gen3", "dma_transpose", "", 0, chip, (chip,), GEN3)
-    size = 128 * 512 * 2
-    assert turned.core_ns == pytest.approx(size / (GEN3.dma_core_rate * GEN3.dma_transpose_share))
+    turned = transfer(
+        "gen3", "dma_transpose", "", 0, chip, (dataclasses.replace(chip, space=space),), GEN3
+    )
+    rate = GEN3.dma_core_rate * getattr(GEN3, share)
+    assert turned.core_ns == pytest.approx(128 * 512 * 2 / rate)
+    assert {name for name, _ in (*turned.core, *turned.engine)} == {share}
 
 
 def scaled(x):
