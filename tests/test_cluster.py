@@ -178,6 +178,17 @@ def test_a_hop_is_latency_plus_bytes_over_bandwidth():
     assert hop == pytest.approx(LAUNCH.expected + link.alpha.expected + 1e6)
 
 
+def test_a_position_sends_over_the_links_of_all_its_chips_and_one_on_half_a_chip_over_its_own():
+    size = 128e6
+    rates = {0.5: 180.0, 1: 128.0, 4: 4 * 128.0, 16: 16 * 25.0}  # chips: B/ns of the first hop
+    for chips, rate in rates.items():
+        cores = round(8 * chips)
+        cluster = Cluster(generation="gen3", num_positions=4, tensor_parallel=cores // 2, lnc=2)
+        (hop, *_) = hop_times(cluster, size, channels=1, level="expected")
+        alpha = 15000.0 if chips == 16 else 1500.0
+        assert hop == pytest.approx(LAUNCH.expected + alpha + size / rate)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_extrapolation_meets_a_size_run_in_full_within_one_percent(kernel):
     timed = timed_kernel(kernel, "gen3", heads_per_core=1, kv_heads_per_core=1)

@@ -14,6 +14,7 @@ from nxd_cp.cli import app
 from nxd_cp.simulators.timing import estimate
 from nxd_cp.simulators.timing.call import Call, parse_array, parse_option
 from nxd_cp.simulators.timing.cli import Block, run_profile, run_trace, time_call
+from nxd_cp.simulators.timing.plots import roofline_label, roofline_png
 from nxd_cp.simulators.timing.profile import hbm_bytes, summary, table
 from nxd_cp.simulators.timing.progress import Progress
 from nxd_cp.simulators.timing.streams.attention import attention
@@ -184,6 +185,16 @@ def test_any_kernel_is_profiled_on_one_or_more_cores_and_ranks(user_kernel, tmp_
     cores = json.loads(path.read_text())["cores"]
     assert sorted(cores) == [f"rank {r} core {c}" for r in range(2) for c in range(2)]
     assert "4 cores" in run_trace(pair, tmp_path / "t.json")
+
+
+def test_a_roofline_says_that_a_kernel_without_products_has_no_point(user_kernel, times, tmp_path):
+    (scaled,) = time_call(Call(target=user_kernel, arrays=("128x64:float32",))).values()
+    assert roofline_label(user_kernel, scaled).startswith(
+        "somebody_kernels.py:scale (no products, so no point, estimated, "
+    )
+    assert "% MFU, estimated" in roofline_label("attention", times)
+    roofline_png(tmp_path / "roof.png", {user_kernel: scaled})
+    assert (tmp_path / "roof.png").stat().st_size > 1000
 
 
 def test_timing_a_kernel_prints_what_it_does_on_standard_error(user_kernel, capsys):
