@@ -12,6 +12,8 @@ from nxd_cp.simulators.timing import Options, Program, constants_for, estimate, 
 from nxd_cp.simulators.timing.critical import critical_path, stalls, time_by_line, time_by_tag
 from nxd_cp.simulators.timing.streams.attention import attention
 from nxd_cp.simulators.timing.streams.builder import Stream
+from nxd_cp.simulators.timing.streams.conv import depthwise_conv
+from nxd_cp.simulators.timing.streams.dynamic import dynamic_loads
 from nxd_cp.simulators.timing.streams.matmul import matmul
 
 ROOT = Path(__file__).parent.parent
@@ -71,8 +73,19 @@ def test_another_process_gives_the_same_times_byte_for_byte():
 
 
 @pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
-def test_bound_expected_and_pessimistic_are_in_order(generation):
-    times = estimate(attention(512, "bfloat16", fused=True), generation)
+@pytest.mark.parametrize(
+    "log",
+    [
+        attention(512, "bfloat16", fused=True),
+        matmul("full", 2048, 1024, 1024),
+        depthwise_conv(1, 128, 256),
+        dynamic_loads(64, 128),
+    ],
+    ids=["attention", "products", "small instructions", "loads"],
+)
+def test_bound_expected_and_pessimistic_are_in_order(log, generation):
+    times = estimate(log, generation)
+    assert times.bound_ns == max(times.bounds.values())
     assert 0 < times.bound_ns < times.expected_ns < times.pessimistic_ns
 
 

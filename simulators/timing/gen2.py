@@ -17,7 +17,7 @@ CONSTANTS = Constants(
     tensor_sustained=Constant(
         1.0, 0.875, 0.875, "share of clock", "measured", "KILN: 2.45 G columns/s in chains"
     ),
-    tensor_cold=same(1.0, "share of clock", "documented", "no warm-up is documented for gen2"),
+    tensor_cold=same(1.0, "share of clock", "documented", "unused: no warm-up on gen2"),
     tensor_window=same(3413.0, "ns", "documented", "unused: no warm-up on gen2"),
     tensor_window_share=same(0.0, "share busy", "documented", "unused: no warm-up on gen2"),
     matmul_min_columns=same(64.0, "columns", "documented", "ARCH, TensorE cost"),
@@ -70,8 +70,8 @@ CONSTANTS = Constants(
     dma_core_rate=Constant(273.5, 265.0, 262.0, "B/ns", "measured", "KILN 262.5; 273.5 active"),
     dma_software_issue=Constant(1300.0, 1335.0, 1380.0, "ns", "derived", "fit: KILN per-DMA rows"),
     dma_software_start=Constant(1000.0, 1300.0, 1500.0, "ns", "documented", "DMABW, to start"),
-    dma_hardware_issue=same(1335.0, "ns", "documented", "gen2 has no hardware generation"),
-    dma_hardware_start=same(1300.0, "ns", "documented", "gen2 has no hardware generation"),
+    dma_hardware_issue=same(1335.0, "ns", "documented", "unused: no hardware generation"),
+    dma_hardware_start=same(1300.0, "ns", "documented", "unused: no hardware generation"),
     dma_done=Constant(180.0, 310.0, 370.0, "ns", "guess", "gen3's"),
     dma_transpose_share=same(0.5, "share of rate", "guess", "gen3's bound"),
     dma_transpose_hbm_share=same(0.9, "share of rate", "guess", "gen3's bound"),
