@@ -11,6 +11,7 @@ from perfetto_reader import read
 from typer.testing import CliRunner
 
 from nxd_cp.cli import app
+from nxd_cp.simulators.cluster.cli import Ring, run_simulate
 from nxd_cp.simulators.timing import estimate
 from nxd_cp.simulators.timing.call import Call, parse_array, parse_option
 from nxd_cp.simulators.timing.cli import Block, run_profile, run_trace, time_call
@@ -154,6 +155,16 @@ def test_profile_table_names_the_slowest_line_and_the_three_times(times):
     worst = next(entry for entry in data["critical_path_us"] if entry["line"])
     assert f":{worst['line']}" in text
     assert "not measured" in text
+
+
+def test_every_report_on_trn3_says_that_it_is_extrapolated(times):
+    third = estimate(times.timeline.program.log, "gen4")
+    words = "extrapolated from gen3: no public measurement of trn3 was found"
+    assert words in table(third)
+    assert words == summary(third)["constants"]
+    assert words == document({"core": third.timeline})["otherData"]["constants"]["gen4"]
+    assert words in run_simulate(Ring(generation="trn3", ranks=2, seq_len=4096, tflops=500.0))
+    assert words not in table(times)
 
 
 def test_hbm_bytes_of_a_fused_kernel_are_its_inputs_and_output(times):

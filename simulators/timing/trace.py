@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .access import Access
+from .constants import constants_for
 from .counters import counters
 from .critical import guess_share
 from .dma import Transfer
@@ -46,6 +47,7 @@ def document(parts: Mapping[str, Timeline]) -> dict[str, Any]:
     other = {
         "target": ", ".join(generations),
         "note": "estimated, not measured",
+        "constants": {name: constants_for(name).note for name in generations},
         "guess_share": {name: round(guess_share(line), 4) for name, line in parts.items()},
     }
     return {"traceEvents": listed, "displayTimeUnit": "ns", "otherData": other}
