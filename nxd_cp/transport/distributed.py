@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 from weakref import WeakKeyDictionary
@@ -71,13 +73,29 @@ class DistributedTransport(Transport):
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         tensor = tensor.contiguous()
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor, group=self._group)
+        with self._all_take_part("all_gather"):
+            dist.all_gather(found, tensor, group=self._group)
         return found
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._group)
+        with self._all_take_part("all_reduce"):
+            dist.all_reduce(total, group=self._group)
         return total
+
+    @contextmanager
+    def _all_take_part(self, collective: str) -> Iterator[None]:
+        """A lost or late rank makes this end unusable, as in a hop."""
+        self.check_usable()
+        try:
+            yield
+        except RuntimeError as error:
+            reason = (
+                f"rank {self.rank} lost the others in {collective}: a rank is gone, late, or in "
+                f"another call: {error}"
+            )
+            self.fail(reason)
+            raise RingError(reason) from error
 
     def _raise(self, move: Move, error: RuntimeError) -> NoReturn:
         raise RingError(
