@@ -298,7 +298,8 @@ class LocalGroup:
         """Call `fn(ctx)` in one thread per rank; return the results in rank order.
 
         The first error of any rank is raised here; it ends the waits of all others. The group can
-        be used again afterwards. Raises RingError when another thread, or `fn` itself, runs it.
+        be used again afterwards. PyTorch keeps grad mode and autocast per thread: enter them in
+        `fn`. Raises RingError when another thread, or `fn` itself, runs it.
         """
         if not self._running.acquire(blocking=False):
             raise RingError(

@@ -78,7 +78,7 @@ def allreduce_grads(
     """
     if op not in ("sum", "mean"):
         raise ValueError(f'expected op "sum" or "mean", got {op!r}')
-    trained = [p for p in params if p.requires_grad]
+    trained = [*dict.fromkeys(p for p in params if p.requires_grad)]  # a tied one once
     if not trained or cp.size == 1:
         return
     present = torch.tensor([p.grad is not None for p in trained], device=trained[0].device)

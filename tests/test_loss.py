@@ -140,6 +140,19 @@ def test_gradients_are_reduced_in_buckets_of_any_size(monkeypatch, bucket_bytes,
         assert params[4].grad is None
 
 
+def test_a_parameter_that_is_given_twice_is_reduced_once(monkeypatch):
+    monkeypatch.setattr(loss_module, "BUCKET_BYTES", 1)
+
+    def reduce(cp):
+        p = torch.nn.Parameter(torch.zeros(3))
+        p.grad = torch.full((3,), cp.rank + 1.0)
+        allreduce_grads([p, torch.nn.Parameter(torch.zeros(2)), p], cp)
+        return p.grad
+
+    for grad in CPContext.local(3).run(reduce):
+        assert torch.equal(grad, torch.full((3,), 6.0))
+
+
 def test_an_unknown_reduction_raises():
     with pytest.raises(ValueError, match='"sum" or "mean", got \'max\''):
         CPContext.local(1).run(lambda cp: allreduce_grads([], cp, op="max"))
