@@ -20,6 +20,7 @@ from plan_checks import (
     check_plan,
     check_progress,
     check_start_orders,
+    check_strategy,
     check_strategy_progress,
     program,
 )
@@ -91,6 +92,33 @@ def plans(draw: st.DrawFn, max_size: int = 16, max_local: int = 4) -> Plan:
 def test_any_mask_and_lengths_on_up_to_16_ranks(plan: Plan) -> None:
     check_plan(plan)
     check_balance(plan)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans())
+def test_any_mask_and_lengths_by_every_strategy_on_up_to_16_ranks(plan: Plan) -> None:
+    check_strategy(plan_strategy(plan, Strategy("gather"), num_heads=2, num_kv_heads=2))
+    for ways in (ways for ways in range(2, plan.size + 1) if plan.size % ways == 0):
+        one = Strategy("heads", ways=ways)
+        check_strategy(plan_strategy(plan, one, num_heads=plan.size, num_kv_heads=plan.size))
+
+
+def test_a_strategy_that_loses_a_pair_a_row_or_a_place_is_caught() -> None:
+    plan = make_plan("zigzag", 4, 16)
+    gather = plan_strategy(plan, Strategy("gather"), num_heads=2, num_kv_heads=2)
+    heads = plan_strategy(plan, Strategy("heads", ways=2), num_heads=4, num_kv_heads=4)
+    move = gather.plan.steps[1][0].kv
+    fewer = dataclasses.replace(move, into=(slice(0, 1),))
+    groups = (heads.groups[1], *heads.groups[1:])
+    for wrong in (
+        dataclasses.replace(gather, plan=replace_step(gather.plan, 1, 1, tiles=())),
+        dataclasses.replace(gather, plan=replace_step(gather.plan, 1, 0, kv=fewer)),
+        dataclasses.replace(gather, plan=replace_step(gather.plan, 1, 1, grad=None)),
+        dataclasses.replace(heads, plan=replace_step(heads.plan, 1, 1, tiles=())),
+        dataclasses.replace(heads, groups=groups),
+    ):
+        with pytest.raises((AssertionError, KeyError)):
+            check_strategy(wrong)
 
 
 @settings(max_examples=150, deadline=None)
