@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from itertools import permutations, product
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from plan_checks import (
     Event,
     check_balance,
+    check_bytes,
     check_every_order,
     check_moves,
     check_pairs,
@@ -30,9 +32,11 @@ from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import (
     LAYOUTS,
+    Bounded,
     Move,
     Plan,
     Step,
+    Tile,
     make_plan,
     padded_len,
     seq_len_multiple,
@@ -428,6 +432,25 @@ def test_a_wrong_mask_is_caught() -> None:
 def test_a_missing_tile_is_caught() -> None:
     with pytest.raises(AssertionError):
         check_pairs(replace_step(make_plan("zigzag", 3, 12), 2, 1, tiles=()))
+
+
+@given(*[st.integers(-9, 9)] * 2, *[st.integers(1, 8)] * 2)
+def test_pairs_of_a_band_are_counted_as_they_are(low: int, wide: int, rows: int, keys: int) -> None:
+    band = Bounded(low, low + abs(wide))
+    assert band.num_pairs(rows, keys) == sum(len(band.columns(row, keys)) for row in range(rows))
+
+
+def test_wrong_bytes_and_a_wrong_balance_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    contiguous = make_plan("contiguous", 3, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["nxd_cp.schedule.plan"], "HEADER_BYTES", 0)
+        with pytest.raises(AssertionError):
+            check_bytes(contiguous)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tile, "num_pairs", property(lambda tile: tile.q_len * tile.k_len))
+        with pytest.raises(AssertionError):
+            check_balance(make_plan("striped", 3, 12))
+    check_bytes(contiguous)
 
 
 ALL = (slice(0, 4),)
