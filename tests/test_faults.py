@@ -103,6 +103,7 @@ REFUSALS = [
     ({"scale": float("inf")}, "scale: expected a number from 1e-20 to 1000000.0, got inf"),
     ({"dropout_p": 0.5}, "dropout_p: expected 0.0, got 0.5"),
     ({"backend": "\N{SNOWMAN}" * 900}, "backend: expected one of torch"),
+    ({"dropout_p": "\x01\\" * 900}, "dropout_p: expected 0.0, got"),
 ]
 
 
@@ -228,8 +229,11 @@ def test_a_late_rank_ends_in_an_error_within_the_timeout(own_ranks: RankGroup) -
         assert seconds < 2 * GROUP_TIMEOUT_S + 6
 
 
-def test_an_exception_in_one_block_ends_in_an_error_on_all(own_ranks: RankGroup) -> None:
-    outcomes = own_ranks.outcomes(fail_on_rank_1, "raises")
+@pytest.mark.parametrize("messages", ["p2p", "all_to_all"])
+def test_an_exception_in_one_block_ends_in_an_error_on_all(
+    own_ranks: RankGroup, messages: str
+) -> None:
+    outcomes = own_ranks.outcomes(fail_on_rank_1, "raises", messages)
     assert outcomes[1][0].startswith("ZeroDivisionError: planted")
     for first, second, seconds in (outcomes[0], outcomes[2]):
         assert first.startswith("RingError")

@@ -52,7 +52,7 @@ def announce_refusal(
     call: Call, ring_order: tuple[int, ...], reason: str, device: torch.device
 ) -> None:
     """Take part in the others' `check_agreement` with a refusal; the caller then raises its own."""
-    text = reason.encode("ascii", "backslashreplace").decode("ascii")[:_REASON_CHARACTERS]
+    text = reason.encode("unicode_escape").decode("ascii")[:_REASON_CHARACTERS]
     _exchange(call, ring_order, {_REFUSAL: text}, device)
 
 
