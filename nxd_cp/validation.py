@@ -210,7 +210,8 @@ def validate_documents(
         )
     if cu_seqlens is not None and cu_seqlens.device not in (torch.device("cpu"), q.device):
         raise ValueError(
-            f"cu_seqlens: expected a tensor on {q.device} or on the CPU, got {cu_seqlens.device}"
+            f"cu_seqlens: expected a tensor on the CPU or where q is, on {q.device}, got one on "
+            f"{cu_seqlens.device}"
         )
 
 

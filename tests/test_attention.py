@@ -168,7 +168,10 @@ BAD = [
     ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "cu_seqlens: expected an int32 or int64 tensor or"),
     ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens: expected \[documents \+ 1\] cumulative"),
     ({"cu_seqlens": torch.tensor([[0, 16]])}, r"cumulative lengths .*, got shape \(1, 2\)"),
-    ({"cu_seqlens": torch.tensor([0, 16], device="meta")}, "on cpu or on the CPU, got meta"),
+    (
+        {"cu_seqlens": torch.tensor([0, 16], device="meta")},
+        "on the CPU or where q is, on cpu, got one on meta",
+    ),
     ({"k": heads(1, 2, 8, 16).to_sparse()}, "k: expected a dense tensor, got torch.sparse_coo"),
     ({"cu_seqlens": torch.tensor([1, 16])}, "cu_seqlens: expected 0 first and values that never"),
     ({"cu_seqlens": torch.tensor([0, 9, 5, 16])}, r"never fall, got \[0, 9, 5, 16\]"),
