@@ -104,9 +104,11 @@ def test_16_bit_losses_are_added_in_fp32():
 def test_bad_arguments_of_the_loss_raise():
     cp = CPContext.local(1)
     with pytest.raises(ValueError, match="one loss per label"):
-        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(3), cp))
+        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(3).long(), cp))
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(2), cp, 0))
+        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(2).long(), cp, 0))
+    with pytest.raises(ValueError, match=r"got torch.int64 and torch.float32; losses come first"):
+        cp.run(lambda cp: token_mean_loss(torch.zeros(2).long(), torch.zeros(2), cp))
 
 
 def _parameters(rank):

@@ -362,6 +362,8 @@ def test_ways_that_do_not_divide_are_refused_on_all_ranks() -> None:
         ({"name": "rings"}, "expected one of ring, gather, heads, auto, got rings"),
         ({"name": "gather", "heads_per_round": 0}, "heads_per_round: expected at least 1"),
         ({"name": "heads", "heads_per_round": 1}, "heads_per_round: expected at least 1"),
+        ({"name": "ring", "heads_per_round": 1.5}, "heads_per_round: expected a whole number or"),
+        ({"name": "heads", "ways": True}, "ways: expected a whole number or None, got True"),
         ({"name": "ring", "ways": 2}, 'ways: expected at least 1 with strategy "heads"'),
     ],
 )
