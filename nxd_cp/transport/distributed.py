@@ -29,6 +29,17 @@ _CONTEXTS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 _CONTEXTS_LOCK = threading.Lock()
 
 
+# What every backend can add up; other dtypes are gathered and added here.
+_REDUCED = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+)
+
+
 @dataclass
 class Ticket:
     """A hop that was posted."""
@@ -71,13 +82,15 @@ class DistributedTransport(Transport):
                 self._raise(ticket.move, error)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        tensor = tensor.contiguous()
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        content = tensor.contiguous().view(-1).view(torch.uint8)  # every backend knows bytes
+        found = [torch.empty_like(content) for _ in range(self.size)]
         with self._all_take_part("all_gather"):
-            dist.all_gather(found, tensor, group=self._group)
-        return found
+            dist.all_gather(found, content, group=self._group)
+        return [one.view(tensor.dtype).view(tensor.shape) for one in found]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype not in _REDUCED:
+            return super().all_reduce_sum(tensor)
         total = tensor.clone(memory_format=torch.contiguous_format)
         with self._all_take_part("all_reduce"):
             dist.all_reduce(total, group=self._group)
