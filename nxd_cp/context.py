@@ -274,7 +274,7 @@ class CPContext:
             "strategy": str(self.strategy),
             "ring order": ring_order,
         }
-        check_agreement(call, self.ring_order, {**description, **common}, device)
+        check_agreement(call, {**description, **common}, device)
         self._has_agreed = True
 
     def __repr__(self) -> str:

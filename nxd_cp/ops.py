@@ -149,7 +149,7 @@ def refuse(context: CPContext, reason: str, device: torch.device) -> None:
     """
     if context.agrees and not torch.compiler.is_compiling():
         with contextlib.suppress(RingError), context.transport.call("forward") as call:
-            announce_refusal(call, context.ring_order, reason, device)
+            announce_refusal(call, reason, device)
 
 
 class _Asked:

@@ -165,6 +165,18 @@ def test_a_different_layout_is_named(ranks: RankGroup) -> None:
         assert "layout = zigzag on rank 0 and 1, striped on rank 2" in text
 
 
+def other_ring_order(group: dist.ProcessGroup) -> str:
+    order = (0, 2, 1) if dist.get_rank(group) == 2 else (0, 1, 2)
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        attend(CPContext.from_group(group, ring_order=order))
+    return str(caught.value)
+
+
+def test_a_different_ring_order_is_named(own_ranks: RankGroup) -> None:
+    for text in own_ranks.run(other_ring_order):
+        assert "ring order = (0, 1, 2) on rank 0 and 1, (0, 2, 1) on rank 2" in text
+
+
 def backward_in_other_order(group: dist.ProcessGroup) -> str:
     cp = CPContext.from_group(group)
     tensors = [torch.randn(1, 2, 4, 16, requires_grad=True) for _ in range(2)]

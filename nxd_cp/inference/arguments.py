@@ -57,7 +57,7 @@ def agree(
     except ValueError as error:
         if cp.agrees:
             with contextlib.suppress(RingError):  # when nobody listens there is nobody to tell
-                announce_refusal(call, cp.ring_order, str(error), cache.k.device)
+                announce_refusal(call, str(error), cache.k.device)
         raise
     if cp.agrees:
         description = {
