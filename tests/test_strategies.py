@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import nxd_cp.strategies
+from nxd_cp import ops
 from nxd_cp.attention import ring_attention
 from nxd_cp.cli import app
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
+from nxd_cp.options import Options
 from nxd_cp.reference import hidden
 from nxd_cp.schedule import LAYOUTS, Plan, Step, make_plan
 from nxd_cp.strategies import Strategy, StrategyPlan, cost, heads, plan_strategy
@@ -281,6 +284,23 @@ def test_two_runs_are_bitwise_equal(one: Strategy) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("one", [Strategy("ring"), *SOME], ids=str)
+def test_results_lie_in_memory_as_compiled_code_is_told(one: Strategy) -> None:
+    """Compiled code reads them by the strides of the op's fake kernels."""
+
+    def work(cp: CPContext) -> list[tuple[Any, ...]]:
+        q, k, v = (torch.randn(2, h, 8, 16) for h in (8, 4, 4))
+        plain = Options(cp.handle, True, None, None, 0.25, None, None, None, "torch", True)
+        o, lse, number = ops.ring_forward(q, k, v, None, None, None, *plain)
+        given = (torch.ones_like(o), q, k, v, None, None, None, o, lse, number, *plain)
+        real = [o, lse, *ops.ring_backward(*given)]
+        fake = [*ops._forward_fake(q, k, v)[:2], *ops._backward_fake(*given)]
+        return [(x.stride(), y.stride()) for x, y in zip(real, fake, strict=True)]
+
+    for strides in CPContext.local(4, strategy=one).run(work):
+        assert all(real == fake for real, fake in strides)
+
+
 def over_gloo(group: dist.ProcessGroup, case: Case) -> tuple[Tensor, ...]:
     cp = CPContext.from_group(group, layout=case.layout, strategy=case.strategy)
     return one_rank(cp, case)
@@ -342,6 +362,8 @@ def test_ways_that_do_not_divide_are_refused_on_all_ranks() -> None:
         ({"name": "rings"}, "expected one of ring, gather, heads, auto, got rings"),
         ({"name": "gather", "heads_per_round": 0}, "heads_per_round: expected at least 1"),
         ({"name": "heads", "heads_per_round": 1}, "heads_per_round: expected at least 1"),
+        ({"name": "ring", "heads_per_round": 1.5}, "heads_per_round: expected a whole number or"),
+        ({"name": "heads", "ways": True}, "ways: expected a whole number or None, got True"),
         ({"name": "ring", "ways": 2}, 'ways: expected at least 1 with strategy "heads"'),
     ],
 )
@@ -483,6 +505,7 @@ def test_the_plan_command_shows_the_steps_of_what_was_asked_for() -> None:
     result = planned("--ranks", "4", "--seq-len", "64", "--strategy", "heads")
     assert "taken: heads x4, asked for" in result.output
     assert "causal" in result.output.splitlines()[2]
+    assert "zigzag, 4 ranks, 61 tokens (16 per rank), causal" in planned("--seq-len", "61").output
     refused = planned("--ranks", "4", "--heads", "9", "--kv-heads", "3", "--strategy", "heads")
     assert refused.exit_code == 2
     assert "expected one of gather, ring" in " ".join(refused.output.split())

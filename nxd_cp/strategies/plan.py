@@ -68,6 +68,9 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.name}")
+        for name, number in (("heads_per_round", self.heads_per_round), ("ways", self.ways)):
+            if number is not None and type(number) is not int:
+                raise ValueError(f"{name}: expected a whole number or None, got {number!r}")
         has_rounds = self.name in ("ring", "gather")
         if self.heads_per_round is not None and (self.heads_per_round < 1 or not has_rounds):
             raise ValueError(
