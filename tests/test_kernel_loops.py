@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import KernelCase, by_kernels, check, problem
+from budgets import assert_within_budget
+from kernel_cases import KernelCase, by_kernels, check, exact, problem
 from kernel_suite import INTERVALS, generate
 
 from nxd_cp.backends import kernel_blocks, kernel_limits, kernel_loops
@@ -41,6 +42,30 @@ def test_a_generated_case_and_its_gradients_are_those_of_fp64(case: KernelCase) 
 def test_several_chunks_of_keys_and_rows(mask: str, generation: str) -> None:
     keys = 1100 if mask != "documents" else 600
     check(KernelCase(generation, mask, S=600, K=keys, Hq=3, D=32, E=48, loops=True))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_hops_that_carry_dq_alone(generation: str) -> None:
+    """As in a ring: dk and dv of a hop go on with the keys, and only dq stays."""
+    case = KernelCase(generation, "window", S=130, K=700, D=32, E=48, hops=3)
+    found = []
+    for loops in (False, True):
+        x, backend = problem(case), KernelBackend("simulate", generation, device_loops=loops)
+        carry, dq, parts = None, None, []
+        hops = [(keys, Scores(mask, case.scale)) for keys, mask in x.pieces]
+        for keys, scores in hops:
+            carry = backend.forward(x.q, x.k[:, :, keys], x.v[:, :, keys], scores, carry)
+        rows = QueryRows(x.do, x.q, *carry, (x.do * carry[0]).sum(-1))
+        for keys, scores in hops:
+            dq, *keys_and_values = backend.backward(
+                rows, x.k[:, :, keys], x.v[:, :, keys], scores, dq
+            )
+            parts.append(keys_and_values)
+        dk, dv = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        found.append((*carry, dq, dk, dv))
+    truth = exact(case, problem(case))
+    for one, other, true in zip(*found, (*truth[:2], *truth[2]), strict=True):
+        assert_within_budget("loops", other, true, one)
 
 
 def test_two_cores_share_the_heads() -> None:

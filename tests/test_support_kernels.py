@@ -318,6 +318,21 @@ LIMITS = {
     r"merge: expected lse \[1, 2, 8\] in float32, got \[1, 2, 8, 1\] .*; cut or cast": (
         lambda host: host.merge((ROWS, ROWS[..., :1]), (ROWS, ROWS[..., 0]))
     ),
+    r"row_delta: expected .batch, heads, rows, head dim. .*, got \[2, 8, 16\]; reshape": (
+        lambda host: host.row_delta(ROWS[0], ROWS[0])
+    ),
+    r"row_delta: expected .* without an empty dim, got \[1, 2, 0, 16\]; reshape": (
+        lambda host: host.row_delta(ROWS[:, :, :0], ROWS[:, :, :0])
+    ),
+    r"permute_tokens: expected .batch, tokens, .* got \[8\]; unsqueeze it": (
+        lambda host: host.permute(ROWS[0, 0, :, 0], ((0, 8, 1),))
+    ),
+    r"permute_tokens: .* from \(0, 1, 1\) on, got \(7, 8, -1\); cut a run that goes back": (
+        lambda host: host.permute(ROWS[0, :, :, 0], ((7, 8, -1),))
+    ),
+    r"permute_tokens: .* got \(0, 8, 0\); cut": (
+        lambda host: host.permute(ROWS[0, :, :, 0], ((0, 8, 0),))
+    ),
     "permute_tokens: expected runs that hold each of 8 tokens once, got 7 in 1 runs; take": (
         lambda host: host.permute(ROWS[0, :, :, 0], ((0, 7, 1),))
     ),
