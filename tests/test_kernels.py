@@ -316,6 +316,7 @@ LIMITS = [
     ({}, {"scale": 2e6}, "got 2000000.0; move the factor into q, or use backend=.torch."),
     ({"D": 257}, {}, "at most 256 .two contractions of 128., got 257 for q and k; use backend="),
     ({"cores": 2}, {"generation": "gen2"}, "cores=1, or 2 from gen3 .trn2., got 2 on gen2"),
+    ({"cores": 2}, {"generation": "inf2"}, "2 from gen3 .trn2., got 2 on gen2; pass cores=1"),
     ({"cores": 3}, {}, "cores=1, or 2 from gen3 .trn2., got 3; pass cores=1"),
     ({"K": 9}, {"mask": "causal"}, 'as many keys as rows under the mask "causal", got 9 and 8; s'),
     ({"K": 9}, {"mask": "strict"}, "got 9 and 8; say which with nxd_cp.schedule.Bounded"),

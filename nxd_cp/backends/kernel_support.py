@@ -17,7 +17,7 @@ from torch import Tensor
 from nxd_cp.backends import kernel_limits as limits
 from nxd_cp.backends.base import Pair
 from nxd_cp.backends.kernel_blocks import pieces
-from nxd_cp.backends.kernel_modules import kernel_module
+from nxd_cp.backends.kernel_modules import generation_of, kernel_module
 
 Runs = tuple[tuple[int, int, int], ...]
 
@@ -29,6 +29,7 @@ class SupportKernels:
     """`row_delta`, `merge` and `permute_tokens`; arguments as of `KernelBackend`."""
 
     def __init__(self, name: str, generation: str | None = None, *, cores: int = 1) -> None:
+        generation = generation_of(name, generation)
         limits.check_cores(name, generation, cores)
         self.name, self.cores = name, cores
         self._delta = kernel_module(name, generation, "row_delta")
@@ -67,17 +68,22 @@ class SupportKernels:
     def permute(self, x: Tensor, runs: Runs, *, inverse: bool = False) -> Tensor:
         """The tokens of x [B, S, ...] in the order of the runs (first, count, step); or back.
 
-        Steps are at least 1, x of a dtype that NKI has.
+        Any dtype: bits are moved as they are, numbers of 8 bytes, which NKI has not, as two of 4.
         """
         self._check_runs(x, runs)
         flat = x.contiguous().flatten(2) if x.dim() > 2 else x.contiguous().unsqueeze(2)
+        if x.is_complex():
+            flat = torch.view_as_real(flat).flatten(2)
+        if flat.element_size() == 8:
+            flat = flat.view(torch.int32)
         kernel = self._launch(self._permute.permute_tokens)
         size = limits.MAX_INSTRUCTIONS // len(runs) // self.cores * self.cores
         parts = [
             kernel(flat[some], runs, inverse=inverse)
             for some in pieces(x.shape[0], max(size, self.cores))
         ]
-        return torch.cat(parts).reshape(x.shape) if len(parts) > 1 else parts[0].reshape(x.shape)
+        found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return found.view(x.dtype).reshape(x.shape)
 
     def _check_runs(self, x: Tensor, runs: Runs) -> None:
         if x.dim() < 2 or x.numel() == 0:

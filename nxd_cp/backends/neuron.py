@@ -20,7 +20,7 @@ from nxd_cp.backends.base import Pair, QueryRows, Scores
 from nxd_cp.backends.kernel_blocks import Block
 from nxd_cp.backends.kernel_cut import Cut, Found, dense, no_rows
 from nxd_cp.backends.kernel_loops import LoopKernels
-from nxd_cp.backends.kernel_modules import has_nki, kernel_module
+from nxd_cp.backends.kernel_modules import generation_of, has_nki, kernel_module
 from nxd_cp.backends.kernel_support import SupportKernels
 from nxd_cp.schedule import Plan
 
@@ -54,6 +54,7 @@ class KernelBackend:
         score_bound: float | None = None,
         device_loops: bool = False,
     ) -> None:
+        generation = generation_of(name, generation)
         limits.check_cores(name, generation, cores)
         limits.check_score_bound(name, score_bound, None)
         self.name, self.cores, self.score_bound = name, cores, score_bound
