@@ -103,6 +103,10 @@ def widen_the_interval(right: Any, module: Any) -> Any:
     return wrong
 
 
+def take_the_bounds_of_the_first_batch_element(right: Any, module: Any) -> Any:
+    return lambda first, stop, b: right(first, stop, 0)
+
+
 def skip_a_tile_that_is_seen(right: Any, module: Any) -> Any:
     return lambda units, mask, key_start: right(units, mask, key_start + 128)
 
@@ -144,6 +148,15 @@ def forget_the_carried_output(right: Any, module: Any) -> Any:
     return lambda acc, weights, carry, place: right(acc, weights, (), place)
 
 
+def forget_the_carried_lse_of_a_row_tile(right: Any, module: Any) -> Any:
+    def wrong(carry: Any, b: int, block: Any) -> Any:
+        lse = right(carry, b, block)
+        module.nisa.memset(dst=lse[:, 1:2], value=module.EMPTY_LSE)
+        return lse
+
+    return wrong
+
+
 def forget_the_carried_lse(right: Any, module: Any) -> Any:
     return lambda carry, b, block: right((), b, block)
 
@@ -169,6 +182,14 @@ def drop_half_of_the_contraction(right: Any, module: Any) -> Any:
 
 def swap_key_gradients(right: Any, module: Any) -> Any:
     return lambda dk, dv, p, ds, rows, u: right(dv, dk, p, ds, rows, u)
+
+
+def swap_key_gradients_of_odd_heads(right: Any, module: Any) -> Any:
+    def wrong(dk: Any, dv: Any, p: Any, ds: Any, rows: Any, u: int) -> None:
+        odd = rows["units"][u][0] % 2 == 1
+        right(dk, dv, ds if odd else p, p if odd else ds, rows, u)
+
+    return wrong
 
 
 def scale_twice(right: Any, module: Any) -> Any:
@@ -211,6 +232,7 @@ def keep_the_sign_of_lse(right: Any, module: Any) -> Any:
 
 
 HOPS = {"hops": 2, "mask": "full"}
+PACKED_TWICE = {"mask": "documents", "B": 2}  # each batch element in another way
 FAULTS = [
     Fault("probabilities", "cut_past_queries", forget_the_diagonal),
     Fault("probabilities", "cut_past_queries", shift_the_diagonal),
@@ -221,6 +243,8 @@ FAULTS = [
     Fault("shift", "keep_inside", shift_the_interval, {"mask": "window", "gain": 3000.0}),
     Fault("flash_bwd", "keep_inside", shift_the_interval, {"mask": "window"}),
     Fault("flash_bwd", "keep_inside", widen_the_interval, {"mask": "documents"}),
+    Fault("flash_fwd", "load_bounds", take_the_bounds_of_the_first_batch_element, PACKED_TWICE),
+    Fault("flash_bwd", "load_bounds", take_the_bounds_of_the_first_batch_element, PACKED_TWICE),
     Fault("flash_fwd", "units_that_reach", skip_a_tile_that_is_seen, {"S": 513, "K": 513}),
     Fault("flash_fwd", "attend", overwrite_the_accumulator, {"mask": "full"}),
     Fault("probabilities", "subtract_shift", never_subtract_the_shift, {"gain": 1000.0}),
@@ -229,11 +253,13 @@ FAULTS = [
     Fault("finish", "merged_output", forget_the_carried_output, HOPS),
     Fault("finish", "carried_lse", forget_the_carried_lse, HOPS),
     Fault("finish", "carried_lse", forget_the_carried_lse, {"sink": True}),
+    Fault("finish", "carried_lse", forget_the_carried_lse_of_a_row_tile, HOPS),
     Fault("finish", "merged_output", swap_the_weights, HOPS),
     Fault("flash_fwd", "my_items", give_both_cores_the_same_heads, {"cores": 2}),
     Fault("probabilities", "contract", drop_half_of_the_contraction, {"D": 192, "E": 128}),
     Fault("flash_bwd", "contract", drop_half_of_the_contraction, {"D": 64, "E": 192}),
     Fault("flash_bwd", "add_key_gradients", swap_key_gradients, {"E": 32}),
+    Fault("flash_bwd", "add_key_gradients", swap_key_gradients_of_odd_heads),
     Fault("flash_bwd", "store_key_gradient", scale_twice),
     Fault("flash_bwd", "add_query_gradient", forget_the_scale_of_dq),
     Fault("flash_bwd", "score_gradient", forget_delta),
