@@ -22,6 +22,8 @@ from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.schedule import Bounded
 from nxd_cp.simulators.nki_api import Log, NkiValidationError, load, record
+from nxd_cp.simulators.nki_api.memory import HBM
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 GENERATIONS = ("gen2", "gen3", "gen4")
 GENERATED = [
@@ -112,6 +114,19 @@ def test_the_program_is_the_same_for_every_mask() -> None:
         for logs in (run(0, 100), run(300, 2000), run(-5000, 5000))
     ]
     assert programs[0] == programs[1] == programs[2]
+
+
+def test_registers_move_addresses_in_hbm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, right = [], NkiTensor.ap
+
+    def noted(self: NkiTensor, *pattern: Any, **options: Any) -> NkiTensor:
+        if options.get("scalar_offset") is not None:
+            found.append(self.space)
+        return right(self, *pattern, **options)
+
+    monkeypatch.setattr(NkiTensor, "ap", noted)
+    run(0, 100)
+    assert set(found) == {HBM}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -30,6 +30,8 @@ from nxd_cp.simulators.nki_api import (
     record,
     simulate_ranks,
 )
+from nxd_cp.simulators.nki_api.memory import HBM, SBUF
+from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from nxd_cp.transport import RankMismatchError
 
 pytestmark = pytest.mark.filterwarnings("error::nxd_cp.simulators.nki_api.NkiSimulatorWarning")
@@ -172,6 +174,45 @@ def test_gradients_go_on_after_their_step_and_make_the_full_turn() -> None:
         *("permute", "compute", "permute"),
         *("compute", "permute"),  # no more keys; the gradients come home
     ]
+
+
+@pytest.fixture
+def moving(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The memories of tensors whose address a register decided, one entry per access."""
+    found: list[int] = []
+    right = NkiTensor.ap
+
+    def noted(self: NkiTensor, *pattern: Any, **options: Any) -> NkiTensor:
+        if options.get("scalar_offset") is not None or options.get("vector_offset") is not None:
+            found.append(self.space)
+        return right(self, *pattern, **options)
+
+    monkeypatch.setattr(NkiTensor, "ap", noted)
+    return found
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_registers_move_addresses_in_hbm_alone(direction: str, moving: list[int]) -> None:
+    """So that only DMAs have them: engines compute in SBUF and PSUM."""
+    program(zigzag(3), direction)
+    assert set(moving) == {HBM}
+
+
+def test_an_operand_that_a_register_moves_is_caught(
+    moving: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load("nxd_cp.kernels", generation="gen3").flash_fwd
+    right = module.load_rows
+
+    def wrong(place: Any, b: int, h: int) -> Any:
+        rows = right(place, b, h)
+        register, row = module.nisa.register_alloc(0), rows.shape[1] * rows.shape[2]
+        rows.ap(pattern=[[row, 1], [1, 4]], scalar_offset=register, indirect_dim=2)
+        return rows
+
+    monkeypatch.setattr(module, "load_rows", wrong)
+    program(zigzag(2), "forward")
+    assert set(moving) == {HBM, SBUF}
 
 
 Plant = Callable[[Any, pytest.MonkeyPatch], None]
