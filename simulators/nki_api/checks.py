@@ -16,6 +16,7 @@ from .initmap import FRESH, OTHER
 from .memory import HBM, PSUM, SBUF
 from .ops import Op
 from .rules import Rule, documented, inferred
+from .runtime import current
 from .tensor import NkiTensor
 
 _TILE = documented(
@@ -60,6 +61,11 @@ _OP = documented(
     "the operator is one that this field of the instruction takes",
 )
 
+_SINCE = documented(
+    "operand.op_generation",
+    "nki.language.abs_max, abs_min",
+    "the operator exists on this NeuronCore generation: abs_max and abs_min from gen4",
+)
 _ONCE = inferred(
     "operand.repeated_output",
     "our reading of nki.language.NkiTensor.ap; which of the writes stays is written nowhere",
@@ -260,6 +266,8 @@ def operator(instr: str, role: str, op: Any, kind: str) -> Op:
         fail(_OP, instr, f"{role}={op!r} is no {kind} operator", **{role: op})
     if op.name == "divide":
         broken(_DIVIDE, instr, f"{role}={op!r}", **{role: op})
+    if op.since > 2 and current(instr).chip.number < op.since:
+        fail(_SINCE, instr, f"{role}={op!r} on {current(instr).chip.generation}", **{role: op})
     return op
 
 

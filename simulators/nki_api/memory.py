@@ -60,6 +60,7 @@ class Storage:
         "name",
         "number",
         "own",
+        "owner",
         "partitions",
         "pitch",
         "region",
@@ -103,6 +104,7 @@ class Storage:
         self.silent = False  # shape-only mode: contents do not matter
         self.site: Any = None  # (file, line) of the allocation
         self.io = False  # an input of the kernel
+        self.owner: Any = None  # the run that made it; in HBM, the world of that run
         self.collective = False  # an operand of a collective
         self.own: InitMap | None = None  # a placed tensor: what was written by its own name
         self.group: Any = None  # a placed tensor: those of its rectangle (owners.Group)

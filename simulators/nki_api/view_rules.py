@@ -6,13 +6,15 @@ Source: nki.language.NkiTensor and its methods.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+from .errors import fail
 from .rules import documented, inferred
 
 BOUNDS = documented(
     "view.bounds",
     "nki.language.NkiTensor",
-    "an index or slice lies inside the tensor and is not empty",
+    "an index or slice lies inside the tensor and is not empty; dims count from the front",
 )
 SHAPE = documented(
     "view.shape",
@@ -40,6 +42,12 @@ UNUSED = inferred(
     "a pattern that reaches outside its tensor is not even made; used, it breaks view.bounds",
 )
 MAX_DIMS = 5
+
+
+def check_dim(method: str, tensor: Any, dim: int, end: int | None = None) -> None:
+    """Refuse a dim that is not one of `end` dims (by default, of those that the tensor has)."""
+    if not 0 <= dim < (tensor.ndim if end is None else end):
+        fail(BOUNDS, f"NkiTensor.{method}", f"dim {dim} of {tensor.ndim} dims", tensor=tensor)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

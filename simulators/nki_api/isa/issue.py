@@ -19,6 +19,12 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 MAX_INSTRUCTIONS = 5_000_000
 
+_OWNER = inferred(
+    "tensor.run",
+    "nki.jit; nki.language.ndarray (visible to one kernel instance); our reading",
+    "a tensor is used in the call of the kernel that made it, on its own core",
+)
+
 _DEPENDENCY = documented(
     "instruction.depends_on",
     "nki.isa.NkiInstruction.depends_on",
@@ -82,6 +88,11 @@ def issue(
     sized: the tensor whose elements per partition are the instruction's size, or that number.
     """
     run.issued += 1
+    for tensor in (dst, *sources):
+        if isinstance(tensor, NkiTensor):
+            owner = tensor.storage.owner
+            if owner is not run and owner is not run.world:
+                fail(_OWNER, f"nki.isa.{opcode}", "a tensor of another call", tensor=tensor)
     if name is not None:
         run.names.add(name)
     if run.issued > MAX_INSTRUCTIONS:

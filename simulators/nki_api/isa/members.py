@@ -1,4 +1,4 @@
-"""Enum arguments given as integers, which NKI 0.3 took away and public kernels still do.
+"""Enum arguments: members, nothing else, but for integers, which public kernels still give.
 
 Source: NKI migration guide (Integer enum constants no longer supported).
 """
@@ -19,8 +19,10 @@ _INTEGER = inferred(
 
 
 def member(instr: str, enum: type[Enum], value: Any) -> Any:
-    """`value`, or the member with that number, with a warning."""
-    if type(value) is not int:
+    """`value`, or the member with that number, with a warning; TypeError for anything else."""
+    if isinstance(value, enum):
         return value
+    if type(value) is not int:
+        raise TypeError(f"expected a member of nki.isa.{enum.__name__}, got {value!r}")
     broken(_INTEGER, instr, f"{enum.__name__}={value}; write nki.isa.{enum.__name__}.<name>")
     return enum(value)
