@@ -77,15 +77,16 @@ def test_an_index_outside_the_tensor_is_caught(key):
     rejects("view.bounds", kernel, X)
 
 
-@pytest.mark.parametrize("key", ["x", None, 1.5, True, np.True_])
+@pytest.mark.parametrize("key", ["x", None, 1.5, True, np.True_, np.array([1, 2]), (..., "x")])
 def test_what_is_no_index_is_a_type_error(key):
     with pytest.raises(TypeError, match=r"expected an int, slice, nl\.ds or \.\.\. as index"):
         run(lambda x: load(x)[key], X)
 
 
-def test_an_array_is_no_index():
-    with pytest.raises(NkiUnsupportedError, match="indexing by an array"):
-        run(lambda x: load(x)[np.array([1, 2])], X)
+def test_an_index_has_one_ellipsis():
+    _same(lambda t: t[..., 0:2, 1:3, :][..., 0], X[:2, 1:3, 0])
+    with pytest.raises(TypeError, match=r"expected one \.\.\. in an index"):
+        run(lambda x: load(x)[..., 0:2, ...], X)
 
 
 def test_a_cores_share_of_an_hbm_tensor_may_be_empty_but_not_moved():

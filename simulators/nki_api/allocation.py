@@ -89,7 +89,7 @@ def ndarray(
     frame: Any = sys._getframe(1)
     while frame.f_code.co_filename in HELPERS:
         frame = frame.f_back
-    storage.site = (frame.f_code.co_filename, frame.f_lineno)
+    storage.made_at = (frame.f_code, frame.f_lasti)
     if storage.owner is None:
         storage.owner = run
     return NkiTensor(storage, sizes, row_major(sizes), 0, kind)
@@ -107,9 +107,12 @@ def _hbm(run: Run, sizes: tuple[int, ...], kind: DType, region: MemoryRegion, na
 
 
 def _shape(shape: Any, buffer: Any) -> tuple[int, ...]:
-    plain = type(shape) is tuple and isinstance(buffer, MemoryRegion)
-    if plain and 2 <= len(shape) <= 5 and set(map(type, shape)) == {int} and min(shape) > 0:
-        return shape
+    if type(shape) is tuple and 2 <= len(shape) <= 5 and type(buffer) is MemoryRegion:
+        for size in shape:
+            if type(size) is not int or size < 1:
+                break
+        else:
+            return shape
     if not isinstance(buffer, MemoryRegion):
         fail(_BUFFER, "nki.language.ndarray", f"buffer={buffer!r}")
     try:

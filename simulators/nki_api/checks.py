@@ -7,7 +7,10 @@ every `source`). A tensor object is checked once; later uses cost a few comparis
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+import numpy as np
 
 from . import dtypes
 from .chips import NUM_PARTITIONS
@@ -84,7 +87,13 @@ def source(instr: str, role: str, tensor: Any) -> Any:
         check_tile(instr, role, tensor)
     if tensor.storage.init.uniform <= 0:
         check_written(instr, role, tensor)
-    return tensor.array
+    return stand_in(tensor.shape, tensor.dtype) if tensor.storage.silent else tensor.array
+
+
+@functools.lru_cache(maxsize=4096)
+def stand_in(shape: tuple[int, ...], dtype: dtypes.DType) -> Any:
+    """In shape-only mode, what operands of this shape are seen as: zeros that nobody may write."""
+    return np.broadcast_to(np.zeros((), dtype.np_dtype), shape)
 
 
 def copied(instr: str, role: str, tensor: Any, rule: Rule) -> tuple[Any, Any]:
@@ -111,7 +120,7 @@ def destination(instr: str, role: str, tensor: Any, code: int = OTHER) -> Any:
         mark(tensor, code)
     if tensor.own_region.repeats:
         check_once(instr, role, tensor)
-    return tensor.array
+    return stand_in(tensor.shape, tensor.dtype) if tensor.storage.silent else tensor.array
 
 
 def check_once(instr: str, role: str, tensor: NkiTensor) -> None:

@@ -44,13 +44,9 @@ class Indexing:
 
     def __getitem__(self, key: Any) -> NkiTensor:
         keys = key if type(key) is tuple else (key,)
-        try:
-            dotted = Ellipsis in keys
-        except ValueError:  # an array, which has no one truth value
-            unsupported("indexing by an array")
-        if dotted:
-            keys = _expand_ellipsis(keys, len(self.shape))
         if len(keys) > len(self.shape):
+            if any(k is Ellipsis for k in keys):
+                return self[_expand_ellipsis(keys, len(self.shape))]
             fail(
                 BOUNDS,
                 "NkiTensor[...]",
@@ -80,6 +76,8 @@ class Indexing:
                 offset += k.start * stride
                 shape.append(k.size)
                 strides.append(stride)
+            elif k is Ellipsis:
+                return self[_expand_ellipsis(keys, len(self.shape))]
             else:
                 index = self._index(dim, k, count)
                 offset += index * stride
@@ -112,7 +110,7 @@ class Indexing:
             unsupported("indexing by a tensor (dynamic select)")
         try:
             index = None if isinstance(k, (bool, np.bool_)) else k.__index__()
-        except AttributeError:
+        except (AttributeError, TypeError):
             index = None
         if index is None:
             raise TypeError(f"expected an int, slice, nl.ds or ... as index, got {k!r}")
@@ -171,5 +169,7 @@ class Indexing:
 
 
 def _expand_ellipsis(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
-    at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+    at, *more = [i for i, k in enumerate(keys) if k is Ellipsis]
+    if more:
+        raise TypeError("expected one ... in an index, got several")
     return (*keys[:at], *[Slice(None)] * (ndim - len(keys) + 1), *keys[at + 1 :])

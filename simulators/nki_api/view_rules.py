@@ -5,6 +5,7 @@ Source: nki.language.NkiTensor and its methods.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -50,6 +51,7 @@ def check_dim(method: str, tensor: Any, dim: int, end: int | None = None) -> Non
         fail(BOUNDS, f"NkiTensor.{method}", f"dim {dim} of {tensor.ndim} dims", tensor=tensor)
 
 
+@functools.lru_cache(maxsize=4096)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a dense tensor."""
     strides, step = [], 1

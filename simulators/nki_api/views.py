@@ -201,8 +201,8 @@ class Views:
         dynamic = scalar_offset is not None or vector_offset is not None
         new = self.dtype if dtype is None else dtypes.dtype_of(dtype)
         base = self.offset * self.dtype.itemsize // new.itemsize + (offset or 0)
-        shape = tuple(int(count) for _, count in pattern)
-        strides = tuple(int(stride) for stride, _ in pattern)
+        shape = tuple([int(count) for _, count in pattern])
+        strides = tuple([int(stride) for stride, _ in pattern])
         made = self._made(shape, strides, base, new)
         if self.space != HBM and shape[0] > 1 and strides[0] != made.row:
             detail = f"the first stride is {strides[0]}, one partition is {made.row} elements"
@@ -210,8 +210,10 @@ class Views:
             strides = (made.row, *strides[1:])  # tolerated: engines can step by nothing else
             made = self._made(shape, strides, base, new)
         skip = 0 if vector_offset is None else 1  # each row has an address of its own
-        pairs = zip(shape[skip:], strides[skip:], strict=True)
-        last = base + sum((c - 1) * s for c, s in pairs if s > 0)
+        last = base
+        for count, stride in zip(shape[skip:], strides[skip:], strict=True):
+            if stride > 0:
+                last += (count - 1) * stride
         total = self.storage.partitions * made.row
         if len(shape) > MAX_DIMS or min(shape) < 1:
             fail(SHAPE, "NkiTensor.ap", f"pattern {pattern}", tensor=self)
