@@ -325,3 +325,18 @@ def test_a_tolerated_matmul_beyond_a_bank_is_right():
     warned = pytest.warns(NkiSimulatorWarning, match=r"rule nc_matmul\.bank ")
     with parameters(tolerant), warned:
         np.testing.assert_array_equal(run(kernel, a, b), a.T @ b)
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("none", ()), ("double_row", (2,))])
+def test_a_performance_mode_given_as_text_is_its_member(mode, rows):
+    """As published kernels give it."""
+
+    def kernel(a, b, given):
+        out = psum((32, 16))
+        nisa.nc_matmul(out, load(a), load(b), perf_mode=given)
+        return store(out)
+
+    a, b = (np.round(normal(64, *rows, n)).astype(ml_dtypes.float8_e4m3) for n in (32, 16))
+    expected = run(kernel, a, b, nisa.matmul_perf_mode[mode])
+    with pytest.warns(NkiSimulatorWarning, match=r"rule instruction\.integer_enum "):
+        np.testing.assert_array_equal(run(kernel, a, b, mode), expected)

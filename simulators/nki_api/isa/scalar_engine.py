@@ -66,7 +66,7 @@ _EMPTY = documented(
 _RANGE = inferred(
     "activation.range",
     "nki.api.shared, Supported Activation Functions",
-    "arguments of log, sqrt, rsqrt and reciprocal stay in the documented valid range",
+    "arguments of log, sqrt, rsqrt, reciprocal, sin and arctan stay in the documented valid range",
 )
 
 
