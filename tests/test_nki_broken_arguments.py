@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from nki_sim import nisa, nl, run, sbuf
-from rule_pairs import PAIRS, Pair, alone, load_pairs, ranks
+from rule_pairs import PAIRS, Pair, alone, load_pairs, on_ranks
 from rule_pairs.memory import hbm
 from rule_pairs.ranks import ALL, filled, shared
 
@@ -62,7 +62,7 @@ def collectives(_):
 
 MORE = [
     Pair("", kernel, None, None, "gen3", "gen3", launch)
-    for kernel, launch in ((vector, alone), (gpsimd, alone), (collectives, ranks(2)))
+    for kernel, launch in ((vector, alone), (gpsimd, alone), (collectives, on_ranks(2)))
 ]
 NOT_CALLED = {"all_gather_v", "rank_id"}  # four ranks of two cores; no argument but a name
 
