@@ -31,7 +31,7 @@ from nxd_cp.schedule import LAYOUTS, Plan, Step, make_plan
 from nxd_cp.strategies import Strategy, StrategyPlan, cost, heads, plan_strategy
 from nxd_cp.strategies import plan as strategies_plan
 from nxd_cp.strategies.cost import FIGURES, Shape, candidates, choose, compare, estimate
-from nxd_cp.strategies.plan import LEAST_MESSAGE_BYTES
+from nxd_cp.strategies.plan import LEAST_ROUND_BYTES
 
 MASKS = [(True, None), (True, 5), (False, None)]
 SOME = [
@@ -215,16 +215,17 @@ def test_rounds_of_heads_hold_smaller_buffers() -> None:
 @pytest.mark.parametrize(
     ("local_len", "heads", "kv_heads", "rounds"),
     [
-        (512, 8, 8, 2),  # 0.5 MiB per head: four make a message
-        (2048, 8, 8, 4),  # 2 MiB; query heads do not pair up, so heads go by two
-        (2048, 8, 2, 2),
-        (2048, 6, 3, 3),
-        (2048, 3, 3, 3),
+        (1024, 8, 8, 1),  # 1 MiB per head: eight make a round
+        (2048, 8, 8, 2),
+        (2048, 8, 2, 2),  # four query heads read each: one makes a round
+        (2048, 6, 3, 2),
+        (8192, 8, 8, 4),  # query heads do not pair up, so heads go by two
+        (8192, 3, 3, 3),
         (64, 8, 8, 1),
         (8192, 8, 1, 1),
     ],
 )
-def test_a_ring_runs_in_rounds_where_messages_stay_large(
+def test_a_ring_runs_in_rounds_that_stay_large(
     local_len: int, heads: int, kv_heads: int, rounds: int
 ) -> None:
     plan = make_plan("zigzag", 2, 2 * local_len)
@@ -233,15 +234,15 @@ def test_a_ring_runs_in_rounds_where_messages_stay_large(
     assert len(work.rounds) == rounds
     assert [h for one in work.rounds for h in range(kv_heads)[one]] == list(range(kv_heads))
     if rounds > 1:
-        kept = work.rounds[0].stop * plan.longest_hop * shape.row_bytes
-        assert kept >= LEAST_MESSAGE_BYTES
+        kept = work.rounds[0].stop * (heads // kv_heads) * plan.longest_hop * shape.row_bytes
+        assert kept >= LEAST_ROUND_BYTES
     asked = cost.plan_for(plan, Strategy("ring", heads_per_round=kv_heads), shape)
     assert len(asked.rounds) == 1, "the caller's number is taken"
 
 
 def test_a_window_makes_messages_of_its_halo_and_as_many_rounds() -> None:
-    plan = make_plan("contiguous", 4, 2**16, window=1025)
-    assert plan.longest_hop == 1024
+    plan = make_plan("contiguous", 4, 2**16, window=4097)
+    assert plan.longest_hop == 4096
     assert len(cost.plan_for(plan, Strategy("ring"), Shape(1, 8, 8, 128, 4)).rounds) == 4
     assert len(cost.plan_for(plan, Strategy("ring"), Shape(1, 8, 8, 128, 2)).rounds) == 2
 
@@ -252,7 +253,7 @@ def test_rounds_that_the_rule_made_give_what_one_round_does(
 ) -> None:
     case = Case(size=3, S=250, Hq=8, Hkv=4, dtype=dtype, sinks=True, window=90)
     whole = all_ranks_locally(dataclasses.replace(case, strategy=Strategy("ring")))
-    monkeypatch.setattr(strategies_plan, "LEAST_MESSAGE_BYTES", 1)
+    monkeypatch.setattr(strategies_plan, "LEAST_ROUND_BYTES", 1)
     plan_strategy.cache_clear()
     rounds = all_ranks_locally(dataclasses.replace(case, strategy=Strategy("ring")))
     plan_strategy.cache_clear()
