@@ -28,6 +28,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from .masks import (
+    check_mask,
     cut_future_keys,
     inside,
     keep_inside,
@@ -90,6 +91,7 @@ def flash_bwd(
         each group, the carry included.
     """
     num_batches, num_groups = k_BGKD.shape[0], k_BGKD.shape[1]
+    check_mask(mask, q_BHSD.shape[2], k_BGKD.shape[2], bounds)
     dq_hbm = nl.ndarray(q_BHSD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     dk_hbm = nl.ndarray(k_BGKD.shape, dtype=nl.float32, buffer=nl.shared_hbm)
     dv_hbm = nl.ndarray(v_BGKE.shape, dtype=nl.float32, buffer=nl.shared_hbm)

@@ -32,7 +32,7 @@ import nki.isa as nisa
 import nki.language as nl
 
 from .finish import finish, store_lse
-from .masks import load_bounds, make_indices, reachable
+from .masks import check_mask, load_bounds, make_indices, reachable
 from .probabilities import probabilities
 from .shift import find_shift
 from .tiles import (
@@ -75,6 +75,7 @@ def flash_fwd(
     """
     num_batches, num_heads, num_rows = q_BHSD.shape[0], q_BHSD.shape[1], q_BHSD.shape[2]
     num_groups, value_dim = k_BGKD.shape[1], v_BGKE.shape[3]
+    check_mask(mask, num_rows, k_BGKD.shape[2], bounds)
     o_hbm = nl.ndarray(
         (num_batches, num_heads, num_rows, value_dim), dtype=nl.float32, buffer=nl.shared_hbm
     )

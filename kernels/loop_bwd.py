@@ -87,6 +87,7 @@ def loop_bwd(
     places = {"dk": whole(dk_hbm), "dv": whole(dv_hbm), "dk_in": (), "dv_in": (), "dq_in": ()}
     if len(carry) > 0:
         places["dq_in"] = (whole(carry[0]),)
+    if len(carry) > 1:
         places["dk_in"], places["dv_in"] = (whole(carry[1]),), (whole(carry[2]),)
     heads = q_BHSD.shape[1] // num_groups
     items = my_items(num_batches, num_groups)

@@ -24,6 +24,14 @@ from .tiles import ROWS, is_gen2, spans
 MASKED_SCORE = -1.0e30  # in fp32 tiles only; finite, so that no NaN can come of it
 
 
+def check_mask(mask, num_rows, num_keys, bounds):
+    """What the host checks is asserted once more, as no mask may be dropped in silence."""
+    assert mask == "full" or mask == "causal" or mask == "strict" or mask == "interval", mask
+    assert (mask == "interval") == (len(bounds) > 0), "bounds go with the mask interval"
+    if mask == "causal" or mask == "strict":
+        assert num_rows == num_keys, "as many keys as rows"
+
+
 def reachable(mask, row_stop, key_start, num_keys):
     """How many of the keys from key_start can be seen by rows that end before row_stop."""
     if mask == "causal" or mask == "strict":

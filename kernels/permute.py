@@ -7,7 +7,7 @@ them), rank by rank: tokens first, first + step, ... lie next to each other in t
 them from HBM to HBM; nothing is computed and nothing passes through SBUF. Which runs a layout has
 is the schedule's business (`nxd_cp.schedule.token_runs`); they are compile-time numbers.
 
-Precision: bits are moved as they are, in any dtype.
+Precision: bits are moved as they are, in any dtype that NKI has.
 """
 
 import nki
@@ -22,7 +22,7 @@ def permute_tokens(x_BSF, runs, inverse=False):
     """The tokens of every run side by side, in the order of the runs; or, inverse, back.
 
     Args:
-        x_BSF: HBM [B, S, F], any dtype.
+        x_BSF: HBM [B, S, F], any dtype that NKI has.
         runs: tuple of (first, count, step) that holds every token exactly once.
         inverse: False from sequence order to runs, True from runs to sequence order.
 

@@ -84,8 +84,10 @@ def ring_attention(
         validation.validate_dropout(dropout_p)
         validation.validate_scale(scale)
         validation.validate_sinks(sinks, q)
+        validation.validate_derivatives(q, k, v, sinks)
         validation.validate_documents(segment_ids, cu_seqlens, q, k)
-        validation.validate_lengths(q, k, seq_len, kv_seq_len, cp)
+        packed = segment_ids is not None or cu_seqlens is not None
+        validation.validate_lengths(q, k, seq_len, kv_seq_len, cp, packed=packed)
         name = resolve_backend_name(backend, q.device)
     except ValueError as error:
         if cp is not None:

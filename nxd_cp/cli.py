@@ -105,7 +105,7 @@ def plan(
     The blocks are those of the strategy that is taken. Costs are estimates for bfloat16 on one chip
     per rank (docs/strategies.md says from what).
     """
-    from nxd_cp.schedule import make_plan, seq_len_multiple
+    from nxd_cp.schedule import make_plan, padded_len, seq_len_multiple
     from nxd_cp.strategies.cost import Shape
     from nxd_cp.strategies.report import report
 
@@ -114,7 +114,10 @@ def plan(
     try:
         if heads % kv_heads:
             raise ValueError(f"kv-heads: expected a divisor of {heads} heads, got {kv_heads}")
-        ring = make_plan(layout.value, ranks, tokens, causal=causal, window=window)
+        slots = padded_len(layout.value, ranks, tokens)
+        ring = make_plan(
+            layout.value, ranks, slots, num_tokens=tokens, causal=causal, window=window
+        )
         text, costs = report(ring, shape, chip.value, strategy)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nxd_cp.schedule import LAYOUTS
-from nxd_cp.strategies.plan import Strategy
+from nxd_cp.strategies.plan import STRATEGIES, Strategy
 from nxd_cp.transport import (
     Call,
     CollectiveTransport,
@@ -70,10 +70,16 @@ class CPContext:
                 f"ring_order: expected a permutation of 0..{transport.size - 1} (group ranks), "
                 f"got {order}"
             )
+        strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
+        if not isinstance(strategy, Strategy):
+            raise ValueError(
+                f"strategy: expected a name or a Strategy, got {strategy!r}; the names are "
+                f"{', '.join(STRATEGIES)}"
+            )
         self.transport = transport
         self.rank, self.size = transport.rank, transport.size
         self.layout, self.ring_order, self.check_ranks = layout, order, check_ranks
-        self.strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
+        self.strategy = strategy
         self._has_agreed = not transport.can_agree
         with _contexts_lock:
             self.handle = f"cp{next(_handles)}"
@@ -268,7 +274,7 @@ class CPContext:
             "strategy": str(self.strategy),
             "ring order": ring_order,
         }
-        check_agreement(call, self.ring_order, {**description, **common}, device)
+        check_agreement(call, {**description, **common}, device)
         self._has_agreed = True
 
     def __repr__(self) -> str:
@@ -298,7 +304,8 @@ class LocalGroup:
         """Call `fn(ctx)` in one thread per rank; return the results in rank order.
 
         The first error of any rank is raised here; it ends the waits of all others. The group can
-        be used again afterwards. Raises RingError when another thread, or `fn` itself, runs it.
+        be used again afterwards. PyTorch keeps grad mode and autocast per thread: enter them in
+        `fn`. Raises RingError when another thread, or `fn` itself, runs it.
         """
         if not self._running.acquire(blocking=False):
             raise RingError(

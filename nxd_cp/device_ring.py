@@ -21,7 +21,7 @@ from torch import Tensor
 from nxd_cp.backends import device_ring, get_support_kernels
 from nxd_cp.backends.device_ops import launch_cores, outputs_like
 from nxd_cp.backends.device_ring import HOST_RING
-from nxd_cp.backends.kernel_modules import kernel_module
+from nxd_cp.backends.kernel_modules import generation_of, kernel_module
 from nxd_cp.context import CPContext
 from nxd_cp.ops import refuse
 from nxd_cp.options import Options
@@ -117,11 +117,6 @@ class _Ring:
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         """Those of `ring_fwd`, checked."""
-        generation = None
-        if self.kernels == "simulate":
-            from nxd_cp.simulators.nki_api.chips import generation_name
-
-            generation = generation_name()
         return device_ring.forward_arguments(
             q,
             k,
@@ -130,7 +125,7 @@ class _Ring:
             causal=self.options.causal,
             scale=self.options.scale,
             softcap=self.options.softcap,
-            generation=generation,
+            generation=generation_of(self.kernels, None),
             cores=self.cores,
         )
 

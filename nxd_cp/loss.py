@@ -41,12 +41,17 @@ def token_mean_loss(
         A scalar, fp32 (fp64 for fp64 input), differentiable with respect to `per_token`.
 
     Raises:
-        ValueError: sizes differ, or `grad_average_over` is less than 1.
+        ValueError: sizes differ, the two are swapped, or `grad_average_over` is less than 1.
     """
     if per_token.numel() != labels.numel():
         raise ValueError(
             f"expected one loss per label, got {list(per_token.shape)} losses and "
             f"{list(labels.shape)} labels; compute the loss with reduction='none'"
+        )
+    if not per_token.is_floating_point() or labels.is_floating_point():
+        raise ValueError(
+            f"expected losses in floating point and labels of integers, got {per_token.dtype} and "
+            f"{labels.dtype}; losses come first"
         )
     if grad_average_over < 1:
         raise ValueError(f"expected grad_average_over of at least 1, got {grad_average_over}")
@@ -78,7 +83,7 @@ def allreduce_grads(
     """
     if op not in ("sum", "mean"):
         raise ValueError(f'expected op "sum" or "mean", got {op!r}')
-    trained = [p for p in params if p.requires_grad]
+    trained = [*dict.fromkeys(p for p in params if p.requires_grad)]  # a tied one once
     if not trained or cp.size == 1:
         return
     present = torch.tensor([p.grad is not None for p in trained], device=trained[0].device)

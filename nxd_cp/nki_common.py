@@ -158,6 +158,50 @@ ISA: dict[str, tuple[str, ...]] = {
         "name",
     ),
 }
+# Enumerations of nki.isa; parameters that take one have its name.
+ENUMS = ("dge_mode", "engine", "nc_version", "oob_mode", "reduce_cmd")
+
+# nki.collectives, from 0.3.
+COLLECTIVES: dict[str, tuple[str, ...]] = {
+    "all_gather": ("srcs", "dsts", "replica_group", "collective_dim"),
+    "all_reduce": ("srcs", "dsts", "replica_group", "op"),
+    "all_to_all": ("srcs", "dsts", "replica_group", "collective_dim"),
+    "collective_permute": ("srcs", "dsts", "source_target_pairs"),
+    "collective_permute_implicit": (
+        "srcs_by_channel",
+        "dsts_by_channel",
+        "replica_group",
+        "channel_ids",
+    ),
+    "collective_permute_implicit_current_processing_rank_id": (
+        "iteration_id",
+        "replica_group",
+        "channel_id",
+    ),
+    "collective_permute_implicit_reduce": (
+        "srcs0_by_channel",
+        "srcs1_by_channel",
+        "dsts_by_channel",
+        "replica_group",
+        "op",
+        "channel_ids",
+    ),
+    "rank_id": (),
+    "reduce_scatter": ("srcs", "dsts", "replica_group", "collective_dim", "op"),
+}
+COLLECTIVE_CLASSES = ("ReplicaGroup",)
+
+# Parameters without a default in 0.2, or with another one than later.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "nisa.affine_select": ("offset",),
+    "nisa.dma_compute": ("scales", "reduce_op"),
+    "nisa.iota": ("offset",),
+    "nl.ndarray": ("buffer",),
+    "nl.zeros": ("buffer",),
+}
+# How many arguments calls need for the same reason.
+FIRST_ARGUMENTS = {"nl.num_programs": 1, "nl.program_id": 1, "nl.sequential_range": 3}
+
 # What later versions added, or changed, and kernels here use, each behind a file's NKI_SINCE.
 ADDED = {"nki.collectives": "0.3", "nl.fori_loop": "0.6", "nl.while_loop": "0.6"}
 

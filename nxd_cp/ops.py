@@ -79,7 +79,7 @@ def ring_backward(
             do, q, k, v, o, lse, sinks=sinks, **asked.to_run(call)
         )
         # dk and dv lie in a message buffer; an op returns memory of its own.
-        dk, dv = dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True)
+        dk, dv = _new_rows_first(k).copy_(dk), _new_rows_first(v).copy_(dv)
     if sinks is None or dsinks is None:
         return _rows_first(dq.to(q.dtype)), dk, dv, q.new_empty(0)
     return _rows_first(dq.to(q.dtype)), dk, dv, dsinks.to(sinks.dtype)
@@ -97,7 +97,7 @@ def _backward_fake(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return _rows_first(q.new_empty(q.shape)), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+    return _rows_first(q.new_empty(q.shape)), _new_rows_first(k), _new_rows_first(v), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -149,7 +149,7 @@ def refuse(context: CPContext, reason: str, device: torch.device) -> None:
     """
     if context.agrees and not torch.compiler.is_compiling():
         with contextlib.suppress(RingError), context.transport.call("forward") as call:
-            announce_refusal(call, context.ring_order, reason, device)
+            announce_refusal(call, reason, device)
 
 
 class _Asked:
@@ -172,8 +172,8 @@ class _Asked:
         self._q, self._k, self._v, self._sinks = q, k, v, sinks
         self._segment_ids, self._cu_seqlens, self._options = segment_ids, cu_seqlens, options
         self.context = _context(options.cp)
-        self._backend = get_backend(options.backend, q.device)
         try:
+            self._backend = get_backend(options.backend, q.device)
             self._plan = plan_for(self.context, q.shape[2], k.shape[2], options)
             documents.validate_values(cu_seqlens, self._plan)
             self._work = strategies.plan_for(self.context.strategy, self._plan, q, k, v)
@@ -271,6 +271,12 @@ def _context(handle: str) -> CPContext:
     if handle:
         return find_context(handle)
     return CPContext(LocalTransport(0, LocalSession(1, timeout_s=0.0)))
+
+
+def _new_rows_first(like: Tensor) -> Tensor:
+    """Unspecified, as `_rows_first` of a tensor of the same shape, dtype and device."""
+    B, H, S, D = like.shape
+    return like.new_empty(B, S, H, D).transpose(1, 2)
 
 
 def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -69,6 +69,8 @@ def _of_slots(seq_len: int, cp: CPContext | None) -> Tensor:
 
 
 def _checked(cu_seqlens: Tensor, seq_len: int) -> Tensor:
+    if cu_seqlens.is_floating_point():
+        raise ValueError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
     ends = cu_seqlens.detach().cpu().long()
     if ends.dim() != 1 or len(ends) < 2 or int(ends[0]) != 0 or int(ends[-1]) != seq_len:
         raise ValueError(

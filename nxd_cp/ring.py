@@ -51,12 +51,12 @@ def forward(
     """This rank's o [B, Hq, S, Dv] and lse [B, Hq, S], both fp32, over the keys of all ranks.
 
     sinks: [Hq]. document_ids: [B, S] of every rank; a query sees keys of its own document only.
-    memory: where a backend that adds in place makes the result, which is then this very pair.
+    memory: unspecified; where a backend that adds in place makes the result, which is then this
+        very pair.
     """
-    so_far = Running(q.shape[2], _nothing_seen(q, v), in_place=not backend.carries)
-    if memory is not None and not backend.carries:
-        memory[0].zero_(), memory[1].fill_(-torch.inf)
-        so_far.put(slice(0, q.shape[2]), memory)
+    all_rows = slice(0, q.shape[2])
+    memory = None if backend.carries else memory
+    so_far = Running(q.shape[2], _nothing_seen(q, v, memory), in_place=not backend.carries)
     block = KeyBlock(call, k, v)
     for step in plan.steps[rank]:
         block.start(step.kv)
@@ -64,7 +64,8 @@ def forward(
             keys, whole = block.rows(tile.k), _mask(tile, document_ids, rank, step.owner)
             for rows, mask in so_far.cut(tile.q, whole):
                 scores, carry = Scores(mask, scale, softcap), so_far.take(rows)
-                so_far.put(rows, backend.forward(q[:, :, rows], *keys, scores, carry))
+                out = memory if rows == all_rows else None
+                so_far.put(rows, backend.forward(q[:, :, rows], *keys, scores, carry, out))
         block.wait()
     o, lse = so_far.finish()
     if sinks is not None:
@@ -137,10 +138,12 @@ def gather(call: Call, local: Tensor, plan: Plan, rank: int) -> list[Tensor]:
     return [found[owner] for owner in sorted(found)]
 
 
-def _nothing_seen(q: Tensor, v: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Makes o = 0 and lse = -inf for so many rows."""
+def _nothing_seen(q: Tensor, v: Tensor, memory: Pair | None) -> Callable[[int], Pair]:
+    """Makes o = 0 and lse = -inf for so many rows; all of them are made in `memory`, if given."""
 
-    def make(num_rows: int) -> tuple[Tensor, Tensor]:
+    def make(num_rows: int) -> Pair:
+        if memory is not None and num_rows == q.shape[2]:
+            return memory[0].zero_(), memory[1].fill_(-torch.inf)
         shape = (*q.shape[:2], num_rows)
         o = torch.zeros((*shape, v.shape[-1]), dtype=torch.float32, device=q.device)
         return o, o.new_full(shape, -torch.inf)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from nxd_cp.schedule import Window, seq_len_multiple
 
@@ -45,6 +46,8 @@ def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
         if 0 in x.shape:
             raise ValueError(f"{name}: expected no empty dim, got shape {tuple(x.shape)}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {x.layout}; use to_dense()")
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(
             "k and v: expected equal shapes but for the head dim, "
@@ -62,9 +65,17 @@ def validate_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def validate_lengths(
-    q: Tensor, k: Tensor, seq_len: int | None, kv_seq_len: int | None, cp: CPContext | None
+    q: Tensor,
+    k: Tensor,
+    seq_len: int | None,
+    kv_seq_len: int | None,
+    cp: CPContext | None,
+    *,
+    packed: bool = False,
 ) -> None:
-    """Local lengths hold whole chunks of the layout, and tokens have room in them."""
+    """Local lengths hold whole chunks of the layout, and tokens have room in them; with packed
+    documents there are as many keys as queries.
+    """
     layout, size = ("contiguous", 1) if cp is None else (cp.layout, cp.size)
     multiple = seq_len_multiple(layout, size) // size
     for name, x, tokens_name, tokens in (
@@ -83,6 +94,12 @@ def validate_lengths(
                 f"{tokens_name}: expected the number of tokens of the whole sequence, from 1 to "
                 f"{local_len * size} (all slots of all ranks), got {tokens!r}"
             )
+    num_queries = q.shape[2] * size if seq_len is None else seq_len
+    if packed and kv_seq_len not in (None, num_queries):
+        raise ValueError(
+            "kv_seq_len: expected as many keys as queries with packed documents, "
+            f"got {kv_seq_len} and {num_queries}"
+        )
 
 
 def validate_causal(causal: bool) -> None:
@@ -97,7 +114,8 @@ def validate_scale(scale: float) -> None:
     PyTorch's flash op and the kernels both mask before they scale: a scale of zero would uncover
     what is masked, and a negative one turn it into plus infinity.
     """
-    if not isinstance(scale, int | float) or not MIN_SCALE <= scale <= MAX_SCALE:
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not MIN_SCALE <= scale <= MAX_SCALE:
         raise ValueError(
             f"scale: expected a number from {MIN_SCALE} to {MAX_SCALE}, got {scale!r}; "
             "for a negative scale negate q"
@@ -189,6 +207,22 @@ def validate_documents(
         raise ValueError(
             "cu_seqlens: expected [documents + 1] cumulative lengths of the whole sequence, "
             f"0 first, got shape {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens is not None and cu_seqlens.device not in (torch.device("cpu"), q.device):
+        raise ValueError(
+            f"cu_seqlens: expected a tensor on the CPU or where q is, on {q.device}, got one on "
+            f"{cu_seqlens.device}"
+        )
+
+
+def validate_derivatives(*tensors: Tensor | None) -> None:
+    """No forward-mode derivative: PyTorch would drop it and go on as if it were zero."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and unpack_dual(x).tangent is not None for x in tensors):
+        raise ValueError(
+            "ring_attention: expected inputs without forward-mode derivatives (jvp), got some; use "
+            "reverse mode (backward, torch.autograd.grad)"
         )
 
 

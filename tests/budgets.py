@@ -29,7 +29,7 @@ __all__ = [
     "rounding_step",
 ]
 
-HOPS_FACTOR = 1.3  # error after 16 hops against that after 2
+HOPS_FACTOR = 1.3  # error after up to 16 hops against that after one
 
 
 def assert_close(name: str, actual: Tensor, truth: Tensor, bound: float) -> None:

@@ -78,6 +78,62 @@ def check_pairs(plan: Plan, document: Callable[[int], int] | None = None) -> Non
                 assert any(pair in wanted for pair in inside), "a rectangle shows nothing"
 
 
+def check_strategy(work: StrategyPlan) -> None:
+    """Every visible pair once for every part of the heads; of "gather" also that what arrives is
+    what the next step computes on, from its owner, that parts go home, and the bytes.
+    """
+    plan = work.plan
+    found: list[Counter[Pair]] = [Counter() for _ in range(work.ways)]
+    for rank in range(plan.size):
+        part = 0 if work.groups is None else work.groups[rank].index
+        mine = held(work, rank, tokens, "rows")
+        for step in plan.steps[rank]:
+            theirs = held(work, step.owner, keys, "key_rows")
+            for tile in step.tiles:
+                for row, q in enumerate(mine[tile.q]):
+                    for column, k in enumerate(theirs[tile.k]):
+                        found[part][q, k] += visible(tile, row, column)
+    seen = Counter(dict.fromkeys(pairs_seen(plan), 1))
+    assert all(+one == seen for one in found)
+    if work.strategy.name == "gather" and plan.size > 1:
+        check_gathered(plan)
+
+
+def held(
+    work: StrategyPlan, rank: int, of_rank: Callable[[Plan, int], list[int]], rows: str
+) -> list[int]:
+    """Positions of the queries, or keys, that a rank computes with: its own, or its group's."""
+    if work.groups is None:
+        return of_rank(work.plan, rank)
+    group = work.groups[rank]
+    joined: dict[int, int] = {}
+    for member, pieces in zip(group.members, getattr(group, rows), strict=True):
+        mine = of_rank(work.plan, member)
+        for local, there in pieces:
+            places = range(there.start, there.stop, there.step)
+            assert not joined.keys() & set(places), "two rows in one place"
+            joined |= zip(places, mine[local], strict=True)
+    assert sorted(joined) == list(range(len(joined))), "a place without a row"
+    return [joined[place] for place in sorted(joined)]
+
+
+def check_gathered(plan: Plan) -> None:
+    """Moves of the "gather" strategy: straight from the owner, and nothing that is not used."""
+    for index in range(plan.num_steps):
+        moves = {r: s[index].kv for r, s in enumerate(plan.steps) if s[index].kv is not None}
+        check_ends(moves)
+        for rank, steps in enumerate(plan.steps):
+            following = steps[index + 1 : index + 2]
+            used = expand(tuple(tile.k for step in following for tile in step.tiles))
+            move = moves.get(rank)
+            came = set() if move is None else expand(move.into)
+            assert came == used, "what is seen, and nothing else"
+            if came:
+                assert move.source == move.brings == following[0].owner
+    check_gradients(plan)
+    check_bytes(plan)
+
+
 def check_moves(plan: Plan) -> None:
     """Follow the rows of keys as data: sends match receives, what is computed on is here, what
     arrives is used, and gradients come home.

@@ -150,6 +150,13 @@ def unwritten(x):
     out = nl.ndarray(x.shape, dtype=x.dtype, buffer=nl.sbuf)
     nisa.activation(dst=out, op=nl.exp, data=tile)
     return out
+
+
+@nki.jit
+def newer(x):
+    tile = nl.load(x)
+    nisa.exponential(dst=tile, src=tile)
+    return tile
 '''
 _GOOD = """
 import time
@@ -189,7 +196,7 @@ import time
 
 import numpy as np
 import pytest
-from nkilib_src.nkilib.kernels import double, unwritten
+from nkilib_src.nkilib.kernels import double, newer, unwritten
 from test.utils.test_orchestrator import Orchestrator
 
 
@@ -201,6 +208,11 @@ def test_wrong_reference():
 def test_broken_rule():
     x = np.ones((128, 8), np.float32)
     Orchestrator().execute(unwritten, {"x": x}, {"out": x})
+
+
+def test_newer_chip():
+    x = np.ones((128, 8), np.float32)
+    Orchestrator().execute(newer, {"x": x}, {"out": x})
 
 
 def test_slow():

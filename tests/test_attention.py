@@ -147,6 +147,8 @@ BAD = [
     ({"scale": 0.0}, "scale: expected a number from 1e-20 to .*, got 0.0"),
     ({"scale": -0.25}, "got -0.25; for a negative scale negate q"),
     ({"scale": "x"}, "scale: expected a number from 1e-20 to .*, got 'x'"),
+    ({"scale": True}, "scale: expected a number from 1e-20 to .*, got True"),
+    ({"scale": torch.tensor(0.25)}, r"scale: expected a number .*, got tensor\(0.2500\)"),
     ({"causal": None}, "causal: expected True or False, got None"),
     ({"causal": 2}, "causal: expected True or False, got 2"),
     ({"window": 0}, "window: expected a whole number of at least 1 .*, got 0"),
@@ -165,12 +167,26 @@ BAD = [
     ),
     ({"cu_seqlens": torch.tensor([0.0, 8.0])}, "cu_seqlens: expected an int32 or int64 tensor or"),
     ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens: expected \[documents \+ 1\] cumulative"),
+    ({"cu_seqlens": torch.tensor([[0, 16]])}, r"cumulative lengths .*, got shape \(1, 2\)"),
+    (
+        {"cu_seqlens": torch.tensor([0, 16], device="meta")},
+        "on the CPU or where q is, on cpu, got one on meta",
+    ),
+    ({"k": heads(1, 2, 8, 16).to_sparse()}, "k: expected a dense tensor, got torch.sparse_coo"),
     ({"cu_seqlens": torch.tensor([1, 16])}, "cu_seqlens: expected 0 first and values that never"),
     ({"cu_seqlens": torch.tensor([0, 9, 5, 16])}, r"never fall, got \[0, 9, 5, 16\]"),
     ({"cu_seqlens": torch.tensor([0, 8])}, "cu_seqlens: expected 16 last"),
     (
         {"k": heads(1, 2, 4, 16), "v": heads(1, 2, 4, 16), "cu_seqlens": torch.tensor([0, 16])},
         "cu_seqlens: expected as many keys as queries with packed documents, got 4 and 8 per rank",
+    ),
+    (
+        {"cu_seqlens": torch.tensor([0, 5, 10]), "seq_len": 10, "kv_seq_len": 8},
+        "kv_seq_len: expected as many keys as queries with packed documents, got 8 and 10",
+    ),
+    (
+        {"segment_ids": torch.zeros(1, 8).long(), "kv_seq_len": 9},
+        "kv_seq_len: expected as many keys as queries with packed documents, got 9 and 16",
     ),
     ({"seq_len": 17}, "seq_len: expected the number of tokens .* from 1 to 16 .*, got 17"),
     ({"seq_len": 0}, "seq_len: expected the number of tokens of the whole sequence, from 1"),
@@ -202,6 +218,17 @@ def test_unsupported_arguments_raise_before_keys_or_values_are_sent(
         return cp.transport.counters.ring_messages
 
     assert CPContext.local(2).run(work) == [0, 0]
+
+
+def test_a_forward_mode_derivative_is_refused_and_not_taken_for_zero() -> None:
+    x, sinks = heads(1, 2, 8, 16), torch.zeros(2)
+    for f, given in (
+        (lambda q: ring_attention(q, x, x), x),
+        (lambda v: ring_attention(x, x, v), x),
+        (lambda s: ring_attention(x, x, x, sinks=s), sinks),
+    ):
+        with pytest.raises(ValueError, match="without forward-mode derivatives"):
+            torch.func.jvp(f, (given,), (torch.ones_like(given),))
 
 
 def test_a_compiled_call_asks_the_backend_too() -> None:

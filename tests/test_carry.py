@@ -108,12 +108,41 @@ def test_zigzag_cuts_its_rows_once_and_joins_them_once() -> None:
         assert found["o outside"] == (["cat.default"] if halves else [])
 
 
+@pytest.mark.parametrize("num_tokens", [S * 2, S * 2 - 3])
+@pytest.mark.parametrize("window", [None, S // 2])
+def test_a_result_is_made_in_the_memory_given_whatever_lies_there(
+    num_tokens: int, window: int | None
+) -> None:
+    plan = make_plan("zigzag", 2, 2 * S, num_tokens=num_tokens, window=window)
+    make = torch.Generator().manual_seed(5)
+    shapes = (HQ, D), (HKV, D), (HKV, E)
+    tensors = [
+        [torch.randn(1, H, S, dim, generator=make) for H, dim in shapes] for _ in range(plan.size)
+    ]
+
+    def work(cp: CPContext) -> None:
+        memory = torch.full((1, HQ, S, E), torch.nan), torch.full((1, HQ, S), torch.nan)
+        results = []
+        for where in (None, memory):
+            with cp.transport.call("forward") as call:
+                options = {"plan": plan, "rank": cp.rank, "backend": TorchBackend(), "call": call}
+                results.append(ring.forward(*tensors[cp.rank], scale=0.25, memory=where, **options))
+        assert results[1][0] is memory[0]
+        assert results[1][1] is memory[1]
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+    CPContext.local(2).run(work)
+
+
 class MergesOutside(KernelBackend):
     """As it was before kernels carried: a merge in place after every hop."""
 
     carries = False
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Any = None) -> Any:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Any = None, out: Any = None
+    ) -> Any:
         found = super().forward(q, k, v, scores)
         if carry is None:
             return found

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from perfetto_reader import read
 
 from nxd_cp.schedule import make_plan
 from nxd_cp.simulators.cluster.cli import Ring, run_simulate
 from nxd_cp.simulators.cluster.kernel_time import Rate, Timed
 from nxd_cp.simulators.cluster.links import LAUNCH, LINKS
 from nxd_cp.simulators.cluster.measure import KERNELS, kernel_log, time_kernel, timed_kernel
-from nxd_cp.simulators.cluster.ring import Model, closed_form_exposed_ns, hop_times, simulate
+from nxd_cp.simulators.cluster.ring import Model, hop_times, simulate
 from nxd_cp.simulators.cluster.topology import Cluster, torus_cycle
 from nxd_cp.simulators.cluster.trace import document
 
@@ -25,9 +26,16 @@ def _rate(flops_per_ns=TRN2_FORWARD, backward=False):
     return Rate(flops_per_ns, (10 if backward else 4) * LLAMA.head_dim * LLAMA.num_heads)
 
 
-def _closed_form(plan, cluster, compute_ns):
-    hop = max(hop_times(cluster, LLAMA.kv_bytes(plan.local_len), channels=1, level="expected"))
-    return closed_form_exposed_ns(compute_ns, hop, plan.size - 1)
+# The slowest hop of a trn2 ring by its size in chips, one channel: B/ns, and ns without the bytes.
+SLOWEST_HOP = {8: (128.0, 1500.0), 64: (64.0, 1500.0), 512: (25.0, 15000.0)}
+
+
+def _closed_form(plan):
+    """ns: 4 s G D bytes a hop, 2 s s H D flops a zigzag step, by hand; LAUNCH is a guess."""
+    rate, alpha = SLOWEST_HOP[plan.size]
+    s = plan.local_len
+    hop = LAUNCH.expected + alpha + 4 * s * 8 * 128 / rate
+    return (plan.size - 1) * max(0.0, hop - 2 * s * s * 32 * 128 / TRN2_FORWARD)
 
 
 @pytest.mark.parametrize(("positions", "pods"), [(8, False), (64, True)])
@@ -36,8 +44,7 @@ def test_exposed_communication_of_zigzag_meets_the_closed_form(positions, pods):
     for tokens in (positions * 1024, positions * 4096):
         plan = make_plan("zigzag", positions, tokens)
         times = simulate(plan, cluster, LLAMA, _rate())
-        s = plan.local_len
-        expected = _closed_form(plan, cluster, 2 * s * s * 32 * 128 / TRN2_FORWARD)
+        expected = _closed_form(plan)
         # The wait for the slowest hop is the closed form's; 1 us is one step's half-tile rounding.
         assert times.exposed_ns == pytest.approx(expected, rel=0.05, abs=1000)
     assert times.balance == pytest.approx(1, abs=1e-3)
@@ -49,8 +56,7 @@ def test_rings_of_8_64_and_512_chips_at_a_million_tokens_are_fast_and_meet_the_c
         cluster = replace(CHIP, num_positions=positions, pods=positions == 64)
         plan = make_plan("zigzag", positions, 2**20)
         times = simulate(plan, cluster, LLAMA, _rate())
-        s = plan.local_len
-        expected = _closed_form(plan, cluster, 2 * s * s * 32 * 128 / TRN2_FORWARD)
+        expected = _closed_form(plan)
         assert times.exposed_ns == pytest.approx(expected, rel=0.05, abs=1e4)
         assert 0 < times.efficiency <= 1
     assert expected > 0, "512 chips over EFA cannot hide their hops"
@@ -172,6 +178,17 @@ def test_a_hop_is_latency_plus_bytes_over_bandwidth():
     assert hop == pytest.approx(LAUNCH.expected + link.alpha.expected + 1e6)
 
 
+def test_a_position_sends_over_the_links_of_all_its_chips_and_one_on_half_a_chip_over_its_own():
+    size = 128e6
+    rates = {0.5: 180.0, 1: 128.0, 4: 4 * 128.0, 16: 16 * 25.0}  # chips: B/ns of the first hop
+    for chips, rate in rates.items():
+        cores = round(8 * chips)
+        cluster = Cluster(generation="gen3", num_positions=4, tensor_parallel=cores // 2, lnc=2)
+        (hop, *_) = hop_times(cluster, size, channels=1, level="expected")
+        alpha = 15000.0 if chips == 16 else 1500.0
+        assert hop == pytest.approx(LAUNCH.expected + alpha + size / rate)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_extrapolation_meets_a_size_run_in_full_within_one_percent(kernel):
     timed = timed_kernel(kernel, "gen3", heads_per_core=1, kv_heads_per_core=1)
@@ -224,7 +241,28 @@ def test_trace_of_a_ring_has_a_lane_per_rank_and_steps_in_order():
     assert len(steps) == 8 * 8
     mine = [e for e in steps if e["pid"] == 3]
     assert all(a["ts"] + a["dur"] <= b["ts"] + 1e-9 for a, b in itertools.pairwise(mine))
-    assert max(e["ts"] + e["dur"] for e in steps) == pytest.approx(times.total_ns / 1e3)
+    assert max(e["ts"] + e["dur"] for e in steps) == pytest.approx(times.total_ns / 1e3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("positions", "layout"), [(8, "zigzag"), (8, "contiguous"), (80, "zigzag")]
+)
+def test_perfetto_keeps_every_step_and_hop_of_a_ring_and_its_arrows(positions, layout):
+    """Contiguous ranks run apart, and of 80 ranks 64 are drawn: not all arrows have a tail."""
+    plan = make_plan(layout, positions, positions * 1024)
+    cluster = replace(CHIP, num_positions=positions)
+    trace = document(plan, simulate(plan, cluster, LLAMA, _rate()))
+    slices, arrows, dropped = read(trace)
+    assert not dropped
+    steps = [step for rank in plan.steps[:64] for step in rank]
+    sources = [step.kv.source for step in steps if step.kv and step.kv.source is not None]
+    assert [e["cat"] for e in slices].count("compute") == len(steps)
+    assert [e["cat"] for e in slices].count("message") == len(sources)
+    assert len(arrows) == sum(source < 64 for source in sources)
+    for tail, head in arrows:
+        sent, needed = (int(e["name"].removeprefix("step ")) for e in (tail, head))
+        assert needed == sent + 1
+        assert tail["pid"] == (head["pid"] - 1) % positions
 
 
 def test_the_command_prints_three_levels_both_ways(tmp_path):

@@ -69,6 +69,10 @@ def test_local_contexts_know_their_place_and_results_keep_their_order() -> None:
     [
         ({"layout": "zag"}, "layout: expected one of contiguous, zigzag, striped, got 'zag'"),
         ({"ring_order": (0, 2)}, "permutation of 0..1"),
+        (
+            {"strategy": None},
+            "strategy: expected a name or a Strategy, got None; the names are ring",
+        ),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], text: str) -> None:

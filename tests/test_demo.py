@@ -183,10 +183,10 @@ def test_plan_command_prints_the_plan():
     assert result.output.count("causal") > 4
 
 
-def test_plan_command_refuses_a_length_that_does_not_divide():
-    result = CliRunner().invoke(app, ["plan", "--ranks", "4", "--seq-len", "7"])
+def test_plan_command_refuses_a_length_that_is_none():
+    result = CliRunner().invoke(app, ["plan", "--ranks", "4", "--seq-len", "0"])
     assert result.exit_code == 2
-    assert "got 7" in result.output
+    assert "got 0" in result.output
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from time import monotonic
@@ -102,6 +103,7 @@ REFUSALS = [
     ({"scale": float("inf")}, "scale: expected a number from 1e-20 to 1000000.0, got inf"),
     ({"dropout_p": 0.5}, "dropout_p: expected 0.0, got 0.5"),
     ({"backend": "\N{SNOWMAN}" * 900}, "backend: expected one of torch"),
+    ({"dropout_p": "\x01\\" * 900}, "dropout_p: expected 0.0, got"),
 ]
 
 
@@ -161,6 +163,18 @@ def other_layout(group: dist.ProcessGroup) -> str:
 def test_a_different_layout_is_named(ranks: RankGroup) -> None:
     for text in ranks.run(other_layout, num_ranks=3):
         assert "layout = zigzag on rank 0 and 1, striped on rank 2" in text
+
+
+def other_ring_order(group: dist.ProcessGroup) -> str:
+    order = (0, 2, 1) if dist.get_rank(group) == 2 else (0, 1, 2)
+    with pytest.raises(ValueError, match="expected the same arguments") as caught:
+        attend(CPContext.from_group(group, ring_order=order))
+    return str(caught.value)
+
+
+def test_a_different_ring_order_is_named(own_ranks: RankGroup) -> None:
+    for text in own_ranks.run(other_ring_order):
+        assert "ring order = (0, 1, 2) on rank 0 and 1, (0, 2, 1) on rank 2" in text
 
 
 def backward_in_other_order(group: dist.ProcessGroup) -> str:
@@ -227,8 +241,11 @@ def test_a_late_rank_ends_in_an_error_within_the_timeout(own_ranks: RankGroup) -
         assert seconds < 2 * GROUP_TIMEOUT_S + 6
 
 
-def test_an_exception_in_one_block_ends_in_an_error_on_all(own_ranks: RankGroup) -> None:
-    outcomes = own_ranks.outcomes(fail_on_rank_1, "raises")
+@pytest.mark.parametrize("messages", ["p2p", "all_to_all"])
+def test_an_exception_in_one_block_ends_in_an_error_on_all(
+    own_ranks: RankGroup, messages: str
+) -> None:
+    outcomes = own_ranks.outcomes(fail_on_rank_1, "raises", messages)
     assert outcomes[1][0].startswith("ZeroDivisionError: planted")
     for first, second, seconds in (outcomes[0], outcomes[2]):
         assert first.startswith("RingError")
@@ -392,6 +409,78 @@ def test_a_rank_that_is_lost_in_a_hop_of_others_ends_the_group(
     monkeypatch.setattr(LocalTransport, "complete", lost)
     for text in CPContext.local(2).run(work):
         assert "cannot be used any more" in text
+
+
+def test_an_error_in_a_block_while_no_hop_of_that_rank_is_under_way_ends_its_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks 0 and 2 share a document, so in step 0 rank 2 neither sends nor receives; in step 1 the
+    keys of rank 0 come to it.
+    """
+    right, ids = TorchBackend.forward, torch.tensor([[5] * 12, [6] * 12, [5] * 12])
+
+    def fails(self: TorchBackend, *tensors: Any, **options: Any) -> Any:
+        if threading.current_thread().name == "cp-rank-2":
+            raise ZeroDivisionError("planted")
+        return right(self, *tensors, **options)
+
+    def work(cp: CPContext) -> str:
+        text = ""
+        for _ in range(2):
+            try:
+                attend(cp, segment_ids=ids[cp.rank : cp.rank + 1], trains=False)
+            except (ZeroDivisionError, RingError) as error:
+                text = str(error)
+        return text
+
+    monkeypatch.setattr(TorchBackend, "forward", fails)
+    *_, text = CPContext.local(3, layout="contiguous").run(work)
+    assert "cannot be used any more" in text
+    assert "planted" in text
+
+
+def lost_in_a_collective(group: dist.ProcessGroup, collective: str) -> list[str]:
+    """Rank 1 dies within a collective that its ranks had agreed on; what the others see, twice."""
+    cp = CPContext.from_group(group)
+    if cp.rank == 1:
+        setattr(dist, collective, lambda *arguments, **options: os._exit(17))
+    texts = []
+    for _ in range(2):
+        try:
+            getattr(cp, collective)(torch.ones(3))
+            texts.append("")
+        except Exception as error:
+            texts.append(f"{type(error).__name__}: {error}")
+    return texts
+
+
+@pytest.mark.parametrize("collective", ["all_gather", "all_reduce"])
+def test_a_rank_lost_in_a_collective_ends_the_group(own_ranks: RankGroup, collective: str) -> None:
+    started = monotonic()
+    outcomes = own_ranks.outcomes(lost_in_a_collective, collective)
+    for first, second in (outcomes[0], outcomes[2]):
+        assert first.startswith("RingError")
+        assert f"lost the others in {collective}: a rank is gone, late, or" in first
+        assert "cannot be used any more" in second
+    assert monotonic() - started < BOUND_S
+
+
+def test_a_backend_that_one_rank_cannot_make_is_refused_on_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str, device: torch.device) -> TorchBackend:
+        if threading.current_thread().name == "cp-rank-1":
+            raise ValueError("planted: not installed here")
+        return TorchBackend()
+
+    def work(cp: CPContext) -> str:
+        with pytest.raises(ValueError, match="planted") as caught:
+            attend(cp)
+        return str(caught.value)
+
+    monkeypatch.setattr(ops, "get_backend", missing)
+    for rank, text in enumerate(CPContext.local(3, timeout_s=5).run(work)):
+        assert ("rank 1 refuses: planted" in text) == (rank != 1)
 
 
 def two_layers(cp: CPContext, swapped: bool) -> None:

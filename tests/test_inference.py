@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -335,6 +337,78 @@ def test_a_full_cache_is_refused_on_all_ranks() -> None:
 
     texts = CPContext.local(2).run(work)
     assert "rank 0 refuses: cache: expected at most 1" in texts[1]
+
+
+# Failures
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_after_a_failure_the_caches_are_as_before_and_the_call_can_be_made_again(
+    monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    q, k, v = Case().inputs()
+    group, caches = CPContext.local(3), {}
+    rows = slice(24, 36 if step == "prefill" else 25)
+
+    def first(cp: CPContext) -> None:
+        options = {"batch": 2, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.float32}
+        cache = caches[cp.rank] = KVCache(capacity=40, **options)
+        prefill(*(shard(x[:, :, :24], cp, dim=2) for x in (q, k, v)), cache=cache, cp=cp)
+
+    def second(cp: CPContext) -> Tensor:
+        parts = [x[:, :, rows] for x in (q, k, v)]
+        if step == "decode":
+            return decode(*parts, cache=caches[cp.rank], cp=cp)
+        parts = [shard(x, cp, dim=2) for x in parts]
+        return unshard(prefill(*parts, cache=caches[cp.rank], cp=cp), cp, dim=2)
+
+    def fails(*arguments: Any) -> Any:
+        if threading.current_thread().name == "cp-rank-1":
+            raise ZeroDivisionError("planted")
+        return attend.attend(*arguments)
+
+    group.run(first)
+    before = [(c.num_used.clone(), c.positions.clone()) for _, c in sorted(caches.items())]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[f"nxd_cp.inference.{step}"], "attend", fails)
+        with pytest.raises(ZeroDivisionError, match="planted"):
+            group.run(second)
+    for (_, cache), (num_used, positions) in zip(sorted(caches.items()), before, strict=True):
+        assert torch.equal(cache.num_used, num_used)
+        assert torch.equal(cache.positions, positions)
+        assert cache.next_position.tolist() == [24, 24]
+    assert_close(step, group.run(second)[0], truth(Case())[:, :, rows], FP32_OUTPUT)
+
+
+def test_a_rank_that_fails_in_a_decode_says_that_its_group_is_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    def work(cp: CPContext) -> str:
+        cache = KVCache(batch=1, num_kv_heads=1, head_dim=8, capacity=4, dtype=torch.float32)
+        x = torch.ones(1, 1, 1, 8)
+        with pytest.raises(ZeroDivisionError):
+            decode(x, x, x, cache=cache, cp=cp)
+        with pytest.raises(RuntimeError) as caught:
+            decode(x, x, x, cache=cache, cp=cp)
+        return str(caught.value)
+
+    monkeypatch.setattr(sys.modules["nxd_cp.inference.decode"], "attend", fails)
+    for text in CPContext.local(2).run(work):
+        assert "cannot be used any more" in text
+
+
+def test_a_refusal_that_nobody_hears_is_still_the_error_that_is_raised() -> None:
+    def work(cp: CPContext) -> None:
+        if cp.rank == 1:
+            cache = KVCache(batch=1, num_kv_heads=1, head_dim=8, capacity=4, dtype=torch.float32)
+            x = torch.ones(1, 1, 1, 8)
+            decode(x, x, x, cache=cache, cp=cp, scale=0.0)
+
+    with pytest.raises(ValueError, match="scale: expected a number"):
+        CPContext.local(2, timeout_s=5).run(work)
 
 
 # Planted faults

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import KernelCase, check
+from budgets import assert_within_budget
+from kernel_cases import NAMES, KernelCase, check
 from kernel_public import PUBLIC, PublicCase, Tolerance
 from kernel_suite import (
     FEATURES,
@@ -103,6 +104,10 @@ def widen_the_interval(right: Any, module: Any) -> Any:
     return wrong
 
 
+def take_the_bounds_of_the_first_batch_element(right: Any, module: Any) -> Any:
+    return lambda first, stop, b: right(first, stop, 0)
+
+
 def skip_a_tile_that_is_seen(right: Any, module: Any) -> Any:
     return lambda units, mask, key_start: right(units, mask, key_start + 128)
 
@@ -144,6 +149,15 @@ def forget_the_carried_output(right: Any, module: Any) -> Any:
     return lambda acc, weights, carry, place: right(acc, weights, (), place)
 
 
+def forget_the_carried_lse_of_a_row_tile(right: Any, module: Any) -> Any:
+    def wrong(carry: Any, b: int, block: Any) -> Any:
+        lse = right(carry, b, block)
+        module.nisa.memset(dst=lse[:, 1:2], value=module.EMPTY_LSE)
+        return lse
+
+    return wrong
+
+
 def forget_the_carried_lse(right: Any, module: Any) -> Any:
     return lambda carry, b, block: right((), b, block)
 
@@ -169,6 +183,14 @@ def drop_half_of_the_contraction(right: Any, module: Any) -> Any:
 
 def swap_key_gradients(right: Any, module: Any) -> Any:
     return lambda dk, dv, p, ds, rows, u: right(dv, dk, p, ds, rows, u)
+
+
+def swap_key_gradients_of_odd_heads(right: Any, module: Any) -> Any:
+    def wrong(dk: Any, dv: Any, p: Any, ds: Any, rows: Any, u: int) -> None:
+        odd = rows["units"][u][0] % 2 == 1
+        right(dk, dv, ds if odd else p, p if odd else ds, rows, u)
+
+    return wrong
 
 
 def scale_twice(right: Any, module: Any) -> Any:
@@ -211,6 +233,7 @@ def keep_the_sign_of_lse(right: Any, module: Any) -> Any:
 
 
 HOPS = {"hops": 2, "mask": "full"}
+PACKED_TWICE = {"mask": "documents", "B": 2}  # each batch element in another way
 FAULTS = [
     Fault("probabilities", "cut_past_queries", forget_the_diagonal),
     Fault("probabilities", "cut_past_queries", shift_the_diagonal),
@@ -221,6 +244,8 @@ FAULTS = [
     Fault("shift", "keep_inside", shift_the_interval, {"mask": "window", "gain": 3000.0}),
     Fault("flash_bwd", "keep_inside", shift_the_interval, {"mask": "window"}),
     Fault("flash_bwd", "keep_inside", widen_the_interval, {"mask": "documents"}),
+    Fault("flash_fwd", "load_bounds", take_the_bounds_of_the_first_batch_element, PACKED_TWICE),
+    Fault("flash_bwd", "load_bounds", take_the_bounds_of_the_first_batch_element, PACKED_TWICE),
     Fault("flash_fwd", "units_that_reach", skip_a_tile_that_is_seen, {"S": 513, "K": 513}),
     Fault("flash_fwd", "attend", overwrite_the_accumulator, {"mask": "full"}),
     Fault("probabilities", "subtract_shift", never_subtract_the_shift, {"gain": 1000.0}),
@@ -229,11 +254,13 @@ FAULTS = [
     Fault("finish", "merged_output", forget_the_carried_output, HOPS),
     Fault("finish", "carried_lse", forget_the_carried_lse, HOPS),
     Fault("finish", "carried_lse", forget_the_carried_lse, {"sink": True}),
+    Fault("finish", "carried_lse", forget_the_carried_lse_of_a_row_tile, HOPS),
     Fault("finish", "merged_output", swap_the_weights, HOPS),
     Fault("flash_fwd", "my_items", give_both_cores_the_same_heads, {"cores": 2}),
     Fault("probabilities", "contract", drop_half_of_the_contraction, {"D": 192, "E": 128}),
     Fault("flash_bwd", "contract", drop_half_of_the_contraction, {"D": 64, "E": 192}),
     Fault("flash_bwd", "add_key_gradients", swap_key_gradients, {"E": 32}),
+    Fault("flash_bwd", "add_key_gradients", swap_key_gradients_of_odd_heads),
     Fault("flash_bwd", "store_key_gradient", scale_twice),
     Fault("flash_bwd", "add_query_gradient", forget_the_scale_of_dq),
     Fault("flash_bwd", "score_gradient", forget_delta),
@@ -256,16 +283,22 @@ def test_a_fault_planted_in_a_kernel_is_caught(
 
 
 def test_scattered_documents_are_several_launches_and_still_exact() -> None:
-    q, k, v, do = (torch.randn(1, h, 200, 32) for h in (2, 1, 1, 2))
+    make = torch.Generator().manual_seed(0)
+    q, k, v, do = (torch.randn(1, h, 200, 32, generator=make) for h in (2, 1, 1, 2))
     ids = torch.tensor([3, 1, 3, 7, 1]).repeat_interleave(40).unsqueeze(0)
     seen = (ids[:, :, None] == ids[:, None, :]).tril().unsqueeze(1)
     backend = KernelBackend("simulate", "gen3")
     scores = Scores(Documents("causal", ids, ids), 0.2)
     o, lse = backend.forward(q, k, v, scores)
     grads = backend.backward(QueryRows(do, q, o, lse, (do * o).sum(-1)), k, v, scores)
-    q, k, v, do = (x.double() for x in (q, k, v, do))
-    truth = attention(q, k, v, mask=~seen, scale=0.2)[0]
-    torch.testing.assert_close(o.double(), truth, atol=1e-5, rtol=0)
-    expected = attention_backward(do, q, k, v, mask=~seen, scale=0.2)
-    for found, true in zip(grads, expected, strict=True):
-        torch.testing.assert_close(found.double(), true, atol=1e-4, rtol=0)
+    exact = [x.double() for x in (q, k, v)]
+    truth = attention(*exact, mask=~seen, scale=0.2)[0]
+    truths = (truth, *attention_backward(do.double(), *exact, mask=~seen, scale=0.2))
+    same = [x.clone().requires_grad_() for x in (q, k, v)]
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        *same, attn_mask=seen, scale=0.2, enable_gqa=True
+    )
+    plain.backward(do)
+    plains = (plain.detach(), *(x.grad for x in same))
+    for name, found, true, one in zip(NAMES, (o, *grads), truths, plains, strict=True):
+        assert_within_budget(name, found, true, one)

@@ -104,9 +104,11 @@ def test_16_bit_losses_are_added_in_fp32():
 def test_bad_arguments_of_the_loss_raise():
     cp = CPContext.local(1)
     with pytest.raises(ValueError, match="one loss per label"):
-        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(3), cp))
+        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(3).long(), cp))
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(2), cp, 0))
+        cp.run(lambda cp: token_mean_loss(torch.zeros(2), torch.zeros(2).long(), cp, 0))
+    with pytest.raises(ValueError, match=r"got torch.int64 and torch.float32; losses come first"):
+        cp.run(lambda cp: token_mean_loss(torch.zeros(2).long(), torch.zeros(2), cp))
 
 
 def _parameters(rank):
@@ -138,6 +140,19 @@ def test_gradients_are_reduced_in_buckets_of_any_size(monkeypatch, bucket_bytes,
         assert torch.equal(params[2].grad, torch.full((4,), 6.0 * factor, dtype=torch.bfloat16))
         assert params[3].grad is None
         assert params[4].grad is None
+
+
+def test_a_parameter_that_is_given_twice_is_reduced_once(monkeypatch):
+    monkeypatch.setattr(loss_module, "BUCKET_BYTES", 1)
+
+    def reduce(cp):
+        p = torch.nn.Parameter(torch.zeros(3))
+        p.grad = torch.full((3,), cp.rank + 1.0)
+        allreduce_grads([p, torch.nn.Parameter(torch.zeros(2)), p], cp)
+        return p.grad
+
+    for grad in CPContext.local(3).run(reduce):
+        assert torch.equal(grad, torch.full((3,), 6.0))
 
 
 def test_an_unknown_reduction_raises():

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 from nki_sim import nisa, nl, run, sbuf
-from rule_pairs import PAIRS, Pair, alone, load_pairs, ranks
+from rule_pairs import PAIRS, Pair, alone, load_pairs, on_ranks
 from rule_pairs.memory import hbm
 from rule_pairs.ranks import ALL, filled, shared
 
@@ -62,7 +62,7 @@ def collectives(_):
 
 MORE = [
     Pair("", kernel, None, None, "gen3", "gen3", launch)
-    for kernel, launch in ((vector, alone), (gpsimd, alone), (collectives, ranks(2)))
+    for kernel, launch in ((vector, alone), (gpsimd, alone), (collectives, on_ranks(2)))
 ]
 NOT_CALLED = {"all_gather_v", "rank_id"}  # four ranks of two cores; no argument but a name
 
@@ -155,3 +155,80 @@ def test_an_error_of_a_kernels_own_callback_comes_through():
 @pytest.fixture(autouse=True)
 def _short_kernels(monkeypatch):
     monkeypatch.setattr("nxd_cp.simulators.nki_api.jit.check_kernel", lambda *_: None)
+
+
+VIEWS = {
+    "permute": ((0, 2, 1),),
+    "broadcast": (1, 4),
+    "expand_dim": (1,),
+    "squeeze_dim": (1,),
+    "reshape_dim": (2, (2, 4)),
+    "flatten_dims": (1, 2),
+    "reshape": ((128, 8),),
+    "view": (nl.uint16,),
+    "ap": ([[8, 128], [1, 8]], 0),
+    "rearrange": (("p", "a", "b"), ("p", "b", "a"), {"a": 1}),
+    "slice": (2, 0, 4, 1),
+    "select": (2, 3),
+}
+
+
+def _clear_or_legal(call, arguments):
+    """`call` takes these arguments, and refuses junk for any of them with the user's line."""
+
+    def kernel(given):
+        call(given)
+
+    run(lambda: kernel(arguments))
+    for at in range(len(arguments)):
+        for junk in JUNK:
+            given = [*arguments[:at], junk, *arguments[at + 1 :]]
+            text = ""
+            try:
+                run(lambda given=given: kernel(given))
+            except NkiValidationError as error:
+                text = str(error)
+            assert not text or "\n  at " in text, text
+
+
+@pytest.mark.parametrize("method", VIEWS)
+def test_no_argument_confuses_a_view(method):
+    _clear_or_legal(
+        lambda given: getattr(nl.ones((128, 1, 8), nl.float32), method)(*given), VIEWS[method]
+    )
+
+
+TILE = object()  # stands for a tile
+LANGUAGE = {
+    "add": (TILE, 1.0),
+    "exp": (TILE,),
+    "sum": (TILE, 1),
+    "max": (TILE, 1),
+    "mean": (TILE, 1),
+    "softmax": (TILE, 1),
+    "transpose": (TILE,),
+    "matmul": (TILE, TILE, True),
+    "where": (TILE, TILE, 0.0),
+    "broadcast_to": (TILE, (128, 8)),
+    "expand_dims": (TILE, 1),
+    "copy": (TILE, nl.float32),
+    "zeros": ((128, 8), nl.float32, nl.sbuf, ""),
+    "full": ((128, 8), 1.0, nl.float32),
+    "ndarray": ((128, 8), nl.float32, nl.sbuf, "", (0, 0)),
+    "empty_like": (TILE, nl.float32),
+    "shared_identity_matrix": (8, nl.float32),
+    "fori_loop": (0, 1, lambda i: None, 1),
+    "program_id": (0,),
+    "num_programs": (0,),
+    "dropout": (TILE, 0.5),
+    "device_print": ("p", TILE),
+}
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_no_argument_confuses_a_function_of_the_language(name):
+    def call(given):
+        tiles = [nl.ones((128, 8), nl.float32) if value is TILE else value for value in given]
+        getattr(nl, name)(*tiles)
+
+    _clear_or_legal(call, LANGUAGE[name])

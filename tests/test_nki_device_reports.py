@@ -148,7 +148,7 @@ ROWS = [
     ("copy at a register's offset", "tensor_copy.run_time_address", "gen2",
      _offset_from_a_register(nisa.tensor_copy), _dynamic_dma),
     ("nested device loops", "loop.nested", "gen3", _loops(True), _loops(False)),
-    ("ScalarE copy", "vector.engine", "gen2", _copy_on(scalar), _copy_on(vector)),
+    ("ScalarE copy", "instruction.generation", "gen2", _copy_on(scalar), _copy_on(vector)),
     ("hardware descriptors", "dma_copy.mode", "gen2", _dma(hwdge), _dma(swdge)),
     ("bf16 result of a matmul", "nc_matmul.dst_dtype", "gen2", _matmul(nl.bfloat16), _matmul()),
     ("register_store", "register_store.gen2", "gen2", _register_store, _dynamic_dma),

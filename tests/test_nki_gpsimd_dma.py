@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from nki_sim import load, nisa, nl, normal, psum, rejects, run, sbuf, store
 
-from nxd_cp.simulators.nki_api import NkiSimulatorWarning
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning, NkiValidationError
 
 X = normal(128, 4, 8)
 
@@ -111,5 +111,5 @@ def test_an_integer_for_an_enum_is_taken_with_a_warning():
     x = normal(128, 8)
     with pytest.warns(NkiSimulatorWarning, match=r"rule instruction\.integer_enum "):
         assert (run(kernel, x, 3) == x).all()
-    with pytest.raises(ValueError, match="9 is not a valid dge_mode"):
+    with pytest.raises(NkiValidationError, match=r"expected a member of nki\.isa\.dge_mode, got 9"):
         run(kernel, x, 9)

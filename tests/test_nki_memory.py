@@ -282,6 +282,21 @@ def test_illegal_shapes_are_rejected(shape):
     rejects("ndarray.shape", kernel)
 
 
+def test_a_single_element_on_chip_has_two_dims():
+    """As in the documented examples of register_load and register_store, with a warning."""
+
+    def kernel():
+        bound, result = nl.ones([1], dtype=nl.int32), nl.ndarray([1], dtype=nl.int32)
+        register = nisa.register_alloc()
+        nisa.register_load(register, bound)
+        nisa.register_store(result, register)
+        return bound.shape, store(result)
+
+    with pytest.warns(NkiSimulatorWarning, match=r"rule ndarray\.single "):
+        shape, found = run(kernel)
+    assert (shape, found.tolist()) == ((1, 1), [[1]])
+
+
 def test_a_buffer_given_as_text_is_rejected():
     def kernel():
         nl.ndarray((128, 8), dtype=nl.float32, buffer="sbuf")  # bad

@@ -68,6 +68,69 @@ def test_containers_of_arrays_and_results():
     assert got["rest"][1] == 3
 
 
+def _generator(x):
+    yield double(x)
+
+
+async def _coroutine(x):
+    return double(x)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        _generator,
+        _coroutine,
+        lambda x: {double(x)},
+        lambda x: nisa.register_alloc(3),
+        lambda x: x.ap([[8, 1], [1, 8]], scalar_offset=nisa.register_alloc(3), indirect_dim=0),
+    ],
+    ids=["generator", "coroutine", "set", "register", "indirect"],
+)
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_what_no_caller_could_use_is_no_result(kernel):
+    """Above all a generator and a coroutine, of which not one line has run."""
+    with pytest.raises(NkiValidationError, match=r"rule kernel\.output "):
+        run(kernel, X)
+
+
+def test_a_read_only_input_can_be_read_and_not_written():
+    def write(x):
+        nisa.dma_copy(x, sbuf_of_ones(x.shape))  # bad
+
+    def sbuf_of_ones(shape):
+        return nl.ones(shape, nl.float32)
+
+    for array in (np.broadcast_to(X[0], X.shape), X.copy()):
+        array.flags.writeable = False
+        np.testing.assert_array_equal(run(double, array), 2 * array)
+        with pytest.raises(NkiValidationError, match="read-only") as caught:
+            run(write, array)
+        assert "# bad" in str(caught.value).splitlines()[-1]
+
+
+def test_a_masked_array_is_refused():
+    with pytest.raises(ValueError, match="without a mask for 'x'"):
+        run(double, np.ma.masked_greater(X, 0))
+
+
+def test_a_tensor_of_another_call_is_caught():
+    """As a helper that caches its tile would give it."""
+    kept = []
+
+    def keep(x):
+        kept.extend([load(x), store(load(x))])
+
+    def use(x, which):
+        nisa.dma_copy(sbuf(x.shape), kept[which])  # bad
+
+    run(keep, X)
+    for which in (0, 1):
+        with pytest.raises(NkiValidationError, match=r"rule tensor\.run ") as caught:
+            run(use, X, which)
+        assert "# bad" in str(caught.value).splitlines()[-1]
+
+
 def test_64_bit_arrays_are_refused_by_name():
     with pytest.raises(ValueError, match="64-bit types do not exist"):
         run(double, X.astype(np.float64))

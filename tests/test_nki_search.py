@@ -117,8 +117,19 @@ def test_search_shapes_are_checked():
         tile = load(x)
         nisa.nc_find_index8(sbuf((128, 8), nl.int32), tile, tile[:, 0:8])  # bad
 
-    rejects("search.shape", short, X)
-    rejects("search.shape", signed, X)
+    def four_dims(x):
+        nisa.max8(sbuf((128, 8)), load(x[:, 0:16]).reshape((128, 2, 2, 4)))  # bad
+
+    def found_in_four_dims(x):
+        tile = load(x[:, 0:16])
+        view = tile.reshape((128, 2, 2, 4))
+        nisa.nc_find_index8(sbuf((128, 8), nl.uint32), view, tile[:, 0:8])  # bad
+
+    def folded(x):
+        nisa.max8(sbuf((128, 2, 4)), load(x))  # bad
+
+    for kernel in (short, signed, four_dims, found_in_four_dims, folded):
+        rejects("search.shape", kernel, X)
 
 
 def _nonzero(x):

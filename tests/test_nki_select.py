@@ -161,9 +161,35 @@ def test_reductions_continue_across_instructions():
 def test_a_reduction_that_nothing_began_is_caught():
     commands = nisa.reduce_cmd
     rejects("vector_reduce.accumulator", _chain(commands.reduce, commands.reduce), X, Y)
-    rejects("vector_reduce.accumulator", _chain(commands.idle, commands.reduce), X, Y)
-    rejects("vector_reduce.result", _chain(commands.reset_reduce, commands.idle), X, Y)
     rejects("vector_reduce.command", _chain(commands.load_reduce, commands.reduce), X, Y)
+    rejects("vector_reduce.accumulator", _selections(commands.idle, commands.reduce), X)
+    rejects("vector_reduce.result", _selections(commands.reset_reduce, commands.idle), X)
+
+
+def _selections(*commands):
+    """select_reduce twice; the second gives a result."""
+
+    def kernel(x):
+        tile, out, total = load(x), sbuf(x.shape), sbuf((128, 1))
+        mask = sbuf(x.shape, nl.uint8)
+        nisa.memset(mask, 1)
+        for command, result in zip(commands, (None, total), strict=True):
+            nisa.select_reduce(out, mask, tile, 0.0, result, command)  # bad
+
+    return kernel
+
+
+def test_each_instruction_takes_its_own_reduce_commands():
+    commands = nisa.reduce_cmd
+
+    def exponential(x):
+        nisa.exponential(sbuf(x.shape), load(x), reduce_cmd=commands.reset)  # bad
+
+    for command in (commands.reset, commands.idle):
+        rejects("vector_reduce.command", _chain(command, commands.reduce), X, Y)
+    for command in (commands.reset, commands.load_reduce):
+        rejects("vector_reduce.command", _selections(command, commands.reduce), X)
+    rejects("vector_reduce.command", exponential, X, generation="gen4")
 
 
 def test_a_negated_result_leaves_the_registers_alone():

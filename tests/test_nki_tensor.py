@@ -77,6 +77,18 @@ def test_an_index_outside_the_tensor_is_caught(key):
     rejects("view.bounds", kernel, X)
 
 
+@pytest.mark.parametrize("key", ["x", None, 1.5, True, np.True_, np.array([1, 2]), (..., "x")])
+def test_what_is_no_index_is_a_type_error(key):
+    with pytest.raises(TypeError, match=r"expected an int, slice, nl\.ds or \.\.\. as index"):
+        run(lambda x: load(x)[key], X)
+
+
+def test_an_index_has_one_ellipsis():
+    _same(lambda t: t[..., 0:2, 1:3, :][..., 0], X[:2, 1:3, 0])
+    with pytest.raises(TypeError, match=r"expected one \.\.\. in an index"):
+        run(lambda x: load(x)[..., 0:2, ...], X)
+
+
 def test_a_cores_share_of_an_hbm_tensor_may_be_empty_but_not_moved():
     def share(x, rows):
         mine = x[nl.ds(0, rows)]
@@ -98,6 +110,36 @@ def test_a_slice_that_numpy_would_clip_is_caught():
         x[0:129]  # bad
 
     rejects("view.bounds", kernel, X)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "rule"),
+    [
+        ("squeeze_dim", (-1,), "view.bounds"),
+        ("squeeze_dim", (3,), "view.bounds"),
+        ("reshape_dim", (-1, (2, 3)), "view.bounds"),
+        ("flatten_dims", (1, -1), "view.bounds"),
+        ("flatten_dims", (1, 3), "view.bounds"),
+        ("flatten_dims", (2, 1), "view.shape"),
+        ("expand_dim", (-1,), "view.bounds"),
+        ("expand_dim", (4,), "view.bounds"),
+        ("broadcast", (-1, 2), "view.bounds"),
+        ("broadcast", (2, 0), "view.shape"),
+        ("slice", (-1, 0, 1), "view.bounds"),
+        ("slice", (1, -2, 4), "view.bounds"),
+        ("slice", (1, 2, 2), "view.bounds"),
+        ("select", (3, 0), "view.bounds"),
+        ("select", (1, -1), "view.bounds"),
+    ],
+)
+def test_dims_and_indices_of_view_methods_count_from_the_front(method, arguments, rule):
+    """Also where a view of another shape, or none, would come out without a word."""
+
+    def kernel(x):
+        view = load(x)[..., 0:1]
+        getattr(view, method)(*arguments)  # bad
+
+    rejects(rule, kernel, X)
 
 
 def test_illegal_views_are_caught():

@@ -17,7 +17,7 @@ from nki_sim import (
     store,
 )
 
-from nxd_cp.simulators.nki_api import NkiSimulatorWarning
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning, SimParams, parameters
 
 A, B = normal(256, 128), normal(256, 512, seed=1)
 FP8 = [ml_dtypes.float8_e4m3, ml_dtypes.float8_e5m2]
@@ -291,3 +291,52 @@ def test_transpose_mode_with_another_moving_tile_is_a_product():
     x, other = np.round(normal(128, 64)), np.round(normal(128, 128, seed=1))
     found = run(_by_identity, x, other, generation="gen3")
     np.testing.assert_array_equal(found, x.T @ other)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_on_gen2_a_transpose_is_a_product_and_may_be_float32(broken):
+    """Its NaN spreads along the row that it is multiplied into; public kernels for trn1 do so."""
+
+    def kernel(x):
+        out = psum((64, 128))
+        nisa.nc_transpose(out, load(x))  # bad
+        return store(out)
+
+    x = normal(128, 64).astype(ml_dtypes.bfloat16)
+    expected = x.T.astype(np.float32)
+    if broken:
+        x[5, 7], expected[7] = np.nan, np.nan
+    with pytest.warns(NkiSimulatorWarning, match=r"rule nc_transpose\.product "):
+        np.testing.assert_array_equal(run(kernel, x, generation="gen2"), expected)
+    rejects("nc_transpose.operands", kernel, x)
+
+
+def test_a_tolerated_matmul_beyond_a_bank_is_right():
+    """Where a published kernel has one, its values decide."""
+
+    def kernel(a, b):
+        out = psum((128, 1024))
+        nisa.nc_matmul(out, load(a), load(b))  # bad
+        return store(out)
+
+    a, b = np.round(normal(128, 128)), np.round(normal(128, 1024, seed=1))
+    rejects("nc_matmul.moving_free", kernel, a, b)
+    tolerant = SimParams(tolerate=("nc_matmul.moving_free", "nc_matmul.bank"))
+    warned = pytest.warns(NkiSimulatorWarning, match=r"rule nc_matmul\.bank ")
+    with parameters(tolerant), warned:
+        np.testing.assert_array_equal(run(kernel, a, b), a.T @ b)
+
+
+@pytest.mark.parametrize(("mode", "rows"), [("none", ()), ("double_row", (2,))])
+def test_a_performance_mode_given_as_text_is_its_member(mode, rows):
+    """As published kernels give it."""
+
+    def kernel(a, b, given):
+        out = psum((32, 16))
+        nisa.nc_matmul(out, load(a), load(b), perf_mode=given)
+        return store(out)
+
+    a, b = (np.round(normal(64, *rows, n)).astype(ml_dtypes.float8_e4m3) for n in (32, 16))
+    expected = run(kernel, a, b, nisa.matmul_perf_mode[mode])
+    with pytest.warns(NkiSimulatorWarning, match=r"rule instruction\.integer_enum "):
+        np.testing.assert_array_equal(run(kernel, a, b, mode), expected)

@@ -40,6 +40,46 @@ PLANTED = [
     ("f = lambda x: x", "lambda"),
     ("while register: pass", "while"),
     ("try:\n    pass\nfinally:\n    pass", "try"),
+    ("t = nl.ndarray((128, 4), nl.float32, 'sbuf')", "named by a string"),
+    ("t = nl.zeros((128, 4), dtype=nl.float32, buffer='psum')", "nl.zeros: a buffer named by a"),
+    ("t = nl.zeros((128, 4), dtype=nl.float32, buffer=nl.sbuf, address=0)", "parameter address"),
+    ("t = nl.ndarray((128, 4), dtype=nl.float32)", "buffer has a default since 0.3 only"),
+    ("nisa.dma_copy(dst=a, src=b, dge_mode=2)", "raw integer for an enum"),
+    ("nisa.memset(dst=a, value=0.0, engine=1)", "write nisa.engine and its member"),
+    ("nisa.dma_copy(dst=a, src=b, dst_rmw_op=nl.add)", "parameter dst_rmw_op"),
+    ("nisa.iota(dst=a, pattern=[[1, 4]])", "parameter offset has a default since 0.3 only"),
+    ("a = nisa.reciprocal(data=b)", "pass dst"),
+    ("i = nl.program_id()", "nl.program_id: its arguments have defaults since 0.3 only"),
+    ("e = nisa.dma_engine.dma", "nisa.dma_engine is not in every version"),
+    ("import nki.isa as isa; isa.activate2(dst=a, data=b)", "nisa.activate2 is not in every"),
+    ("import nki; nki.isa.tensor_copy(a, b)", "nisa.tensor_copy: pass operands by keyword"),
+    ("import nki.language as lang; i = lang.arange(4)", "nl.arange is not in every version"),
+    ("from nki.language import mgrid", "nl.mgrid is not in every version"),
+    ("from nki.isa import memset; memset(dst=a, value=0.0, mask=m)", "parameter mask was removed"),
+    ("from nki import jit; f = jit(mode='simulation')", "nki.jit: parameter mode was removed"),
+    ("ncc.collective_permute_implicit(num_channels=2)", "parameter num_channels is not in every"),
+    ("ncc.all_to_all_v(srcs=a)", "ncc.all_to_all_v is not in every version from 0.3"),
+    ("s = {1, 2}", "sets"),
+    ("s = {x for x in y}", "sets"),
+    ("seed = 2147483648", "integers have 32 bits"),
+    ("z = 1j", "NKI has no such values"),
+    ("r = nisa.register_alloc(); t = a if r else b", "r: a number on the device has no value"),
+    (
+        "r, s = nisa.register_alloc(), nisa.register_alloc(); n = int(s)",
+        "s: a number on the device",
+    ),
+    ("r = nisa.register_alloc(); x = r + 1", "r: a number on the device has no value"),
+    ("r = nisa.register_alloc(); x = t[r : 4]", "r: a number on the device has no value"),
+    ("me = ncc.rank_id(); x = me == 0", "me: a number on the device has no value"),
+    ("for i in range(4) print(i)", "no Python"),
+]
+
+IN_FUNCTIONS = [
+    ("@nki.jit\ndef f(a): return a\ndef g(a):\n    return f(a)", 5, "f: a kernel that a kernel"),
+    ("@nki.jit(x=1)\ndef f(a): return a\ndef g(a):\n    f(a)", 5, "must not be decorated"),
+    ("def turn(i):\n    return i\nnl.fori_loop(0, 4, turn)", 3, "nl.fori_loop returns nothing"),
+    ("def turn(i):\n    x = a[2 * i]\nnl.fori_loop(0, 4, turn)", 3, "i: a number on the device"),
+    ("def turn(i):\n    x = a[i, :]\nnl.fori_loop(0, 4, turn)", 3, "i: a number on the device"),
 ]
 
 
@@ -53,6 +93,29 @@ def test_a_planted_violation_is_caught_with_its_line(source: str, message: str) 
     (finding,) = check_source(f"# line 1\n{source}\n", "kernel.py")
     assert message in finding.text
     assert str(finding).startswith("kernel.py:2: ")
+
+
+@pytest.mark.parametrize(("source", "line", "message"), IN_FUNCTIONS, ids=lambda x: str(x)[:40])
+def test_a_violation_across_functions_is_caught_with_its_line(
+    source: str, line: int, message: str
+) -> None:
+    (finding,) = check_source(f'NKI_SINCE = "0.6"\n{source}\n', "kernel.py")
+    assert message in finding.text
+    assert finding.line == line
+
+
+def test_enumerations_are_classes_that_nki_takes() -> None:
+    assert check_source("from enum import Enum\nclass Mask(Enum):\n    full = 1\n") == []
+
+
+def test_registers_as_addresses_and_ends_of_loops_are_no_findings() -> None:
+    source = (
+        'NKI_SINCE = "0.6"\nfrom nki.isa import nc_version\nr = nisa.register_alloc()\n'
+        "nisa.register_load(dst=r, src=t)\n"
+        "def turn(i):\n    nisa.dma_copy(dst=a, src=x.ap(pattern=[[1, 1]], scalar_offset=i))\n"
+        "nl.fori_loop(0, r, turn)\n"
+    )
+    assert check_source(source) == []
 
 
 def test_a_file_for_a_later_version_may_use_what_that_version_has() -> None:
@@ -73,6 +136,12 @@ def test_the_command_lists_findings_and_fails(tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, ["doctor", "kernels", str(tmp_path)])
     assert bad.exit_code == 1
     assert "mine.py:1:" in bad.output
+
+
+def test_a_folder_without_kernels_is_refused(tmp_path: Path) -> None:
+    empty = CliRunner().invoke(app, ["doctor", "kernels", str(tmp_path)])
+    assert empty.exit_code == 2
+    assert "no Python file" in empty.output
 
 
 @pytest.fixture

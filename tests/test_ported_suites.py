@@ -5,8 +5,10 @@ is held to 1e-5 (outputs) and 1e-4 (gradients) absolute against fp64, 16-bit to 
 relative RMS error of PyTorch's one-device attention on the same data, plus a quarter of a rounding
 step.
 
-Sources: PyTorch 2.13 test/distributed/tensor/test_attention.py; NVIDIA/TransformerEngine@d0067d0
-tests/pytorch/attention/test_attention_with_cp.py and tests/jax/test_distributed_fused_attn.py;
+Sources: PyTorch 2.13 test/distributed/tensor/test_attention.py;
+lucidrains/ring-attention-pytorch@373f75b assert_attn.py, assert_zig_zag.py and assert_tree_attn.py;
+NVIDIA/TransformerEngine@d0067d0 tests/pytorch/attention/test_attention_with_cp.py, test_cp_utils.py
+and tests/jax/test_distributed_fused_attn.py;
 zhuzilin/ring-flash-attention 0.1.7 test/; aws-neuron/nki-library@d2ad3a5 test/ (ring attention);
 aws-neuron/neuronx-distributed@fbac349 test/unit_test (test_cp_batch); deepspeedai/DeepSpeed@edaa722
 tests/unit/ulysses_alst; feifeibear/long-context-attention@56118e0 test/test_hybrid_attn.py; and bug
@@ -20,12 +22,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from budgets import error
-from cases import Case, all_ranks_locally, check_fp32, inputs, one_device, one_rank, truth
+from cases import Case, all_ranks_locally, check_fp32, inputs, join_all, one_device, one_rank, truth
+from ranks import RankGroup
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
-from nxd_cp import CPContext, debug, ring_attention, shard, shard_batch, token_mean_loss, unshard
+from nxd_cp import (
+    CPContext,
+    debug,
+    position_ids,
+    reference,
+    ring_attention,
+    shard,
+    shard_batch,
+    token_mean_loss,
+    unshard,
+)
+from nxd_cp.inference import KVCache, decode
 from nxd_cp.schedule import LAYOUTS, make_plan, token_runs
 from nxd_cp.strategies import Strategy
 
@@ -78,14 +94,54 @@ def test_pytorch_what_each_step_computes(size: int) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seq_len", [48, 96])
+@pytest.mark.parametrize("seq_len", [48, 96, 37, 5])
 def test_pytorch_load_balancer_round_trip(layout: str, seq_len: int) -> None:
     x = torch.arange(2 * seq_len).view(2, seq_len)
-    for whole in CPContext.local(4, layout=layout).run(lambda cp: unshard(shard(x, cp), cp)):
+
+    def there_and_back(cp: CPContext) -> Tensor:
+        return unshard(shard(x, cp, pad_value=-1), cp, seq_len=seq_len)
+
+    for whole in CPContext.local(4, layout=layout).run(there_and_back):
         assert torch.equal(whole, x)
 
 
-# TransformerEngine: reorder tests, and test_attention_with_cp (lengths / 16)
+# ring-attention-pytorch: assert_attn, assert_zig_zag (outputs 1e-6) and assert_tree_attn
+
+RING_ATTENTION_PYTORCH = [
+    {"layout": "contiguous", "S": 31},
+    {"layout": "contiguous", "S": 31, "causal": False},
+    {"layout": "striped", "S": 64},
+    {"layout": "zigzag", "S": 31, "Hkv": 4, "D": 16},
+]
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("change", RING_ATTENTION_PYTORCH, ids=str)
+def test_ring_attention_pytorch(change: dict[str, Any], size: int) -> None:
+    case = Case(**{"size": size, "B": 2, "Hq": 8, "Hkv": 8, "D": 8} | change)
+    found = all_ranks_locally(case)
+    check_fp32(case, found)
+    assert error(found[0], truth(case)[0]).max_abs <= 1e-6
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_ring_attention_pytorch_tree_decoding(size: int) -> None:
+    """31 keys over the ranks, one query that sees them all."""
+    q, k, v, _ = inputs(Case(S=31, Hq=8, Hkv=8, D=64))
+
+    def last(cp: CPContext) -> Tensor:
+        cache = KVCache(batch=1, num_kv_heads=8, head_dim=64, capacity=31, dtype=torch.float32)
+        decode(*(x[:, :, :30] for x in (q, k, v)), cache=cache, cp=cp)
+        return decode(*(x[:, :, 30:] for x in (q, k, v)), cache=cache, cp=cp)
+
+    exact, _ = reference.attention(
+        q[:, :, 30:].double(), k.double(), v.double(), mask="full", scale=64**-0.5
+    )
+    for found in CPContext.local(size).run(last):
+        assert error(found, exact).max_abs <= 1e-6
+
+
+# TransformerEngine: reorder tests, test_cp_utils, and test_attention_with_cp (lengths / 16)
 
 
 def test_transformer_engine_reorders() -> None:
@@ -98,12 +154,44 @@ def test_transformer_engine_reorders() -> None:
         [4, 5, 10, 11],
         [6, 7, 8, 9],
     ]
+    order = [list(token_runs("zigzag", 8, rank, 16)) for rank in range(8)]
+    assert [[*a, *b] for a, b in order] == [[rank, 15 - rank] for rank in range(8)]
+    assert [list(token_runs("striped", 8, rank, 16)[0]) for rank in range(8)] == [
+        [rank, rank + 8] for rank in range(8)
+    ]
     assert [list(token_runs("striped", 4, rank, 8)[0]) for rank in range(4)] == [
         [0, 4],
         [1, 5],
         [2, 6],
         [3, 7],
     ]
+
+
+def test_transformer_engine_batch_on_this_rank() -> None:
+    tokens, by_row = torch.arange(1, 9)[None], torch.arange(16).view(2, 8)
+    first, second = CPContext.local(2).contexts
+    for cp, mine in ((first, [0, 1, 6, 7]), (second, [2, 3, 4, 5])):
+        part = shard_batch({"input_ids": tokens}, cp)
+        assert part["input_ids"].tolist() == [[at + 1 for at in mine]]
+        assert part["position_ids"].tolist() == [mine]
+        assert shard(10 * tokens, cp).tolist() == [[10 * (at + 1) for at in mine]]
+        assert shard(by_row, cp).tolist() == [mine, [8 + at for at in mine]]
+        assert shard(by_row.T, cp, dim=0).tolist() == [[at, 8 + at] for at in mine]
+        with pytest.raises(ValueError, match=r"multiple of 4 .*got 7"):
+            shard(tokens[:, :7], cp)
+
+
+@pytest.mark.parametrize("ends", [[0, 8, 16, 24], [0, 6, 18, 24, 36], [0, 8, 20, 28]], ids=str)
+def test_transformer_engine_positions_of_padded_documents(ends: list[int]) -> None:
+    """As of its padded documents; and of the documents themselves, which need no padding here."""
+    expected = [at for first, stop in pairwise(ends) for at in range(stop - first)]
+    bounds = torch.tensor(ends)
+    assert position_ids(ends[-1], cu_seqlens=bounds).tolist() == expected
+    by_rank = [position_ids(ends[-1], cp, cu_seqlens=bounds) for cp in CPContext.local(2).contexts]
+    order = [
+        at for rank in range(2) for run in token_runs("zigzag", 2, rank, ends[-1]) for at in run
+    ]
+    assert torch.cat(by_rank).tolist() == [expected[at] for at in order]
 
 
 TRANSFORMER_ENGINE = [
@@ -171,11 +259,23 @@ def test_nki_library_packed(layout: str) -> None:
     check_fp32(case, all_ranks_locally(case))
 
 
-def test_nki_library_two_rings_beside_each_other() -> None:
-    """Heads over 4 tensor-parallel ranks, the sequence over 2: four rings of their own."""
+def rings_beside_each_other(group: dist.ProcessGroup, case: Case) -> tuple[Tensor, ...]:
+    """Group ranks (0, 2) and (1, 3) each form a ring, for heads of their own."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("cp", "tp"))
+    cp, heads = CPContext.from_mesh(mesh, "cp", layout=case.layout), mesh.get_local_rank("tp")
+    *leaves, do = (shard(x, cp, dim=2).chunk(2, dim=1)[heads] for x in inputs(case))
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    o = ring_attention(*leaves, cp=cp)
+    o.backward(do)
+    return (o.detach(), *(x.grad for x in leaves))
+
+
+def test_nki_library_two_rings_beside_each_other(ranks: RankGroup) -> None:
+    """Heads over tensor-parallel ranks, the sequence over the ranks of each ring."""
     case = Case(size=2, layout="striped", Hq=6, Hkv=6, S=576, D=128)
-    for _ in range(4):
-        check_fp32(case, all_ranks_locally(case))
+    found = ranks.run(rings_beside_each_other, case)
+    by_rank = [[torch.cat(pair, 1) for pair in zip(*found[i : i + 2], strict=True)] for i in (0, 2)]
+    check_fp32(case, join_all([tuple(one) for one in by_rank], case))
 
 
 # NxD: test_cp_batch

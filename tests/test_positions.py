@@ -94,7 +94,12 @@ def test_rotated_packed_attention_of_ranks_is_that_of_one_device(layout: str) ->
 
 @pytest.mark.parametrize(
     ("ends", "text"),
-    [([0, 5], "from 0 to 8"), ([1, 8], "from 0 to 8"), ([0, 6, 4, 8], "never fall")],
+    [
+        ([0, 5], "from 0 to 8"),
+        ([1, 8], "from 0 to 8"),
+        ([0, 6, 4, 8], "never fall"),
+        ([0.0, 8.0], "expected integers, got torch.float32"),
+    ],
 )
 def test_lengths_that_do_not_fit_raise(ends: list[int], text: str) -> None:
     with pytest.raises(ValueError, match=text):

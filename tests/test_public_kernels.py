@@ -77,13 +77,17 @@ def test_failures_are_in_the_table_with_reasons_and_in_the_exit_status(everythin
     assert found["test_wrong_reference"].reason.startswith("AssertionError")
     assert "memory.uninitialised" in found["test_broken_rule"].reason
     assert "kernels.py" in found["test_broken_rule"].reason
+    assert (found["test_newer_chip"].status, found["test_newer_chip"].reason) == (
+        "skipped",
+        "not for this chip: nki.isa.exponential: needs gen4, this is gen3",
+    )
     assert (found["test_slow"].status, found["test_slow"].reason) == ("skipped", "longer than 2 s")
     assert (found["test_large"].status, found["test_large"].reason) == (
         "skipped",
         "needs more than 8 GB",
     )
     assert status == 1
-    assert "7 passed, 4 failed, 4 skipped" in text
+    assert "7 passed, 4 failed, 5 skipped" in text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from itertools import permutations, product
 from typing import Any
 
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from plan_checks import (
     Event,
     check_balance,
+    check_bytes,
     check_every_order,
     check_moves,
     check_pairs,
     check_plan,
     check_progress,
     check_start_orders,
+    check_strategy,
     check_strategy_progress,
     program,
 )
@@ -29,9 +32,11 @@ from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import (
     LAYOUTS,
+    Bounded,
     Move,
     Plan,
     Step,
+    Tile,
     make_plan,
     padded_len,
     seq_len_multiple,
@@ -91,6 +96,33 @@ def plans(draw: st.DrawFn, max_size: int = 16, max_local: int = 4) -> Plan:
 def test_any_mask_and_lengths_on_up_to_16_ranks(plan: Plan) -> None:
     check_plan(plan)
     check_balance(plan)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans())
+def test_any_mask_and_lengths_by_every_strategy_on_up_to_16_ranks(plan: Plan) -> None:
+    check_strategy(plan_strategy(plan, Strategy("gather"), num_heads=2, num_kv_heads=2))
+    for ways in (ways for ways in range(2, plan.size + 1) if plan.size % ways == 0):
+        one = Strategy("heads", ways=ways)
+        check_strategy(plan_strategy(plan, one, num_heads=plan.size, num_kv_heads=plan.size))
+
+
+def test_a_strategy_that_loses_a_pair_a_row_or_a_place_is_caught() -> None:
+    plan = make_plan("zigzag", 4, 16)
+    gather = plan_strategy(plan, Strategy("gather"), num_heads=2, num_kv_heads=2)
+    heads = plan_strategy(plan, Strategy("heads", ways=2), num_heads=4, num_kv_heads=4)
+    move = gather.plan.steps[1][0].kv
+    fewer = dataclasses.replace(move, into=(slice(0, 1),))
+    groups = (heads.groups[1], *heads.groups[1:])
+    for wrong in (
+        dataclasses.replace(gather, plan=replace_step(gather.plan, 1, 1, tiles=())),
+        dataclasses.replace(gather, plan=replace_step(gather.plan, 1, 0, kv=fewer)),
+        dataclasses.replace(gather, plan=replace_step(gather.plan, 1, 1, grad=None)),
+        dataclasses.replace(heads, plan=replace_step(heads.plan, 1, 1, tiles=())),
+        dataclasses.replace(heads, groups=groups),
+    ):
+        with pytest.raises((AssertionError, KeyError)):
+            check_strategy(wrong)
 
 
 @settings(max_examples=150, deadline=None)
@@ -400,6 +432,25 @@ def test_a_wrong_mask_is_caught() -> None:
 def test_a_missing_tile_is_caught() -> None:
     with pytest.raises(AssertionError):
         check_pairs(replace_step(make_plan("zigzag", 3, 12), 2, 1, tiles=()))
+
+
+@given(*[st.integers(-9, 9)] * 2, *[st.integers(1, 8)] * 2)
+def test_pairs_of_a_band_are_counted_as_they_are(low: int, wide: int, rows: int, keys: int) -> None:
+    band = Bounded(low, low + abs(wide))
+    assert band.num_pairs(rows, keys) == sum(len(band.columns(row, keys)) for row in range(rows))
+
+
+def test_wrong_bytes_and_a_wrong_balance_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    contiguous = make_plan("contiguous", 3, 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["nxd_cp.schedule.plan"], "HEADER_BYTES", 0)
+        with pytest.raises(AssertionError):
+            check_bytes(contiguous)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tile, "num_pairs", property(lambda tile: tile.q_len * tile.k_len))
+        with pytest.raises(AssertionError):
+            check_balance(make_plan("striped", 3, 12))
+    check_bytes(contiguous)
 
 
 ALL = (slice(0, 4),)

@@ -6,6 +6,7 @@ import dataclasses
 from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,16 +20,18 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import nxd_cp.strategies
+from nxd_cp import ops
 from nxd_cp.attention import ring_attention
 from nxd_cp.cli import app
 from nxd_cp.context import CPContext
 from nxd_cp.debugging import debug
+from nxd_cp.options import Options
 from nxd_cp.reference import hidden
 from nxd_cp.schedule import LAYOUTS, Plan, Step, make_plan
 from nxd_cp.strategies import Strategy, StrategyPlan, cost, heads, plan_strategy
 from nxd_cp.strategies import plan as strategies_plan
 from nxd_cp.strategies.cost import FIGURES, Shape, candidates, choose, compare, estimate
-from nxd_cp.strategies.plan import LEAST_MESSAGE_BYTES
+from nxd_cp.strategies.plan import LEAST_ROUND_BYTES
 
 MASKS = [(True, None), (True, 5), (False, None)]
 SOME = [
@@ -212,16 +215,17 @@ def test_rounds_of_heads_hold_smaller_buffers() -> None:
 @pytest.mark.parametrize(
     ("local_len", "heads", "kv_heads", "rounds"),
     [
-        (512, 8, 8, 2),  # 0.5 MiB per head: four make a message
-        (2048, 8, 8, 4),  # 2 MiB; query heads do not pair up, so heads go by two
-        (2048, 8, 2, 2),
-        (2048, 6, 3, 3),
-        (2048, 3, 3, 3),
+        (1024, 8, 8, 1),  # 1 MiB per head: eight make a round
+        (2048, 8, 8, 2),
+        (2048, 8, 2, 2),  # four query heads read each: one makes a round
+        (2048, 6, 3, 2),
+        (8192, 8, 8, 4),  # query heads do not pair up, so heads go by two
+        (8192, 3, 3, 3),
         (64, 8, 8, 1),
         (8192, 8, 1, 1),
     ],
 )
-def test_a_ring_runs_in_rounds_where_messages_stay_large(
+def test_a_ring_runs_in_rounds_that_stay_large(
     local_len: int, heads: int, kv_heads: int, rounds: int
 ) -> None:
     plan = make_plan("zigzag", 2, 2 * local_len)
@@ -230,15 +234,15 @@ def test_a_ring_runs_in_rounds_where_messages_stay_large(
     assert len(work.rounds) == rounds
     assert [h for one in work.rounds for h in range(kv_heads)[one]] == list(range(kv_heads))
     if rounds > 1:
-        kept = work.rounds[0].stop * plan.longest_hop * shape.row_bytes
-        assert kept >= LEAST_MESSAGE_BYTES
+        kept = work.rounds[0].stop * (heads // kv_heads) * plan.longest_hop * shape.row_bytes
+        assert kept >= LEAST_ROUND_BYTES
     asked = cost.plan_for(plan, Strategy("ring", heads_per_round=kv_heads), shape)
     assert len(asked.rounds) == 1, "the caller's number is taken"
 
 
 def test_a_window_makes_messages_of_its_halo_and_as_many_rounds() -> None:
-    plan = make_plan("contiguous", 4, 2**16, window=1025)
-    assert plan.longest_hop == 1024
+    plan = make_plan("contiguous", 4, 2**16, window=4097)
+    assert plan.longest_hop == 4096
     assert len(cost.plan_for(plan, Strategy("ring"), Shape(1, 8, 8, 128, 4)).rounds) == 4
     assert len(cost.plan_for(plan, Strategy("ring"), Shape(1, 8, 8, 128, 2)).rounds) == 2
 
@@ -249,7 +253,7 @@ def test_rounds_that_the_rule_made_give_what_one_round_does(
 ) -> None:
     case = Case(size=3, S=250, Hq=8, Hkv=4, dtype=dtype, sinks=True, window=90)
     whole = all_ranks_locally(dataclasses.replace(case, strategy=Strategy("ring")))
-    monkeypatch.setattr(strategies_plan, "LEAST_MESSAGE_BYTES", 1)
+    monkeypatch.setattr(strategies_plan, "LEAST_ROUND_BYTES", 1)
     plan_strategy.cache_clear()
     rounds = all_ranks_locally(dataclasses.replace(case, strategy=Strategy("ring")))
     plan_strategy.cache_clear()
@@ -279,6 +283,23 @@ def test_two_runs_are_bitwise_equal(one: Strategy) -> None:
     case = Case(size=4, S=96, Hq=8, Hkv=4, strategy=one)
     first, second = all_ranks_locally(case), all_ranks_locally(case)
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("one", [Strategy("ring"), *SOME], ids=str)
+def test_results_lie_in_memory_as_compiled_code_is_told(one: Strategy) -> None:
+    """Compiled code reads them by the strides of the op's fake kernels."""
+
+    def work(cp: CPContext) -> list[tuple[Any, ...]]:
+        q, k, v = (torch.randn(2, h, 8, 16) for h in (8, 4, 4))
+        plain = Options(cp.handle, True, None, None, 0.25, None, None, None, "torch", True)
+        o, lse, number = ops.ring_forward(q, k, v, None, None, None, *plain)
+        given = (torch.ones_like(o), q, k, v, None, None, None, o, lse, number, *plain)
+        real = [o, lse, *ops.ring_backward(*given)]
+        fake = [*ops._forward_fake(q, k, v)[:2], *ops._backward_fake(*given)]
+        return [(x.stride(), y.stride()) for x, y in zip(real, fake, strict=True)]
+
+    for strides in CPContext.local(4, strategy=one).run(work):
+        assert all(real == fake for real, fake in strides)
 
 
 def over_gloo(group: dist.ProcessGroup, case: Case) -> tuple[Tensor, ...]:
@@ -342,6 +363,8 @@ def test_ways_that_do_not_divide_are_refused_on_all_ranks() -> None:
         ({"name": "rings"}, "expected one of ring, gather, heads, auto, got rings"),
         ({"name": "gather", "heads_per_round": 0}, "heads_per_round: expected at least 1"),
         ({"name": "heads", "heads_per_round": 1}, "heads_per_round: expected at least 1"),
+        ({"name": "ring", "heads_per_round": 1.5}, "heads_per_round: expected a whole number or"),
+        ({"name": "heads", "ways": True}, "ways: expected a whole number or None, got True"),
         ({"name": "ring", "ways": 2}, 'ways: expected at least 1 with strategy "heads"'),
     ],
 )
@@ -483,6 +506,7 @@ def test_the_plan_command_shows_the_steps_of_what_was_asked_for() -> None:
     result = planned("--ranks", "4", "--seq-len", "64", "--strategy", "heads")
     assert "taken: heads x4, asked for" in result.output
     assert "causal" in result.output.splitlines()[2]
+    assert "zigzag, 4 ranks, 61 tokens (16 per rank), causal" in planned("--seq-len", "61").output
     refused = planned("--ranks", "4", "--heads", "9", "--kv-heads", "3", "--strategy", "heads")
     assert refused.exit_code == 2
     assert "expected one of gather, ring" in " ".join(refused.output.split())

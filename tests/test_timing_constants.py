@@ -26,6 +26,7 @@ FASTER_WHEN_LARGER = {
     "dma_core_rate",
     "dma_packet_bytes",
     "dma_transpose_share",
+    "dma_transpose_hbm_share",
     "dma_compute_share",
     "collective_rate",
 }

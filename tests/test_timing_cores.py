@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from nki_sim import nisa, nl, sbuf
+from perfetto_reader import read
 
 from nxd_cp.simulators.nki_api import Kernel, record, simulate_ranks
 from nxd_cp.simulators.nki_api import collectives as ncc
@@ -208,11 +209,12 @@ def test_a_trace_has_a_process_per_rank_and_core_and_a_lane_for_collectives(unev
 
 def test_arrows_lead_from_the_last_rank_to_those_that_waited(uneven):
     trace = document({f"rank {rank}": one.timeline for (rank, _), one in uneven.items()})
-    arrows = [e for e in trace["traceEvents"] if e["name"] == "meeting"]
-    starts = {e["id"]: e["pid"] for e in arrows if e["ph"] == "s"}
-    ends = {e["id"]: e["pid"] for e in arrows if e["ph"] == "f"}
-    assert sorted(ends.values()) == [0, 1, 2]
-    assert starts == dict.fromkeys(ends, 3)
+    _, arrows, dropped = read(trace)
+    assert not dropped
+    across = [(tail, head) for tail, head in arrows if tail["pid"] != head["pid"]]
+    assert sorted(head["pid"] for _, head in across) == [0, 1, 2]
+    assert {tail["pid"] for tail, _ in across} == {3}
+    assert {e["name"] for pair in across for e in pair} == {"all_reduce"}
 
 
 def test_the_same_logs_give_the_same_times_byte_for_byte(uneven):

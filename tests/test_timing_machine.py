@@ -1,6 +1,10 @@
 """The machine: what waits for what, shared ports, warm-up; determinism; bounds in order."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +12,11 @@ from nxd_cp.simulators.timing import Options, Program, constants_for, estimate, 
 from nxd_cp.simulators.timing.critical import critical_path, stalls, time_by_line, time_by_tag
 from nxd_cp.simulators.timing.streams.attention import attention
 from nxd_cp.simulators.timing.streams.builder import Stream
+from nxd_cp.simulators.timing.streams.conv import depthwise_conv
+from nxd_cp.simulators.timing.streams.dynamic import dynamic_loads
 from nxd_cp.simulators.timing.streams.matmul import matmul
+
+ROOT = Path(__file__).parent.parent
 
 
 def _time(stream, generation="gen3", **options):
@@ -39,9 +47,45 @@ def test_equal_logs_give_equal_times_to_the_last_bit():
     )
 
 
+DIGEST = """
+import hashlib, json
+from nxd_cp.simulators.timing import estimate
+from nxd_cp.simulators.timing.streams.attention import attention
+from nxd_cp.simulators.timing.trace import document
+times = estimate(attention(256, "bfloat16", fused=False), "gen3")
+text = json.dumps(document({"core": times.timeline})) + repr((times.bounds, times.pessimistic_ns))
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_another_process_gives_the_same_times_byte_for_byte():
+    def digest(seed):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-c", DIGEST]
+        found = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, check=True, timeout=60
+        )
+        return found.stdout
+
+    first, second = digest(1), digest(2)
+    assert len(first.strip()) == 64
+    assert first == second
+
+
 @pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
-def test_bound_expected_and_pessimistic_are_in_order(generation):
-    times = estimate(attention(512, "bfloat16", fused=True), generation)
+@pytest.mark.parametrize(
+    "log",
+    [
+        attention(512, "bfloat16", fused=True),
+        matmul("full", 2048, 1024, 1024),
+        depthwise_conv(1, 128, 256),
+        dynamic_loads(64, 128),
+    ],
+    ids=["attention", "products", "small instructions", "loads"],
+)
+def test_bound_expected_and_pessimistic_are_in_order(log, generation):
+    times = estimate(log, generation)
+    assert times.bound_ns == max(times.bounds.values())
     assert 0 < times.bound_ns < times.expected_ns < times.pessimistic_ns
 
 

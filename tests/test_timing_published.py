@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from nxd_cp.simulators.timing import estimate, validation
+from nxd_cp.simulators.timing import Options, constants_for, estimate, validation
 from nxd_cp.simulators.timing.catalog import source
 from nxd_cp.simulators.timing.clones import Kernel, NotRun, run
+from nxd_cp.simulators.timing.estimate import lower_bounds
 from nxd_cp.simulators.timing.public import matmul_kernel
 from nxd_cp.simulators.timing.published import Prediction, not_a_kernel, predict, rows
 from nxd_cp.simulators.timing.results import Results
 from nxd_cp.simulators.timing.streams.attention_steps import attention_step
+from nxd_cp.simulators.timing.streams.conv import depthwise_conv
 from nxd_cp.simulators.timing.streams.mamba import mamba
 from nxd_cp.simulators.timing.streams.mamba_steps import mamba_step
 from nxd_cp.simulators.timing.streams.matmul import matmul
@@ -47,6 +49,7 @@ def test_quick_kernels_are_within_the_worst_that_is_claimed(row):
     scored = Scored(row, predict(row))
     assert scored.judged == "kernel"
     assert abs(scored.error) <= WORST, f"{scored.prediction} for {row}"
+    assert scored.band in ("in", "-"), f"{scored.prediction} for {row}"
 
 
 def test_every_row_has_a_source_and_a_use():
@@ -82,8 +85,19 @@ def test_the_report_counts_the_times_between_bound_and_pessimistic():
     row = replace(_quick()[0], value=5.0)
     given = [(1.0, 9.0), (6.0, 9.0), (1.0, 4.0)]
     scored = [Scored(row, Prediction(5.0, 1e6, 0.0, "kernel", "stream", band)) for band in given]
-    assert [item.in_band for item in scored] == [True, False, False]
-    assert "times between bound and pessimistic: 1 of 3" in report(scored, "title")
+    assert [item.band for item in scored] == ["in", "below", "above"]
+    text = report([*scored, Scored(row, Prediction(5.0, 1e6, 0.0, "kernel"))], "title")
+    assert "pessimistic: 1 of 3, 1 below the bound, 1 above pessimistic" in text
+    assert [line.split()[5] for line in text.splitlines()[2:6]] == ["in", "below", "above", "-"]
+
+
+def test_the_bound_of_many_small_instructions_is_below_the_published_time():
+    """One of the 32 equal parts of the convolution whose instructions take 38 ns each."""
+    (row,) = [row for row in rows() if row.name.startswith("depthwise conv1d trace step 1")]
+    log = depthwise_conv(1, 128, 2048, psum=True)
+    values = constants_for("gen2").at("low")
+    busy = lower_bounds(log, "gen2", Options())["vector"] - values.kernel_start - values.kernel_end
+    assert 0 < 32 * busy < row.value * 1e6
 
 
 def test_limits_are_judged_by_class_and_a_row_that_did_not_run_breaks_one():
@@ -96,6 +110,10 @@ def test_limits_are_judged_by_class_and_a_row_that_did_not_run_breaks_one():
     ]
     missed = [*good, Scored(row, None, "no instruction stream for this kernel")]
     assert next(kept for _, kept in limits(missed, "score")) is False
+    undercut = [*good, Scored(row, Prediction(104.0, 1e6, 0.0, "kernel", "stream", (101.0, 120.0)))]
+    assert [text for text, kept in limits(undercut, "score") if not kept] == [
+        "no published time is below its bound (1 are)"
+    ]
     assert limits(missed, "fit") == []
 
 

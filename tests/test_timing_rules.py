@@ -9,9 +9,10 @@ from nki_sim import nisa, nl, sbuf, store
 
 from nxd_cp.simulators.nki_api import Kernel, record
 from nxd_cp.simulators.nki_api import isa as simulated
-from nxd_cp.simulators.nki_api.log import DOUBLE_ROW, SKIPPED
-from nxd_cp.simulators.timing import constants_for, estimate, gen3
+from nxd_cp.simulators.nki_api.log import DOUBLE_ROW, SKIPPED, Exchange
+from nxd_cp.simulators.timing import Options, Program, constants_for, estimate, gen3, replay
 from nxd_cp.simulators.timing.access import Access
+from nxd_cp.simulators.timing.collective import collective_cost
 from nxd_cp.simulators.timing.constants import LEVELS
 from nxd_cp.simulators.timing.cost import instruction_cost
 from nxd_cp.simulators.timing.dma import transfer
@@ -116,6 +117,34 @@ def test_weights_are_loaded_behind_the_matmul_before_and_else_seen():
     assert seen == pytest.approx(128 / GEN3.weights_columns_per_cycle / GEN3.tensor_clock * cold)
 
 
+def test_an_inner_stride_over_16_bytes_halves_the_rate_also_before_a_dim_of_one():
+    def held(shape, strides):
+        s = Stream()
+        tile = dataclasses.replace(s.sbuf(128, 512, dtype="float32"), shape=shape, strides=strides)
+        s.vector("tensor_copy", s.sbuf(*shape, dtype="float32"), tile)
+        return time(s.log, "gen2").program.costs[0].occupancy_ns
+
+    near = held((128, 64), (512, 1))
+    assert held((128, 64), (512, 4)) == held((128, 64, 1), (512, 4, 1)) == near
+    slow = near + 64 / GEN2.vector_clock
+    assert held((128, 64), (512, 8)) == pytest.approx(slow)
+    assert held((128, 64, 1), (512, 8, 1)) == pytest.approx(slow)
+
+
+def test_reading_the_accumulator_takes_64_cycles_more_on_vector_and_scalar():
+    def held(engine, read):
+        s = Stream()
+        tile, row = s.sbuf(128, 512, dtype="float32"), s.sbuf(128, 1, dtype="float32")
+        if engine == "vector":
+            s.vector("tensor_scalar", tile, tile, *[row] * read, read=read)
+        else:
+            s.scalar("exp", tile, tile, *[row] * read, read=read)
+        return time(s.log, "gen3").program.costs[0].occupancy_ns
+
+    assert held("vector", True) - held("vector", False) == pytest.approx(64 / 0.96)
+    assert held("scalar", True) - held("scalar", False) == pytest.approx(64 / 1.2)
+
+
 def test_gpsimd_takes_its_base_and_a_cycle_per_element():
     def busy(elements, opcode="iota"):
         cost = instruction_cost("gen3", opcode, "gpsimd", "", 0, elements, TILE, (), GEN3)
@@ -164,11 +193,17 @@ def test_a_packet_on_trn1_takes_its_measured_time(size, published):
     assert (found.engine_ns < 0.99 * one_line) == (size < 512)
 
 
-def test_a_transpose_by_dma_on_chip_runs_at_its_share_of_the_rate():
+@pytest.mark.parametrize(
+    ("space", "share"), [("sbuf", "dma_transpose_share"), ("hbm", "dma_transpose_hbm_share")]
+)
+def test_a_transpose_by_dma_runs_at_its_share_of_the_rate_and_rests_on_it(space, share):
     chip = dataclasses.replace(TILE, elements=512, itemsize=2)
-    turned = transfer("gen3", "dma_transpose", "", 0, chip, (chip,), GEN3)
-    size = 128 * 512 * 2
-    assert turned.core_ns == pytest.approx(size / (GEN3.dma_core_rate * GEN3.dma_transpose_share))
+    turned = transfer(
+        "gen3", "dma_transpose", "", 0, chip, (dataclasses.replace(chip, space=space),), GEN3
+    )
+    rate = GEN3.dma_core_rate * getattr(GEN3, share)
+    assert turned.core_ns == pytest.approx(128 * 512 * 2 / rate)
+    assert {name for name, _ in (*turned.core, *turned.engine)} == {share}
 
 
 def scaled(x):
@@ -201,3 +236,71 @@ def test_changing_any_cost_never_changes_a_result(monkeypatch):
         assert after[:2] == before[:2], name
         times.add(after[2])
     assert len(times) > 10  # costs do change times
+
+
+def _tensor_work(s):
+    """Matmuls until TensorE is warm, a short one, and transposes, all of fp32."""
+    wide, square = s.sbuf(128, 512, dtype="float32"), s.sbuf(128, 128, dtype="float32")
+    banks = [s.psum(128, 512) for _ in range(4)]
+    for i in range(40):
+        s.matmul(banks[i % 4], square, wide, add=i >= 4)
+    s.matmul(banks[0], square, wide[:, :16], add=True)
+    s.transpose(s.psum(128, 128), square)
+
+
+def _engine_work(s):
+    """Large and tiny instructions of the other engines, a chain, a strided view, a device loop."""
+    tile, row = s.sbuf(128, 512, dtype="float32"), s.sbuf(128, 1, dtype="float32")
+    s.vector("memset", tile)
+    for _ in range(3):
+        s.vector("tensor_copy", row, row)
+        s.scalar("copy", row, row)
+    s.vector("tensor_scalar", tile, tile, row, row, read=True)
+    turned = dataclasses.replace(tile, shape=(128, 64, 8), strides=(512, 1, 64))
+    s.vector("tensor_copy", s.sbuf(128, 64, 8, dtype="float32"), turned)
+    s.scalar("exp", tile, tile, row, read=True)
+    s.scalar("log", row, row)
+    s.gpsimd("iota", tile)
+    s.loop_iteration()
+
+
+def _dma_work(s):
+    """Long and short rows, both generators, transposes from both sides, and a sum."""
+    tile, outside = s.sbuf(128, 8192), s.hbm(128, 8192)
+    s.dma(tile, outside)
+    s.dma(outside, tile, "swdge")
+    s.dma(tile[:, :2], outside[:, :2])
+    s.dma_transpose(s.sbuf(128, 128), tile[:, :128])
+    s.dma_transpose(s.sbuf(128, 128), s.hbm(128, 128))
+    s.log.add("dma_compute", "dma", tile, (tile, outside), tile.free)
+
+
+GATHER = Exchange(0, 0, "all_gather", ((0, 0), (1, 0)), (), (), (), (), 4096, 4096, (0, 1), ())
+
+
+def _times(generation, values):
+    """All times of a bit of everything."""
+    found = [collective_cost(GATHER, values)]
+    found.append(instruction_cost(generation, "core_barrier", "all", "", 0, 0, None, (), values))
+    for work in (_tensor_work, _engine_work, _dma_work):
+        s = Stream()
+        work(s)
+        line = replay(Program(s.log, generation, values, Options()))
+        found.append((line.start, line.free, line.end, line.total_ns))
+    return found
+
+
+@pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
+def test_every_constant_changes_some_time_unless_it_says_that_it_is_unused(generation):
+    table = constants_for(generation)
+    before = _times(generation, table.at("expected"))
+    for name, constant in table.items():
+        changed = [
+            dataclasses.replace(constant, expected=value)
+            for value in (constant.expected / 2, 2 * constant.expected + 1)
+        ]
+        has_effect = any(
+            _times(generation, dataclasses.replace(table, **{name: one}).at("expected")) != before
+            for one in changed
+        )
+        assert has_effect != constant.source.startswith("unused"), name

@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
+from perfetto_reader import read
 from typer.testing import CliRunner
 
 from nxd_cp.cli import app
+from nxd_cp.simulators.cluster.cli import Ring, run_simulate
 from nxd_cp.simulators.timing import estimate
 from nxd_cp.simulators.timing.call import Call, parse_array, parse_option
 from nxd_cp.simulators.timing.cli import Block, run_profile, run_trace, time_call
+from nxd_cp.simulators.timing.plots import roofline_label, roofline_png
 from nxd_cp.simulators.timing.profile import hbm_bytes, summary, table
 from nxd_cp.simulators.timing.progress import Progress
 from nxd_cp.simulators.timing.streams.attention import attention
@@ -54,24 +57,12 @@ def _events(trace, phase):
     return [event for event in trace["traceEvents"] if event["ph"] == phase]
 
 
-def _lanes_overlap(trace):
-    """Whether two slices of one lane share time: a viewer would nest or drop them."""
-    lanes = {}
-    for event in _events(trace, "X"):
-        span = (event["ts"], event["ts"] + event["dur"])
-        lanes.setdefault((event["pid"], event["tid"]), []).append(span)
-    return any(
-        a[1] > b[0] + 2e-6
-        for spans in lanes.values()
-        for a, b in zip(sorted(spans), sorted(spans)[1:], strict=False)
-    )
-
-
-def test_trace_has_a_slice_per_instruction_and_lanes_do_not_overlap(times):
+def test_trace_has_a_slice_per_instruction_and_perfetto_keeps_them_all(times):
     trace = document({"rank 0 core 0": times.timeline, "rank 1 core 0": times.timeline})
-    slices = [e for e in _events(trace, "X") if not e["name"].endswith("data")]
-    assert len(slices) == 2 * len(times.timeline.program)
-    assert not _lanes_overlap(trace)
+    slices, _, dropped = read(trace)
+    assert not dropped
+    instructions = [e for e in slices if not e["name"].endswith("data")]
+    assert len(instructions) == 2 * len(times.timeline.program)
     assert {e["args"]["name"] for e in _events(trace, "M")} >= {"rank 1 core 0", "tensor", "vector"}
     assert trace["otherData"]["note"] == "estimated, not measured"
     assert trace["otherData"]["guess_share"] == {
@@ -88,7 +79,8 @@ def test_the_wait_of_every_slice_is_the_gap_before_it(times):
         for e in sorted(
             (e for e in _events(trace, "X") if e["tid"] == lane), key=lambda e: e["ts"]
         ):
-            assert e["args"]["wait_ns"] / 1e3 == pytest.approx(max(0.0, e["ts"] - free), abs=2e-6)
+            gap = 1e3 * max(0.0, e["ts"] - free)  # both ends are whole ns
+            assert e["args"]["wait_ns"] == pytest.approx(gap, abs=1.001)
             free = e["ts"] + e["dur"]
 
 
@@ -125,20 +117,26 @@ def test_a_trace_is_in_the_trace_event_format_and_an_error_in_it_is_caught(times
         assert len(_format_errors(wrong)) == 1
 
 
-def test_overlapping_slices_are_caught(times):
-    trace = document({"rank 0 core 0": times.timeline})
-    first = next(e for e in _events(trace, "X") if e["cat"] == "tensor")
-    first["dur"] = 1e6
-    assert _lanes_overlap(trace)
+def test_what_perfetto_would_drop_is_caught(times):
+    def dropped(phase, key, change):
+        trace = document({"rank 0 core 0": times.timeline})
+        event = _events(trace, phase)[0]
+        event[key] = change(event[key])
+        return read(trace)[2]
+
+    assert any("overlaps" in why for why in dropped("X", "dur", lambda dur: dur + 1e-3))
+    assert any("ends before it begins" in why for why in dropped("X", "dur", lambda dur: -dur))
+    assert any("without a slice" in why for why in dropped("s", "tid", lambda tid: 99))
+    assert any("begins nowhere" in why for why in dropped("s", "id", lambda number: number + 1))
 
 
-def test_arrows_come_in_pairs_and_point_forward(times):
-    trace = document({"rank 0 core 0": times.timeline})
-    starts = {e["id"]: e["ts"] for e in _events(trace, "s")}
-    ends = {e["id"]: e["ts"] for e in _events(trace, "f")}
-    assert starts.keys() == ends.keys()
-    assert starts
-    assert all(starts[i] <= ends[i] for i in starts)
+def test_an_arrow_leads_from_the_instruction_that_was_waited_for(times):
+    _, arrows, _ = read(document({"rank 0 core 0": times.timeline}))
+    waits = ("data", "war", "waw", "bank", "space")
+    assert len(arrows) == sum(kind in waits for kind in times.timeline.wait_kind) > 10
+    for tail, head in arrows:
+        assert head["args"]["wait_on"] == tail["args"]["record"]
+        assert tail["ts"] <= head["ts"]
 
 
 def test_counters_return_to_zero_and_bytes_add_up(times):
@@ -157,6 +155,16 @@ def test_profile_table_names_the_slowest_line_and_the_three_times(times):
     worst = next(entry for entry in data["critical_path_us"] if entry["line"])
     assert f":{worst['line']}" in text
     assert "not measured" in text
+
+
+def test_every_report_on_trn3_says_that_it_is_extrapolated(times):
+    third = estimate(times.timeline.program.log, "gen4")
+    words = "extrapolated from gen3: no public measurement of trn3 was found"
+    assert words in table(third)
+    assert words == summary(third)["constants"]
+    assert words == document({"core": third.timeline})["otherData"]["constants"]["gen4"]
+    assert words in run_simulate(Ring(generation="trn3", ranks=2, seq_len=4096, tflops=500.0))
+    assert words not in table(times)
 
 
 def test_hbm_bytes_of_a_fused_kernel_are_its_inputs_and_output(times):
@@ -188,6 +196,16 @@ def test_any_kernel_is_profiled_on_one_or_more_cores_and_ranks(user_kernel, tmp_
     cores = json.loads(path.read_text())["cores"]
     assert sorted(cores) == [f"rank {r} core {c}" for r in range(2) for c in range(2)]
     assert "4 cores" in run_trace(pair, tmp_path / "t.json")
+
+
+def test_a_roofline_says_that_a_kernel_without_products_has_no_point(user_kernel, times, tmp_path):
+    (scaled,) = time_call(Call(target=user_kernel, arrays=("128x64:float32",))).values()
+    assert roofline_label(user_kernel, scaled).startswith(
+        "somebody_kernels.py:scale (no products, so no point, estimated, "
+    )
+    assert "% MFU, estimated" in roofline_label("attention", times)
+    roofline_png(tmp_path / "roof.png", {user_kernel: scaled})
+    assert (tmp_path / "roof.png").stat().st_size > 1000
 
 
 def test_timing_a_kernel_prints_what_it_does_on_standard_error(user_kernel, capsys):

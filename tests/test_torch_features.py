@@ -78,7 +78,7 @@ def trained(cp: CPContext, how: str) -> tuple[Tensor, int]:
         y = block(x, cp)
     else:
         context_fn = {"context_fn": keep_attention} if how == "keep_attention" else {}
-        y = checkpoint(block, x, cp, use_reentrant=False, **context_fn)
+        y = checkpoint(block, x, cp, use_reentrant=how == "reentrant", **context_fn)
     y.sum().backward()
     assert x.grad is not None
     return x.grad, cp.transport.counters.ring_messages
@@ -91,12 +91,13 @@ def test_checkpointing_with_the_policy_skips_the_forward_ring() -> None:
     once = traffic.forward_messages + traffic.backward_messages
     found = {
         how: CPContext.local(3).run(lambda cp, how=how: trained(cp, how))
-        for how in ("not", "plain", "keep_attention")
+        for how in ("not", "plain", "reentrant", "keep_attention")
     }
     assert [n for _, n in found["not"]] == [once] * 3
-    assert [n for _, n in found["plain"]] == [once + traffic.forward_messages] * 3
+    for how in ("plain", "reentrant"):
+        assert [n for _, n in found[how]] == [once + traffic.forward_messages] * 3
     assert [n for _, n in found["keep_attention"]] == [once] * 3
-    for how in ("plain", "keep_attention"):
+    for how in ("plain", "reentrant", "keep_attention"):
         for (grad, _), (expected, _) in zip(found[how], found["not"], strict=True):
             assert torch.equal(grad, expected)
 
@@ -195,6 +196,26 @@ def test_a_compiled_checkpoint_skips_the_forward_ring(ranks: RankGroup) -> None:
     torch.nn.functional.gelu(o).square().sum().backward()
     dx = join([part for part, _ in found], Case(S=16))
     assert_within_budget("dx", dx, x.grad, compiled_gradient(whole_x(), None))
+
+
+def graph_of_a_rank(group: dist.ProcessGroup) -> str:
+    """The traced code, with a common name for the context."""
+    cp, codes = CPContext.from_group(group), []
+
+    def keep(traced: torch.fx.GraphModule, _: Any) -> Any:
+        codes.append(traced.code.replace(repr(cp.handle), "cp"))
+        return traced.forward
+
+    torch.compile(lambda *x: ring_attention(*x, cp=cp, window=9), backend=keep)(*qkv())
+    (code,) = codes
+    return code
+
+
+def test_all_ranks_trace_the_same_graph(ranks: RankGroup) -> None:
+    """NxD: a rank that is baked into the graph is one program per rank."""
+    code, *others = ranks.run(graph_of_a_rank, num_ranks=3)
+    assert "ring_forward" in code
+    assert all(other == code for other in others)
 
 
 # Large logits

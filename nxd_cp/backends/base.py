@@ -76,14 +76,22 @@ class Backend(Protocol):
     carries: bool
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        carry: Pair | None = None,
+        out: Pair | None = None,
     ) -> Pair:
         """Attention over one rectangle, and over what was seen before it.
 
         q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], any supported dtype, strided
         views allowed; query head h reads key head h // (Hq // Hkv), which is never repeated in
-        memory. carry: (o, lse) of these rows over other keys, as returned. Returns
-        o [B, Hq, Sq, Dv] fp32, normalised, and lse [B, Hq, Sq] fp32, natural log, scale included.
+        memory. carry: (o, lse) of these rows over other keys, as returned. out: where, without a
+        carry, a backend that adds in place makes the result; unspecified before.
+        Returns o [B, Hq, Sq, Dv] fp32, normalised, and lse [B, Hq, Sq] fp32, natural log, scale
+        included.
         A row that sees nothing has o = 0 and lse = -inf. The mask is one of the three names (two of
         them square), or a `Bounded` band, or either within `Documents`, as far as `validate` let
         them pass.

@@ -76,7 +76,7 @@ def _check(
     generation: str | None,
 ) -> None:
     """Raise ValueError for what the ring kernels cannot take."""
-    limits.check_tensors("device ring", q, k, v)
+    limits.check_block("device ring", q, k, v, "full")
     limits.check_numbers("device ring", scale, softcap)
     if generation == "gen2":
         raise ValueError(
@@ -85,7 +85,10 @@ def _check(
         )
     sizes = {len(group) for group in groups}
     if len(sizes) != 1:
-        raise ValueError(f"device ring: expected groups of one length, got {sorted(sizes)}")
+        raise ValueError(
+            f"device ring: expected groups of one length, got {sorted(sizes)}; give every ring as "
+            "many ranks"
+        )
     rows = q.shape[2]
     if k.shape[2] != rows or v.shape[2] != rows:
         raise ValueError(

@@ -16,7 +16,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from nxd_cp.validation import MAX_SCALE, MIN_SCALE
+from nxd_cp.backends.base import BlockMask
+from nxd_cp.validation import MAX_SCALE, MIN_SCALE, validate_tensors
 
 ROWS = 128  # partitions: rows of a tile
 WIDTH = 512  # keys of a wide tile
@@ -171,6 +172,35 @@ def check_tensors(backend: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             )
 
 
+def check_block(backend: str, q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> None:
+    """Raise ValueError for a block whose shapes disagree, or that its mask does not fit."""
+    check_tensors(backend, q, k, v)
+    validate_tensors(q, k, v)
+    num_rows, num_keys = q.shape[2], k.shape[2]
+    if not isinstance(mask, str):
+        check_lengths(backend, num_rows, num_keys)
+    elif mask not in ("full", "causal", "strict"):
+        raise ValueError(
+            f'backend "{backend}": expected a mask "full", "causal" or "strict", got {mask!r}; '
+            "others are a nxd_cp.schedule.Bounded, or Documents"
+        )
+    elif mask != "full" and num_rows != num_keys:
+        raise ValueError(
+            f'backend "{backend}": expected as many keys as rows under the mask "{mask}", got '
+            f"{num_keys} and {num_rows}; say which with nxd_cp.schedule.Bounded"
+        )
+
+
+def check_rows(backend: str, q: Tensor, rows: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """Raise ValueError where a tensor beside q, by name, has not the shape that goes with it."""
+    for name, (x, shape) in rows.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f'backend "{backend}": expected {name} of shape {shape} beside q of shape '
+                f"{tuple(q.shape)}, got {tuple(x.shape)}; cut it as q"
+            )
+
+
 def check_numbers(backend: str, scale: float, softcap: float | None) -> None:
     """Raise ValueError for factors that would bring a score near the kernels' sentinels."""
     if not MIN_SCALE <= scale <= MAX_SCALE:
@@ -178,10 +208,10 @@ def check_numbers(backend: str, scale: float, softcap: float | None) -> None:
             f'backend "{backend}": expected a scale from {MIN_SCALE} to {MAX_SCALE}, got {scale}; '
             'move the factor into q, or use backend="torch"'
         )
-    if softcap is not None and not 0.0 < softcap <= MAX_SOFTCAP:
+    if softcap is not None and not MIN_SCALE <= softcap <= MAX_SOFTCAP:
         raise ValueError(
-            f'backend "{backend}": expected a softcap above 0 and at most {MAX_SOFTCAP}, got '
-            f"{softcap}; a cap so large changes nothing, pass None"
+            f'backend "{backend}": expected a softcap from {MIN_SCALE} to {MAX_SOFTCAP}, got '
+            f"{softcap}; a larger one changes nothing: pass None"
         )
 
 
@@ -200,7 +230,7 @@ def check_cores(backend: str, generation: str | None, cores: int) -> None:
     if cores not in (1, 2) or (cores == 2 and generation == "gen2"):
         raise ValueError(
             f'backend "{backend}": expected cores=1, or 2 from gen3 (trn2), got {cores}'
-            f"{' on gen2' if generation == 'gen2' else ''}"
+            f"{' on gen2' if generation == 'gen2' else ''}; pass cores=1"
         )
 
 

@@ -20,6 +20,15 @@ def has_nki() -> bool:
     return hasattr(nki, "jit") and not getattr(nki, "__simulated__", False)
 
 
+def generation_of(backend: str, generation: str | None) -> str | None:
+    """The chip that "simulate" imitates as "gen2", "gen3" or "gen4"; a device's is not known."""
+    if backend != "simulate":
+        return generation
+    from nxd_cp.simulators.nki_api.chips import generation_name
+
+    return generation_name(generation)
+
+
 def kernel_module(backend: str, generation: str | None, name: str, kernel: str = "") -> Any:
     """`nxd_cp.kernels.<name>`; on a device its kernel (or `name`) is launched through its op.
 

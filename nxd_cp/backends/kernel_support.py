@@ -17,7 +17,7 @@ from torch import Tensor
 from nxd_cp.backends import kernel_limits as limits
 from nxd_cp.backends.base import Pair
 from nxd_cp.backends.kernel_blocks import pieces
-from nxd_cp.backends.kernel_modules import kernel_module
+from nxd_cp.backends.kernel_modules import generation_of, kernel_module
 
 Runs = tuple[tuple[int, int, int], ...]
 
@@ -29,6 +29,7 @@ class SupportKernels:
     """`row_delta`, `merge` and `permute_tokens`; arguments as of `KernelBackend`."""
 
     def __init__(self, name: str, generation: str | None = None, *, cores: int = 1) -> None:
+        generation = generation_of(name, generation)
         limits.check_cores(name, generation, cores)
         self.name, self.cores = name, cores
         self._delta = kernel_module(name, generation, "row_delta")
@@ -65,18 +66,37 @@ class SupportKernels:
         return o, lse.masked_fill(lse <= self._empty_lse_limit, float("-inf"))
 
     def permute(self, x: Tensor, runs: Runs, *, inverse: bool = False) -> Tensor:
-        """The tokens of x [B, S, ...] in the order of the runs (first, count, step); or back."""
+        """The tokens of x [B, S, ...] in the order of the runs (first, count, step); or back.
+
+        Any dtype: bits are moved as they are, numbers of 8 bytes, which NKI has not, as two of 4.
+        """
         self._check_runs(x, runs)
         flat = x.contiguous().flatten(2) if x.dim() > 2 else x.contiguous().unsqueeze(2)
+        if x.is_complex():
+            flat = torch.view_as_real(flat).flatten(2)
+        if flat.element_size() == 8:
+            flat = flat.view(torch.int32)
         kernel = self._launch(self._permute.permute_tokens)
         size = limits.MAX_INSTRUCTIONS // len(runs) // self.cores * self.cores
         parts = [
             kernel(flat[some], runs, inverse=inverse)
             for some in pieces(x.shape[0], max(size, self.cores))
         ]
-        return torch.cat(parts).reshape(x.shape) if len(parts) > 1 else parts[0].reshape(x.shape)
+        found = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return found.view(x.dtype).reshape(x.shape)
 
     def _check_runs(self, x: Tensor, runs: Runs) -> None:
+        if x.dim() < 2 or x.numel() == 0:
+            raise ValueError(
+                "permute_tokens: expected [batch, tokens, ...] without an empty dim, got "
+                f"{list(x.shape)}; unsqueeze it, or permute in PyTorch"
+            )
+        for first, count, step in runs:
+            if first < 0 or count < 1 or step < 1:
+                raise ValueError(
+                    "permute_tokens: expected runs (first, count, step) from (0, 1, 1) on, got "
+                    f"{(first, count, step)}; cut a run that goes back into runs of one token"
+                )
         places = [torch.arange(first, first + count * step, step) for first, count, step in runs]
         held = torch.cat(places).sort()[0] if places else torch.arange(0)
         if not torch.equal(held, torch.arange(x.shape[1])):
@@ -92,12 +112,17 @@ class SupportKernels:
         if x.shape[0] % self.cores:
             raise ValueError(
                 f"permute_tokens: expected a batch that the {self.cores} cores of a launch can "
-                f"share, got {x.shape[0]}; use cores=1"
+                f"share, got {x.shape[0]}; use cores=1, or permute in PyTorch"
             )
 
     def _check_rows(
         self, kernel: str, a: Tensor, b: Tensor, dtypes: tuple[torch.dtype, ...]
     ) -> None:
+        if a.dim() != 4 or a.numel() == 0:
+            raise ValueError(
+                f"{kernel}: expected [batch, heads, rows, head dim] without an empty dim, got "
+                f"{list(a.shape)}; reshape it, or use PyTorch's operators"
+            )
         if a.shape != b.shape:
             raise ValueError(
                 f"{kernel}: expected two tensors of one shape, got {list(a.shape)} and "

@@ -20,7 +20,7 @@ from nxd_cp.backends.base import Pair, QueryRows, Scores
 from nxd_cp.backends.kernel_blocks import Block
 from nxd_cp.backends.kernel_cut import Cut, Found, dense, no_rows
 from nxd_cp.backends.kernel_loops import LoopKernels
-from nxd_cp.backends.kernel_modules import has_nki, kernel_module
+from nxd_cp.backends.kernel_modules import generation_of, has_nki, kernel_module
 from nxd_cp.backends.kernel_support import SupportKernels
 from nxd_cp.schedule import Plan
 
@@ -54,6 +54,7 @@ class KernelBackend:
         score_bound: float | None = None,
         device_loops: bool = False,
     ) -> None:
+        generation = generation_of(name, generation)
         limits.check_cores(name, generation, cores)
         limits.check_score_bound(name, score_bound, None)
         self.name, self.cores, self.score_bound = name, cores, score_bound
@@ -90,14 +91,24 @@ class KernelBackend:
                 limits.check_lengths(self.name, tile.q_len, tile.k_len)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        carry: Pair | None = None,
+        out: Pair | None = None,
     ) -> Pair:
         """One block: o [B, H, S, E] and lse [B, H, S], both fp32; empty rows give 0 and -inf.
 
         carry: (o, lse) over other keys of the same rows; the result is then over both. A learnable
-        sink is the carry (0, sink).
+        sink is the carry (0, sink). out: kernels write new tensors.
         """
         cut = self._prepare(q, k, v, scores)
+        if carry is not None:
+            row = tuple(q.shape[:3])
+            beside = {"o": (carry[0], (*row, v.shape[3])), "lse": (carry[1], row)}
+            limits.check_rows(self.name, q, beside)
         q_P, k_P, v_P = cut.queries(q), cut.keys(k), cut.keys(v)
         before = no_rows(q_P, v.shape[-1], self._empty_lse)
         if carry is not None:
@@ -136,6 +147,12 @@ class KernelBackend:
         carry: dq, or all three gradients, of other blocks, to which these are added.
         """
         cut = self._prepare(rows.q, k, v, scores)
+        row = tuple(rows.q.shape[:3])
+        beside = {"do": (rows.do, (*row, v.shape[3])), "lse": (rows.lse, row)}
+        before = (carry,) if isinstance(carry, Tensor) else carry or ()
+        shapes = (tuple(x.shape) for x in (rows.q, k, v))
+        grads = dict(zip(("dq", "dk", "dv"), zip(before, shapes, strict=False), strict=False))
+        limits.check_rows(self.name, rows.q, {**beside, "delta": (rows.delta, row), **grads})
         lse = rows.lse.clamp_min(self._empty_lse).unsqueeze(-1)
         inputs = (
             *(cut.queries(x) for x in (rows.do.to(rows.q.dtype), rows.q)),
@@ -183,7 +200,7 @@ class KernelBackend:
         return self._support.row_delta(do, o)
 
     def _prepare(self, q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Cut:
-        limits.check_tensors(self.name, q, k, v)
+        limits.check_block(self.name, q, k, v, scores.mask)
         limits.check_numbers(self.name, scores.scale, scores.softcap)
         limits.check_score_bound(self.name, self.score_bound, q.dtype)
         num_pairs, heads = q.shape[0] * k.shape[1], q.shape[1] // k.shape[1]

@@ -24,7 +24,7 @@ from nxd_cp.schedule import Bounded, Plan
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 _QUERY_BLOCK = 512  # rows of scores that the plain path holds at a time
-_PIECE_BYTES = 2**21  # of a result that is merged into another
+_PIECE_BYTES = 2**20  # of a result that is merged into another
 
 
 class TorchBackend:
@@ -34,17 +34,27 @@ class TorchBackend:
     carries = False
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Pair | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scores: Scores,
+        carry: Pair | None = None,
+        out: Pair | None = None,
     ) -> Pair:
-        """See `Backend.forward`; with a carry by some heads at a time: no block is held whole."""
-        if carry is None:
+        """See `Backend.forward`; into a carry by some heads at a time: no block is held whole."""
+        result = out if carry is None else carry
+        if result is None:
             return _forward(q, k, v, scores)
-        o, lse = carry
+        o, lse = result
         for heads, kv_heads in head_pieces(q.shape[1], k.shape[1], _heads_at_once(o)):
             part = _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], scores)
-            merge_(o[:, heads], lse[:, heads], *part)
+            if carry is None:
+                o[:, heads], lse[:, heads] = part
+            else:
+                merge_(o[:, heads], lse[:, heads], *part)
             del part  # before the next one needs room
-        return carry
+        return result
 
     def backward(
         self, rows: QueryRows, k: Tensor, v: Tensor, scores: Scores, carry: Tensor | None = None

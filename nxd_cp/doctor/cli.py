@@ -56,6 +56,8 @@ def kernels(
     folder = path or Path(nxd_cp.__file__).parent / "kernels"
     if not folder.is_dir():
         raise typer.BadParameter(f"expected a folder, got {folder}")
+    if next(folder.rglob("*.py"), None) is None:
+        raise typer.BadParameter(f"expected a folder of kernels, got no Python file in {folder}")
     findings = check_folder(folder)
     for finding in findings:
         typer.echo(str(finding))

@@ -5,6 +5,7 @@ A rank that refuses tells the others why, so that all raise at once and no cache
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.inference.attend import Rule
 from nxd_cp.inference.cache import KVCache
-from nxd_cp.transport import Call
+from nxd_cp.transport import Call, RingError
 from nxd_cp.transport.agreement import announce_refusal
 
 
@@ -55,7 +56,8 @@ def agree(
         cache.check_room(places.ours)
     except ValueError as error:
         if cp.agrees:
-            announce_refusal(call, cp.ring_order, str(error), cache.k.device)
+            with contextlib.suppress(RingError):  # when nobody listens there is nobody to tell
+                announce_refusal(call, str(error), cache.k.device)
         raise
     if cp.agrees:
         description = {

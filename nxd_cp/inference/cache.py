@@ -9,6 +9,9 @@ Letters: B batch, Hkv key/value heads, N new tokens, C capacity, D and Dv head d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -72,6 +75,20 @@ class KVCache:
         self.v[row, :, slot] = v[row, :, token]
         self.positions[row, slot] = positions[row, token]
         self.num_used += keep.sum(1)
+
+    @contextmanager
+    def kept_if_done(self) -> Iterator[None]:
+        """What is stored in the block stays if it ends well; after an error the cache is as before,
+        so that a call may be made again.
+        """
+        before = self.num_used.clone(), self.next_position.clone()
+        try:
+            yield
+        except BaseException:
+            self.num_used, self.next_position = before
+            slots = torch.arange(self.capacity, device=self.positions.device)
+            self.positions.masked_fill_(slots >= self.num_used[:, None], EMPTY)
+            raise
 
     def used(self) -> tuple[Tensor, Tensor, Tensor]:
         """Views of k, v and positions, of the slots that any sequence uses."""

@@ -51,8 +51,8 @@ def decode(
 
     Raises:
         ValueError: arguments that do not fit each other, the cache (its dtype too) or those of
-            other ranks, or no room in the cache of one rank; on all ranks, and
-            no cache is changed.
+            other ranks, or no room in the cache of one rank; on all ranks. After this and every
+            other error the cache is as before.
     """
     options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
 
@@ -62,12 +62,13 @@ def decode(
         ours = torch.where(positions % cp.size == cp.rank, positions, EMPTY)
         return Places(torch.full_like(cache.next_position, k.shape[2]), positions, ours)
 
-    with cp.transport.call("decode") as call:
+    with cache.kept_if_done(), cp.transport.call("decode") as call:
         rule, place = agree(call, cp, cache, (q, k, v), options, places)
-    cache.store(k, v, place.ours)
-    cache.next_position += place.counts
-    o, lse = attend(q, place.positions, *cache.used(), rule)
-    # One tensor, one gather: o with lse as its last column.
-    gathered = cp.transport.all_gather(torch.cat([o, lse.unsqueeze(-1)], dim=-1))
+        call.begin()
+        cache.store(k, v, place.ours)
+        cache.next_position += place.counts
+        o, lse = attend(q, place.positions, *cache.used(), rule)
+        # One tensor, one gather: o with lse as its last column.
+        gathered = cp.transport.all_gather(torch.cat([o, lse.unsqueeze(-1)], dim=-1))
     o, lse = merge_all([(one[..., :-1], one[..., -1]) for one in gathered], sinks)
     return (o.to(q.dtype), lse) if return_lse else o.to(q.dtype)

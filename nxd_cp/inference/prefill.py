@@ -59,8 +59,8 @@ def prefill(
 
     Raises:
         ValueError: arguments that do not fit each other, the cache (its dtype too) or those of
-            other ranks, or no room in the cache of one rank; on all ranks, and
-            no cache is changed.
+            other ranks, or no room in the cache of one rank; on all ranks. After this and every
+            other error the cache is as before.
     """
     options: dict[str, Any] = {
         "scale": scale,
@@ -79,8 +79,9 @@ def prefill(
         assert isinstance(o, Tensor), "lse was not asked for"
         cache.store(k, v, place.ours)
     else:
-        cache.store(k, v, place.ours)
-        with cp.transport.call("prefill") as call:
+        with cache.kept_if_done(), cp.transport.call("prefill") as call:
+            call.begin()
+            cache.store(k, v, place.ours)
             o = _over_caches(call, cp, q, place.positions, cache, rule, sinks).to(q.dtype)
     cache.next_position += place.counts
     return o
@@ -126,7 +127,8 @@ def _over_caches(
     """o, fp32, over the caches of all ranks; they travel once round the ring, the next one while
     the present one is computed. A rank with fewer tokens sends free slots behind them.
     """
-    rows = max(int(x) for x in cp.transport.all_gather(torch.tensor([cache.num_slots])))
+    slots = torch.tensor([cache.num_slots], device=q.device)
+    rows = max(int(x) for x in cp.transport.all_gather(slots))
     kv, at = _pack(call, cache, rows)
     o, lse = nothing_seen(q, cache.v)
     for move in (*ring_moves(cp.ring_order, cp.rank), None):

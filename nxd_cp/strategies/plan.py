@@ -20,10 +20,11 @@ Note [Three strategies, one form]
     they are not built.
 
 Note [Rounds of heads]
-    The ring runs once for as few key/value heads as make its largest message `LEAST_MESSAGE_BYTES`
-    or more. Messages of that size cost their bytes and hardly their latency, so rounds cost next to
-    nothing; and buffers, and blocks of results, are those of one round. Small problems are one
-    round. A round has an even number of heads where two cores of a launch could share them only so.
+    The ring runs once for as few key/value heads as make a round large: `LEAST_ROUND_BYTES` in its
+    largest message, each head counted once for every query head that reads it. Such a round costs
+    its bytes and its computing, and hardly the latency of messages and of ranks that wait for each
+    other; and buffers, and blocks of results, are those of one round. Small problems are one round.
+    A round has an even number of heads where two cores of a launch could share them only so.
     All this follows from the plan and the shapes, so it is the same on all ranks.
 
 Source: all-to-all over heads: DeepSpeed Ulysses (arXiv 2309.14509); with a ring in a mesh: USP
@@ -44,7 +45,7 @@ from nxd_cp.strategies.routes import HeadGroup, gather_plan, mesh_plan
 StrategyName = Literal["ring", "gather", "heads", "auto"]
 STRATEGIES: tuple[str, ...] = get_args(StrategyName)
 LSE_ITEMSIZE = 4
-LEAST_MESSAGE_BYTES = 2**21  # see Note [Rounds of heads]
+LEAST_ROUND_BYTES = 2**23  # see Note [Rounds of heads]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.name}")
+        for name, number in (("heads_per_round", self.heads_per_round), ("ways", self.ways)):
+            if number is not None and type(number) is not int:
+                raise ValueError(f"{name}: expected a whole number or None, got {number!r}")
         has_rounds = self.name in ("ring", "gather")
         if self.heads_per_round is not None and (self.heads_per_round < 1 or not has_rounds):
             raise ValueError(
@@ -171,16 +175,17 @@ def plan_strategy(
     assert strategy.name != "auto", "the cost rule comes first"
     together = strategy.heads_per_round if strategy.name == "ring" and plan.size > 1 else None
     if together is None:
-        least = _heads_of_a_message(plan.longest_hop * row_bytes, num_heads, num_kv_heads)
+        least = _heads_of_a_round(plan.longest_hop * row_bytes, num_heads, num_kv_heads)
         together = least if least < num_kv_heads else None
     rounds = _rounds(num_kv_heads, together or num_kv_heads)
     return StrategyPlan(Strategy("ring", heads_per_round=together), plan, rounds)
 
 
-def _heads_of_a_message(head_bytes: int, num_heads: int, num_kv_heads: int) -> int:
+def _heads_of_a_round(head_bytes: int, num_heads: int, num_kv_heads: int) -> int:
     """See Note [Rounds of heads]. head_bytes: of the largest message, per key/value head."""
-    least = -(-LEAST_MESSAGE_BYTES // max(head_bytes, 1))
-    shared_by_two = num_kv_heads % 2 == 0 and (num_heads // num_kv_heads) % 2 == 1
+    group = num_heads // num_kv_heads
+    least = -(-LEAST_ROUND_BYTES // max(head_bytes * group, 1))
+    shared_by_two = num_kv_heads % 2 == 0 and group % 2 == 1
     return least + least % 2 if shared_by_two else least
 
 

@@ -1,6 +1,6 @@
 """Before a call computes anything, the ranks tell each other what they were asked to do.
 
-Does: send a small description of fixed size once round the ring and raise RankMismatchError on
+Does: send a small description of fixed size once round all ranks and raise RankMismatchError on
 every rank, with every value and who gave it, when two differ; or tell the others that this rank was
 asked for something it cannot do, and why, so that they raise at once and not after a timeout.
 Does not: compare the data itself.
@@ -26,14 +26,12 @@ AGREEMENT_BYTES = _DESCRIPTION_BYTES + HEADER_BYTES
 Description = Mapping[str, str | int | float]
 
 
-def check_agreement(
-    call: Call, ring_order: tuple[int, ...], description: Description, device: torch.device
-) -> None:
+def check_agreement(call: Call, description: Description, device: torch.device) -> None:
     """Raise RankMismatchError on all ranks unless all gave the same description.
 
     description: at most 1 kB as JSON. device: where messages of this group must lie.
     """
-    said = _exchange(call, ring_order, description, device)
+    said = _exchange(call, description, device)
     where = f"(this is rank {call.transport.rank})"
     refusals = [
         f"rank {rank} refuses: {one[_REFUSAL]}" for rank, one in enumerate(said) if _REFUSAL in one
@@ -48,25 +46,21 @@ def check_agreement(
         )
 
 
-def announce_refusal(
-    call: Call, ring_order: tuple[int, ...], reason: str, device: torch.device
-) -> None:
+def announce_refusal(call: Call, reason: str, device: torch.device) -> None:
     """Take part in the others' `check_agreement` with a refusal; the caller then raises its own."""
-    text = reason.encode("ascii", "backslashreplace").decode("ascii")[:_REASON_CHARACTERS]
-    _exchange(call, ring_order, {_REFUSAL: text}, device)
+    text = reason.encode("unicode_escape").decode("ascii")[:_REASON_CHARACTERS]
+    _exchange(call, {_REFUSAL: text}, device)
 
 
-def _exchange(
-    call: Call, ring_order: tuple[int, ...], description: Description, device: torch.device
-) -> list[Description]:
-    """What every rank said, in rank order."""
-    rank = call.transport.rank
+def _exchange(call: Call, description: Description, device: torch.device) -> list[Description]:
+    """What every rank said, in rank order. Messages go by rank: the ring's order may differ too."""
+    rank, order = call.transport.rank, tuple(range(call.transport.size))
     text = json.dumps(dict(description)).encode("ascii").ljust(_DESCRIPTION_BYTES)
     assert len(text) == _DESCRIPTION_BYTES, f"description of {len(text)} bytes is too long"
     parcel = call.parcel("agreement", (_DESCRIPTION_BYTES,), torch.uint8, device)
     parcel.payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     said: dict[int, Description] = {rank: description}
-    for move in ring_moves(ring_order, rank):
+    for move in ring_moves(order, rank):
         payload = call.start(parcel, move).wait()
         said[parcel.owner] = json.loads(bytes(payload.tolist()))
     return [said[rank] for rank in sorted(said)]

@@ -63,6 +63,7 @@ class Call:
         self._place = 0  # among the calls of this transport, in the order in which they started
         self._open: list[Hop] = []
         self._joined: list[Any] = []  # tickets of collectives that carry nothing of ours
+        self._has_begun = False
         self._parcels: list[Parcel] = []
         self._unverified: list[tuple[Tensor, list[int]]] = []
 
@@ -74,7 +75,7 @@ class Call:
     ) -> None:
         if error is not None:
             # A lost rank may show already when a hop is posted, before it is open.
-            if self._open or isinstance(error, RingError):
+            if self._open or self._has_begun or isinstance(error, RingError):
                 self.transport.fail(f"{self} stopped in mid-ring: {error}")
             return
         for ticket in self._joined:
@@ -85,6 +86,12 @@ class Call:
             which = ", ".join(str(hop.sequence) for hop in self._open)
             raise self._failed(f"{self}: nobody waited for hop {which}; call hop.wait()")
         self.release(self._parcels)
+
+    def begin(self) -> None:
+        """From here on the others count on this rank, also where no hop of ours is under way: an
+        error leaves them in mid-ring. Hops begin a call, except those of the agreement.
+        """
+        self._has_begun = self.transport.size > 1
 
     def release(self, parcels: list[Parcel]) -> None:
         """Give the buffers of these parcels back before the call ends; nothing is in flight."""
@@ -110,7 +117,7 @@ class Call:
         if move is None:
             hop.sequence = self.count_hop(parcel.channel)
             return hop
-        hop.sequence = self._next_hop()
+        hop.sequence = self._next_hop(parcel.channel)
         transport.check_usable()
         leaves = arrives = None
         if move.to is not None:
@@ -134,9 +141,11 @@ class Call:
         transport = self.transport
         if transport.joins_every_hop and transport.size > 1:
             self._joined.append(transport.post(None, None, _NO_MOVE, channel))
-        return self._next_hop()
+        return self._next_hop(channel)
 
-    def _next_hop(self) -> int:
+    def _next_hop(self, channel: str) -> int:
+        if channel != "agreement":
+            self.begin()
         self._place = self._place or self.transport.next_place()
         self._num_started += 1
         return self._num_started

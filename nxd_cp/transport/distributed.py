@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 from weakref import WeakKeyDictionary
@@ -25,6 +27,17 @@ from nxd_cp.transport.errors import RingError
 # header of every message, so that two contexts used in another order on two ranks never mix.
 _CONTEXTS: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 _CONTEXTS_LOCK = threading.Lock()
+
+
+# What every backend can add up; other dtypes are gathered and added here.
+_REDUCED = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+)
 
 
 @dataclass
@@ -69,15 +82,33 @@ class DistributedTransport(Transport):
                 self._raise(ticket.move, error)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        tensor = tensor.contiguous()
-        found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor, group=self._group)
-        return found
+        content = tensor.contiguous().view(-1).view(torch.uint8)  # every backend knows bytes
+        found = [torch.empty_like(content) for _ in range(self.size)]
+        with self._all_take_part("all_gather"):
+            dist.all_gather(found, content, group=self._group)
+        return [one.view(tensor.dtype).view(tensor.shape) for one in found]
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype not in _REDUCED:
+            return super().all_reduce_sum(tensor)
         total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._group)
+        with self._all_take_part("all_reduce"):
+            dist.all_reduce(total, group=self._group)
         return total
+
+    @contextmanager
+    def _all_take_part(self, collective: str) -> Iterator[None]:
+        """A lost or late rank makes this end unusable, as in a hop."""
+        self.check_usable()
+        try:
+            yield
+        except RuntimeError as error:
+            reason = (
+                f"rank {self.rank} lost the others in {collective}: a rank is gone, late, or in "
+                f"another call: {error}"
+            )
+            self.fail(reason)
+            raise RingError(reason) from error
 
     def _raise(self, move: Move, error: RuntimeError) -> NoReturn:
         raise RingError(

@@ -58,6 +58,7 @@ def run_simulate(ring: Ring, *, trace_path: Path | None = None) -> str:
         f"{ring.ranks} positions of {cluster.cores} {generation} cores "
         f"({cluster.chips:g} chips), {ring.seq_len} tokens, {ring.layout}, hops over "
         f"{', '.join(links)}; estimated, not measured",
+        f"constants {constants_for(generation).note}",
         f"{'':<24}{'step ms':>10}{'compute ms':>12}{'exposed ms':>12}{'closed form':>13}"
         f"{'hop us':>10}{'balance':>9}{'efficiency':>12}{'guesses':>9}",
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nxd_cp.schedule import Plan
+from nxd_cp.simulators.timing.trace_events import Event, arrow, complete, named
 
 from .ring import RingTimes
 
@@ -17,10 +18,10 @@ COMPUTE, MESSAGES = 1, 2
 
 
 def document(plan: Plan, times: RingTimes, *, max_ranks: int = 64) -> dict[str, Any]:
-    """The trace of the first `max_ranks` ranks; timestamps in microseconds, as the format wants."""
-    events: list[dict[str, Any]] = []
-    for rank in range(min(plan.size, max_ranks)):
-        events += _rank(plan, times, rank)
+    """The trace of the first `max_ranks` ranks."""
+    drawn = range(min(plan.size, max_ranks))
+    events = [event for rank in drawn for event in _rank(plan, times, rank)]
+    events += [event for rank in drawn for event in _arrows(plan, times, rank, drawn)]
     other = {"note": "estimated, not measured", "guess_share": round(times.guess_share, 4)}
     return {"traceEvents": events, "displayTimeUnit": "ns", "otherData": other}
 
@@ -30,55 +31,33 @@ def write(path: Path, plan: Plan, times: RingTimes, *, max_ranks: int = 64) -> N
     path.write_text(json.dumps(document(plan, times, max_ranks=max_ranks)))
 
 
-def _rank(plan: Plan, times: RingTimes, rank: int) -> list[dict[str, Any]]:
-    out = [_name("process_name", rank, 0, f"rank {rank}")]
-    out += [_name("thread_name", rank, COMPUTE, "compute")]
-    out += [_name("thread_name", rank, MESSAGES, "keys and values in")]
+def _rank(plan: Plan, times: RingTimes, rank: int) -> list[Event]:
+    out = [named("process_name", rank, 0, f"rank {rank}")]
+    out += [named("thread_name", rank, COMPUTE, "compute")]
+    out += [named("thread_name", rank, MESSAGES, "keys and values in")]
     for index, step in enumerate(plan.steps[rank]):
         begin, end = float(times.start[index, rank]), float(times.end[index, rank])
         waited = begin - (float(times.end[index - 1, rank]) if index else 0.0)
         tiles = ", ".join(map(str, step.tiles)) or "nothing"
         args = {"kv of": step.owner, "tiles": tiles, "wait_us": round(waited / 1e3, 3)}
-        out.append(_slice(f"step {index}", "compute", rank, COMPUTE, begin, end, args))
+        out.append(complete(f"step {index}", "compute", begin, end, rank, COMPUTE, args))
         if step.kv is None or step.kv.source is None:
             continue
         arrival = float(times.arrival[index + 1, rank])
         sent = max(begin, float(times.start[index, step.kv.source]))
-        out.append(
-            _slice(
-                f"hop {index}", "message", rank, MESSAGES, sent, arrival, {"from": step.kv.source}
-            )
-        )
-        ident = rank * 10**6 + index
-        flow = {"name": "kv", "cat": "message", "id": ident}
-        out.append({**flow, "ph": "s", "pid": step.kv.source, "tid": COMPUTE, "ts": sent / 1e3})
-        out.append(
-            {
-                **flow,
-                "ph": "f",
-                "bp": "e",
-                "pid": rank,
-                "tid": COMPUTE,
-                "ts": float(times.start[index + 1, rank]) / 1e3,
-            }
-        )
+        args = {"from": step.kv.source}
+        out.append(complete(f"hop {index}", "message", sent, arrival, rank, MESSAGES, args))
     return out
 
 
-def _name(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
-
-
-def _slice(
-    name: str, category: str, pid: int, tid: int, begin: float, end: float, args: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "cat": category,
-        "ph": "X",
-        "pid": pid,
-        "tid": tid,
-        "ts": begin / 1e3,
-        "dur": (end - begin) / 1e3,
-        "args": args,
-    }
+def _arrows(plan: Plan, times: RingTimes, rank: int, drawn: range) -> list[Event]:
+    """From the step with which a rank's keys and values were sent to the step that needs them."""
+    out: list[Event] = []
+    for index, step in enumerate(plan.steps[rank]):
+        source = None if step.kv is None else step.kv.source
+        if source is None or source not in drawn:
+            continue
+        tail = (source, COMPUTE, float(times.start[index, source]))
+        head = (rank, COMPUTE, float(times.start[index + 1, rank]))
+        out += arrow("kv", "message", rank * 10**6 + index, tail, head)
+    return out

@@ -17,17 +17,22 @@ import numpy as np
 from . import dtypes
 from .checks import destination
 from .dtypes import DType
-from .errors import fail, unsupported
+from .errors import broken, fail, unsupported
 from .isa.copy import memset
 from .isa.dma import dma_copy
 from .log import HELPERS
 from .memory import HBM, MemoryRegion, Storage
-from .rules import documented
+from .rules import documented, inferred
 from .runtime import Run, current
 from .tensor import NkiTensor, row_major
 
 _SHAPE = documented(
     "ndarray.shape", "nki.language.ndarray", "a shape is 1 to 5 positive integers, 2 to 5 on chip"
+)
+_SINGLE = inferred(
+    "ndarray.single",
+    "NKI language guide (at least 2-D on chip); nki.isa.register_load (which has a [1] in SBUF)",
+    "a single element on chip is [1, 1]",
 )
 _BUFFER = documented(
     "ndarray.buffer",
@@ -84,7 +89,9 @@ def ndarray(
     frame: Any = sys._getframe(1)
     while frame.f_code.co_filename in HELPERS:
         frame = frame.f_back
-    storage.site = (frame.f_code.co_filename, frame.f_lineno)
+    storage.made_at = (frame.f_code, frame.f_lasti)
+    if storage.owner is None:
+        storage.owner = run
     return NkiTensor(storage, sizes, row_major(sizes), 0, kind)
 
 
@@ -100,15 +107,21 @@ def _hbm(run: Run, sizes: tuple[int, ...], kind: DType, region: MemoryRegion, na
 
 
 def _shape(shape: Any, buffer: Any) -> tuple[int, ...]:
-    plain = type(shape) is tuple and isinstance(buffer, MemoryRegion)
-    if plain and 2 <= len(shape) <= 5 and set(map(type, shape)) == {int} and min(shape) > 0:
-        return shape
+    if type(shape) is tuple and 2 <= len(shape) <= 5 and type(buffer) is MemoryRegion:
+        for size in shape:
+            if type(size) is not int or size < 1:
+                break
+        else:
+            return shape
     if not isinstance(buffer, MemoryRegion):
         fail(_BUFFER, "nki.language.ndarray", f"buffer={buffer!r}")
     try:
         sizes = tuple(operator.index(n) for n in (shape if np.iterable(shape) else (shape,)))
     except TypeError:
         fail(_SHAPE, "nki.language.ndarray", f"shape {shape} in {buffer.value}")
+    if sizes == (1,) and is_on_chip(buffer):
+        broken(_SINGLE, "nki.language.ndarray", f"shape {shape} in {buffer.value}")
+        sizes = (1, 1)
     least = 1 if is_hbm(buffer) else 2
     if not least <= len(sizes) <= 5 or min(sizes) < 1:
         fail(_SHAPE, "nki.language.ndarray", f"shape {shape} in {buffer.value}")

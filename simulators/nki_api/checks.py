@@ -7,7 +7,10 @@ every `source`). A tensor object is checked once; later uses cost a few comparis
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+import numpy as np
 
 from . import dtypes
 from .chips import NUM_PARTITIONS
@@ -16,6 +19,7 @@ from .initmap import FRESH, OTHER
 from .memory import HBM, PSUM, SBUF
 from .ops import Op
 from .rules import Rule, documented, inferred
+from .runtime import current
 from .tensor import NkiTensor
 
 _TILE = documented(
@@ -60,6 +64,11 @@ _OP = documented(
     "the operator is one that this field of the instruction takes",
 )
 
+_SINCE = documented(
+    "operand.op_generation",
+    "nki.language.abs_max, abs_min",
+    "the operator exists on this NeuronCore generation: abs_max and abs_min from gen4",
+)
 _ONCE = inferred(
     "operand.repeated_output",
     "our reading of nki.language.NkiTensor.ap; which of the writes stays is written nowhere",
@@ -78,7 +87,13 @@ def source(instr: str, role: str, tensor: Any) -> Any:
         check_tile(instr, role, tensor)
     if tensor.storage.init.uniform <= 0:
         check_written(instr, role, tensor)
-    return tensor.array
+    return stand_in(tensor.shape, tensor.dtype) if tensor.storage.silent else tensor.array
+
+
+@functools.lru_cache(maxsize=4096)
+def stand_in(shape: tuple[int, ...], dtype: dtypes.DType) -> Any:
+    """In shape-only mode, what operands of this shape are seen as: zeros that nobody may write."""
+    return np.broadcast_to(np.zeros((), dtype.np_dtype), shape)
 
 
 def copied(instr: str, role: str, tensor: Any, rule: Rule) -> tuple[Any, Any]:
@@ -105,7 +120,7 @@ def destination(instr: str, role: str, tensor: Any, code: int = OTHER) -> Any:
         mark(tensor, code)
     if tensor.own_region.repeats:
         check_once(instr, role, tensor)
-    return tensor.array
+    return stand_in(tensor.shape, tensor.dtype) if tensor.storage.silent else tensor.array
 
 
 def check_once(instr: str, role: str, tensor: NkiTensor) -> None:
@@ -260,6 +275,8 @@ def operator(instr: str, role: str, op: Any, kind: str) -> Op:
         fail(_OP, instr, f"{role}={op!r} is no {kind} operator", **{role: op})
     if op.name == "divide":
         broken(_DIVIDE, instr, f"{role}={op!r}", **{role: op})
+    if op.since > 2 and current(instr).chip.number < op.since:
+        fail(_SINCE, instr, f"{role}={op!r} on {current(instr).chip.generation}", **{role: op})
     return op
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .errors import fail, unsupported
 from .memory import HBM
-from .view_rules import BOUNDS
+from .view_rules import BOUNDS, check_dim
 
 if TYPE_CHECKING:
     from .tensor import NkiTensor
@@ -42,9 +44,9 @@ class Indexing:
 
     def __getitem__(self, key: Any) -> NkiTensor:
         keys = key if type(key) is tuple else (key,)
-        if Ellipsis in keys:
-            keys = _expand_ellipsis(keys, len(self.shape))
         if len(keys) > len(self.shape):
+            if any(k is Ellipsis for k in keys):
+                return self[_expand_ellipsis(keys, len(self.shape))]
             fail(
                 BOUNDS,
                 "NkiTensor[...]",
@@ -74,6 +76,8 @@ class Indexing:
                 offset += k.start * stride
                 shape.append(k.size)
                 strides.append(stride)
+            elif k is Ellipsis:
+                return self[_expand_ellipsis(keys, len(self.shape))]
             else:
                 index = self._index(dim, k, count)
                 offset += index * stride
@@ -105,9 +109,11 @@ class Indexing:
         if isinstance(k, Indexing):
             unsupported("indexing by a tensor (dynamic select)")
         try:
-            index = k.__index__()
-        except AttributeError:
-            raise TypeError(f"expected an int, slice, nl.ds or ... as index, got {k!r}") from None
+            index = None if isinstance(k, (bool, np.bool_)) else k.__index__()
+        except (AttributeError, TypeError):
+            index = None
+        if index is None:
+            raise TypeError(f"expected an int, slice, nl.ds or ... as index, got {k!r}")
         if not -count <= index < count:
             self._out_of_bounds(dim, str(index))
         return int(index + count if index < 0 else index)
@@ -130,13 +136,17 @@ class Indexing:
         assign(self if key is Ellipsis else self[key], value)
 
     def slice(self, dim: int, start: int, end: int, step: int = 1) -> NkiTensor:
-        """The view [start:end:step] of one dim."""
+        """The view [start:end:step] of one dim; start and end count from the front."""
+        check_dim("slice", self, dim)
+        if not 0 <= start < end:
+            self._out_of_bounds(dim, f"{start}:{end}:{step}")
         keys: list[Any] = [Slice(None)] * len(self.shape)
         keys[dim] = Slice(start, end, step)
         return self[tuple(keys)]
 
     def select(self, dim: int, index: Any) -> NkiTensor:
         """One element of a dim, which goes away (an on-chip dim 0 stays, with size 1)."""
+        check_dim("select", self, dim)
         if not hasattr(index, "__index__") or hasattr(index, "unknown"):
             from .dynamic import indirect_view  # built on this module
 
@@ -145,6 +155,8 @@ class Indexing:
             return indirect_view(self, tuple(shape), tuple(strides), self.offset, index, None, dim)
         keys: list[Any] = [Slice(None)] * len(self.shape)
         keys[dim] = index
+        if index < 0:
+            self._out_of_bounds(dim, str(index))
         return self[tuple(keys)]
 
     def vector_select(self, dim: int, vector_offset: Any) -> NkiTensor:
@@ -157,5 +169,7 @@ class Indexing:
 
 
 def _expand_ellipsis(keys: tuple[Any, ...], ndim: int) -> tuple[Any, ...]:
-    at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+    at, *more = [i for i, k in enumerate(keys) if k is Ellipsis]
+    if more:
+        raise TypeError("expected one ... in an index, got several")
     return (*keys[:at], *[Slice(None)] * (ndim - len(keys) + 1), *keys[at + 1 :])

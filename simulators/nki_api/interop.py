@@ -1,14 +1,15 @@
 """Arrays in and out of a kernel: NumPy and torch (recognised by module name, never imported).
 
 Inputs become HBM tensors over the caller's own memory where it is contiguous, so a kernel that
-writes an input changes the caller's array, as the vendor documents. Results come back in the
+writes an input changes the caller's array, as the vendor documents; a read-only one cannot be
+written. Results come back in the
 kind of the inputs. 16-bit brain floats of torch travel as int16 bits.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from .dtypes import fill_unwritten
 from .errors import blamed, broken, definition, fail
 from .initmap import FRESH
 from .memory import HBM, MemoryRegion
+from .registers import Register
 from .rules import documented, inferred
 from .runtime import Run
 from .tensor import NkiTensor, row_major
@@ -26,7 +28,7 @@ from .tensor import NkiTensor, row_major
 _OUTPUT = documented(
     "kernel.output",
     "NKI migration guide",
-    "a kernel returns tensors allocated with buffer=nl.shared_hbm",
+    "a kernel returns tensors allocated with buffer=nl.shared_hbm, alone or in containers",
 )
 _UNWRITTEN = inferred(
     "kernel.unwritten_output",
@@ -101,14 +103,21 @@ def tensor_from_array(
 
 def _new_input(run: Run, value: Any, name: str, after: list[Callable[[], None]]) -> NkiTensor:
     array = as_numpy(value)
-    dtype = dtypes.dtype_of(array.dtype)
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"expected an array without a mask for {name!r}; fill it first")
+    try:
+        dtype = dtypes.dtype_of(array.dtype)
+    except ValueError as error:
+        raise ValueError(f"argument {name!r}: {error}") from None
     shared = run.rank.copies.get(id(value))
     wide = not run.core.precise and dtype in dtypes.LOW_PRECISION
-    usable = shared is None and array.flags.c_contiguous and array.flags.writeable and not wide
+    usable = shared is None and array.flags.c_contiguous and not wide
     dense = array if shared is None else shared
     if not usable:
         dense = np.array(dense, np.float32 if wide else array.dtype, order="C", copy=True)
-    if not usable and (array.flags.writeable or shared is not None):
+    if not array.flags.writeable and shared is None:
+        dense.flags.writeable = False  # a kernel that writes it is told so
+    elif not usable:
         before = dense.copy()
 
         def copy_back() -> None:
@@ -150,6 +159,9 @@ def to_host(value: Any, as_torch: bool, function: Any) -> Any:
         return type(value)(to_host(v, as_torch, function) for v in value)
     if type(value) is dict:
         return {k: to_host(v, as_torch, function) for k, v in value.items()}
+    if isinstance(value, (NkiTensor, Register, set, frozenset, Generator, Coroutine)):
+        with blamed(definition(function)):
+            fail(_OUTPUT, "nki.jit", f"the kernel returns a {type(value).__name__}", output=value)
     return value
 
 

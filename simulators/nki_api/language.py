@@ -8,6 +8,8 @@ Source: nki.language.
 
 from __future__ import annotations
 
+import inspect
+
 from .allocation import (
     empty_like,
     full,
@@ -22,6 +24,7 @@ from .allocation import (
     zeros,
     zeros_like,
 )
+from .arguments import guarded
 from .dtypes import (
     DType,
     bfloat16,
@@ -43,6 +46,7 @@ from .dtypes import (
     uint16,
     uint32,
 )
+from .errors import fail
 from .functions.elementwise import ceil, cos, floor, logical_not, negative, tan, trunc, where
 from .functions.movement import (
     broadcast_to,
@@ -61,9 +65,16 @@ from .loops import dynamic_range, fori_loop, no_reorder, while_loop
 from .memory import MemoryRegion
 from .nki_object import NKIObject
 from .ops import OPS
+from .rules import documented
 from .runtime import current
 from .tensor import DynamicSlice, NkiTensor
 from .tile_size import tile_size
+
+_GRID_AXIS = documented(
+    "program.axis",
+    "nki.language.program_id, num_programs; nki.jit (kernel[lnc])",
+    "the launch grid has one axis, number 0",
+)
 
 sbuf = MemoryRegion.sbuf
 psum = MemoryRegion.psum
@@ -84,12 +95,18 @@ static_range = affine_range
 
 def program_id(axis: int = 0) -> int:
     """This core's number in the launch grid."""
-    return current("nki.language.program_id").program_id
+    name = "nki.language.program_id"
+    if axis != 0:
+        fail(_GRID_AXIS, name, f"axis={axis!r}")
+    return current(name).program_id
 
 
-def num_programs(axes: int = 0) -> int:
+def num_programs(axes: int | tuple[int, ...] | None = 0) -> int:
     """Cores in the launch grid."""
-    return current("nki.language.num_programs").num_programs
+    name = "nki.language.num_programs"
+    if axes not in (0, None, (0,)):
+        fail(_GRID_AXIS, name, f"axes={axes!r}")
+    return current(name).num_programs
 
 
 def nc(count: int) -> int:
@@ -187,3 +204,7 @@ __all__ = [
     "zeros_like",
     *OPS,
 ]
+
+for _name in __all__:
+    if inspect.isfunction(globals()[_name]) and globals()[_name] is not affine_range:  # as range()
+        globals()[_name] = guarded("nki.language", globals()[_name])

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 MAX_OPERANDS = 6  # the destination first
@@ -126,7 +126,9 @@ class Log:
         self._views: list[View] = []  # of the first keys of _view_ids; the rest when asked for
         self._view_ids: dict[tuple[Any, ...], int] = {}
         self.lines: list[tuple[str, int]] = []
-        self._line_ids: dict[tuple[Any, int], int] = {}
+        self._line_ids: dict[tuple[str, int], int] = {}
+        self._line_of: dict[tuple[int, int], int] = {}  # by (id of a code object, instruction)
+        self._codes: list[CodeType] = []  # kept, so that their ids stay theirs
 
     @property
     def views(self) -> list[View]:
@@ -191,11 +193,9 @@ class Log:
         while frame is not None and frame.f_code.co_filename in HELPERS:
             frame = frame.f_back
         assert frame is not None, "a kernel is outside the helpers"
-        key = (frame.f_code, frame.f_lineno)
-        line = self._line_ids.get(key)
+        line = self._line_of.get((id(frame.f_code), frame.f_lasti))
         if line is None:
-            line = self._line_ids[key] = len(self.lines)
-            self.lines.append((frame.f_code.co_filename, frame.f_lineno))
+            line = self._new_line(frame)
         operands = [NONE if dst is None else self._view(dst)]
         operands += [self._view(s) for s in sources]
         operands += _PADDING[len(operands) :]
@@ -205,6 +205,16 @@ class Log:
             self._words[opcode, engine, detail] = words
         head = [words[0], words[1], line, elements, flags, words[2]]
         self.rows.extend(head + operands[:MAX_OPERANDS])
+
+    def _new_line(self, frame: FrameType) -> int:
+        """The number of a frame's line; to work a line out is slow, so each place does it once."""
+        place = (frame.f_code.co_filename, frame.f_lineno)
+        line = self._line_ids.setdefault(place, len(self.lines))
+        if line == len(self.lines):
+            self.lines.append(place)
+        self._codes.append(frame.f_code)
+        self._line_of[id(frame.f_code), frame.f_lasti] = line
+        return line
 
     def _name(self, name: str) -> int:
         found = self._name_ids.get(name)

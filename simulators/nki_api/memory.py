@@ -56,17 +56,18 @@ class Storage:
         "group",
         "init",
         "io",
+        "made_at",
         "map_origin",
         "name",
         "number",
         "own",
+        "owner",
         "partitions",
         "pitch",
         "region",
         "row_bytes",
         "scale",
         "silent",
-        "site",
         "space",
         "watch",
     )
@@ -101,13 +102,23 @@ class Storage:
         self.core: Core | None = None
         self.epoch = 0
         self.silent = False  # shape-only mode: contents do not matter
-        self.site: Any = None  # (file, line) of the allocation
+        self.made_at: Any = None  # (code, instruction) of the allocation
         self.io = False  # an input of the kernel
+        self.owner: Any = None  # the run that made it; in HBM, the world of that run
         self.collective = False  # an operand of a collective
         self.own: InitMap | None = None  # a placed tensor: what was written by its own name
         self.group: Any = None  # a placed tensor: those of its rectangle (owners.Group)
         self.watch: Any = None  # shared HBM of two cores: their accesses (ranks/races.py)
         self.map_origin = (0, 0)  # this storage's place in `init`: (partition, byte)
+
+    @property
+    def site(self) -> tuple[str, int] | None:
+        """File and line of the allocation, worked out when somebody asks."""
+        if self.made_at is None:
+            return None
+        code, instruction = self.made_at
+        lines = (line for start, end, line in code.co_lines() if start <= instruction < end)
+        return code.co_filename, next(lines, None) or code.co_firstlineno
 
     def fill(self) -> None:
         """Give never-written memory its mark; called before the first read or partial write."""

@@ -16,13 +16,19 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import SYMPTOMS, explain
+
 F32 = np.float32
 
 
 class Op:
-    """One operator. `binary(a, b, out)`, `unary(a, out)`, `activate(a, out)`; None if it cannot."""
+    """One operator. `binary(a, b, out)`, `unary(a, out)`, `activate(a, out)`; None if it cannot.
 
-    __slots__ = ("activate", "binary", "bitvec", "name", "reduce", "unary", "valid")
+    since: the first generation that has it. valid: the valid input range of the activation (of |x|
+    for reciprocal).
+    """
+
+    __slots__ = ("activate", "binary", "bitvec", "name", "reduce", "since", "unary", "valid")
 
     def __init__(
         self,
@@ -34,6 +40,7 @@ class Op:
         reduce: Any = None,
         bitvec: bool = False,
         valid: tuple[float, float] | None = None,
+        since: int = 2,
     ) -> None:
         self.name = name
         self.binary = binary
@@ -41,7 +48,8 @@ class Op:
         self.activate = activate
         self.reduce = reduce
         self.bitvec = bitvec
-        self.valid = valid  # valid input range of the activation (of |x| for reciprocal)
+        self.valid = valid
+        self.since = since
 
     def __repr__(self) -> str:
         return f"nl.{self.name}"
@@ -50,7 +58,10 @@ class Op:
         """This operator on tiles, as a function of nki.language (see functions/)."""
         from .functions.elementwise import apply  # functions issue instructions, made of operators
 
-        return apply(self, *args, **kwargs)
+        try:
+            return apply(self, *args, **kwargs)
+        except SYMPTOMS as error:
+            explain(error, f"nki.language.{self.name}", args, kwargs)
 
 
 def _compare(ufunc: Any) -> Callable[..., Any]:
@@ -144,8 +155,8 @@ OPS: dict[str, Op] = {
         Op("fmod"),  # in no engine: nki.language.fmod says so
         Op("mod"),
         Op("power", binary=np.power),
-        Op("abs_max", binary=_of_abs(np.maximum)),
-        Op("abs_min", binary=_of_abs(np.minimum)),
+        Op("abs_max", binary=_of_abs(np.maximum), since=4),
+        Op("abs_min", binary=_of_abs(np.minimum), since=4),
         Op("equal", binary=_compare(np.equal)),
         Op("not_equal", binary=_compare(np.not_equal)),
         Op("greater_equal", binary=_compare(np.greater_equal)),

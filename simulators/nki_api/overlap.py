@@ -43,7 +43,7 @@ def _same(a: NkiTensor, b: NkiTensor) -> bool:
     return (a.shape == b.shape and a.strides == b.strides) or _pattern(a) == _pattern(b)
 
 
-def check_overlap(instr: str, dst: NkiTensor, src: NkiTensor) -> None:
+def check_overlap(opcode: str, dst: NkiTensor, src: NkiTensor) -> None:
     """Break the rule if `dst` shares only some elements with `src`, or in another order."""
     if dst.storage is not src.storage:
         own = dst.storage.own is not None and src.storage.own is not None
@@ -54,7 +54,13 @@ def check_overlap(instr: str, dst: NkiTensor, src: NkiTensor) -> None:
     if src.size == src.shape[0] and dst.size != src.size:
         return  # one element per partition
     if _shared(dst, src):
-        broken(_OVERLAP, instr, "dst shares some elements with an input", dst=dst, src=src)
+        broken(
+            _OVERLAP,
+            f"nki.isa.{opcode}",
+            "dst shares some elements with an input",
+            dst=dst,
+            src=src,
+        )
 
 
 def _shared(a: NkiTensor, b: NkiTensor) -> bool:

@@ -91,7 +91,7 @@ class Run:
         """An HBM buffer, fresh or over `data`, numbered and entered in the log."""
         scale = 1 if self.core.precise else dtypes.wide_scale(dtype)
         storage = memory.hbm_storage(num_bytes, dtype, region, name, data, scale)
-        storage.number = self.next_number()
+        storage.number, storage.owner = self.next_number(), self.world
         storage.silent = data is None and not self.values
         if self.num_programs > 1 and region is memory.MemoryRegion.shared_hbm:
             storage.watch = self.rank.watch(num_bytes)

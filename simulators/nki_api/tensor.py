@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
+from .arguments import guarded
 from .errors import broken, unsupported
 from .indexing import DynamicSlice as DynamicSlice
 from .indexing import Indexing
@@ -194,3 +195,9 @@ class NkiTensor(Indexing, Views):
     def get_pattern(self) -> list[list[int]]:
         """[[stride, count], ...]."""
         return [[s, c] for s, c in zip(self.strides, self.shape, strict=True)]
+
+
+# Not __getitem__, which every access goes through: it checks its indices itself.
+for _name in (*vars(Views), "slice", "select", "vector_select"):
+    if not _name.startswith("_") and callable(getattr(NkiTensor, _name)):
+        setattr(NkiTensor, _name, guarded("NkiTensor", getattr(NkiTensor, _name)))

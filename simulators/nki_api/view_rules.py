@@ -5,14 +5,17 @@ Source: nki.language.NkiTensor and its methods.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
+from .errors import fail
 from .rules import documented, inferred
 
 BOUNDS = documented(
     "view.bounds",
     "nki.language.NkiTensor",
-    "an index or slice lies inside the tensor and is not empty",
+    "an index or slice lies inside the tensor and is not empty; dims count from the front",
 )
 SHAPE = documented(
     "view.shape",
@@ -42,6 +45,13 @@ UNUSED = inferred(
 MAX_DIMS = 5
 
 
+def check_dim(method: str, tensor: Any, dim: int, end: int | None = None) -> None:
+    """Refuse a dim that is not one of `end` dims (by default, of those that the tensor has)."""
+    if not 0 <= dim < (tensor.ndim if end is None else end):
+        fail(BOUNDS, f"NkiTensor.{method}", f"dim {dim} of {tensor.ndim} dims", tensor=tensor)
+
+
+@functools.lru_cache(maxsize=4096)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a dense tensor."""
     strides, step = [], 1

@@ -20,6 +20,7 @@ from .view_rules import (
     MAX_DIMS,
     PARTITION,
     SHAPE,
+    check_dim,
     infer_shape,
     reshape_strides,
     row_major,
@@ -73,11 +74,11 @@ class Views:
     def broadcast(self, dim: int, size: int) -> NkiTensor:
         """Repeat a size-1 dim `size` times."""
         self._free_dim("broadcast", dim)
-        if self.shape[dim] != 1:
+        if self.shape[dim] != 1 or size < 1:
             fail(
                 SHAPE,
                 "NkiTensor.broadcast",
-                f"dim {dim} has size {self.shape[dim]}, not 1",
+                f"dim {dim} has size {self.shape[dim]}, not 1, or is repeated {size} times",
                 tensor=self,
             )
         shape, strides = list(self.shape), list(self.strides)
@@ -86,7 +87,7 @@ class Views:
 
     def expand_dim(self, dim: int) -> NkiTensor:
         """Insert a size-1 dim at `dim`."""
-        self._free_dim("expand_dim", dim)
+        self._free_dim("expand_dim", dim, len(self.shape) + 1)
         shape, strides = list(self.shape), list(self.strides)
         shape.insert(dim, 1)
         strides.insert(dim, strides[dim] * self.shape[dim] if dim < len(strides) else 1)
@@ -110,6 +111,7 @@ class Views:
 
     def reshape_dim(self, dim: int, shape: tuple[int, ...]) -> NkiTensor:
         """Split one dim; one entry of `shape` may be -1."""
+        check_dim("reshape_dim", self, dim)
         sizes = infer_shape(tuple(shape), self.shape[dim])
         if sizes is None:
             fail(
@@ -130,6 +132,9 @@ class Views:
     def flatten_dims(self, start_dim: int, end_dim: int) -> NkiTensor:
         """Merge dims start_dim..end_dim (inclusive), which must be contiguous."""
         self._free_dim("flatten_dims", start_dim)
+        check_dim("flatten_dims", self, end_dim)
+        if end_dim < start_dim:
+            fail(SHAPE, "NkiTensor.flatten_dims", f"dims {start_dim} to {end_dim}", tensor=self)
         part = Slice(start_dim, end_dim + 1)
         size = math.prod(self.shape[part])
         steps = reshape_strides(self.shape[part], self.strides[part], (size,))
@@ -196,8 +201,8 @@ class Views:
         dynamic = scalar_offset is not None or vector_offset is not None
         new = self.dtype if dtype is None else dtypes.dtype_of(dtype)
         base = self.offset * self.dtype.itemsize // new.itemsize + (offset or 0)
-        shape = tuple(int(count) for _, count in pattern)
-        strides = tuple(int(stride) for stride, _ in pattern)
+        shape = tuple([int(count) for _, count in pattern])
+        strides = tuple([int(stride) for stride, _ in pattern])
         made = self._made(shape, strides, base, new)
         if self.space != HBM and shape[0] > 1 and strides[0] != made.row:
             detail = f"the first stride is {strides[0]}, one partition is {made.row} elements"
@@ -205,8 +210,10 @@ class Views:
             strides = (made.row, *strides[1:])  # tolerated: engines can step by nothing else
             made = self._made(shape, strides, base, new)
         skip = 0 if vector_offset is None else 1  # each row has an address of its own
-        pairs = zip(shape[skip:], strides[skip:], strict=True)
-        last = base + sum((c - 1) * s for c, s in pairs if s > 0)
+        last = base
+        for count, stride in zip(shape[skip:], strides[skip:], strict=True):
+            if stride > 0:
+                last += (count - 1) * stride
         total = self.storage.partitions * made.row
         if len(shape) > MAX_DIMS or min(shape) < 1:
             fail(SHAPE, "NkiTensor.ap", f"pattern {pattern}", tensor=self)
@@ -229,6 +236,7 @@ class Views:
         """einops-style split, reorder and merge by named dims."""
         return rearrange(self, src_pattern, dst_pattern, fixed_sizes or {})
 
-    def _free_dim(self, method: str, dim: int) -> None:
+    def _free_dim(self, method: str, dim: int, end: int | None = None) -> None:
+        check_dim(method, self, dim, end)
         if self.space != HBM and dim == 0:
             fail(PARTITION, f"NkiTensor.{method}", "dim 0 of an on-chip tensor", tensor=self)

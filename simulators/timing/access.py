@@ -17,7 +17,7 @@ class Access:
     """One view, resolved. Bytes are per partition on chip; HBM is one partition.
 
     box: (stride, first, last) per dim, in bytes, outermost first; run_bytes: longest contiguous
-    piece; inner_stride_bytes: step of the innermost dim.
+    piece; inner_stride_bytes: step of the innermost dim that has more than one element.
     """
 
     buffer: int
@@ -88,7 +88,9 @@ def resolve(view: View, buffer: BufferInfo) -> Access:
         if stride != run:
             break
         run *= count
-    inner = view.strides[-1] * item if view.shape and view.shape[-1] > 1 else item
+    free = slice(1 if on_chip else 0, None)
+    steps = zip(reversed(view.strides[free]), reversed(view.shape[free]), strict=True)
+    inner = next((stride * item for stride, count in steps if count > 1), item)
     return Access(
         buffer=view.buffer,
         space=buffer.space,

@@ -96,6 +96,7 @@ class Constants:
     dma_hardware_start: Constant
     dma_done: Constant
     dma_transpose_share: Constant
+    dma_transpose_hbm_share: Constant
     dma_compute_share: Constant
 
     collective_start: Constant

@@ -6,20 +6,19 @@ Does: turn a timeline into counter events of the Trace Event Format. Does not: w
 
 from __future__ import annotations
 
-from typing import Any
-
 from .dma import Transfer
 from .timeline import Timeline
+from .trace_events import Event, counter
 
 RATE_WINDOW_NS = 1000.0
 
 
-def counters(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
+def counters(line: Timeline, pid: int) -> list[Event]:
     """All counter events of one core."""
-    return [*_memory(line, pid, offset), *_rates(line, pid, offset)]
+    return [*_memory(line, pid), *_rates(line, pid)]
 
 
-def _memory(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
+def _memory(line: Timeline, pid: int) -> list[Event]:
     """Bytes per partition in use in SBUF and PSUM, from first write to last use."""
     program = line.program
     first: dict[int, float] = {}
@@ -40,11 +39,11 @@ def _memory(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
         used = 0
         for moment in sorted(changes):
             used += changes[moment]
-            out.append(_counter(f"{space} bytes per partition", moment + offset, used, pid))
+            out.append(counter(f"{space} bytes per partition", moment, used, pid))
     return out
 
 
-def _rates(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
+def _rates(line: Timeline, pid: int) -> list[Event]:
     """DMA and HBM GB/s and TensorE columns per ns, averaged over windows of a microsecond."""
     program = line.program
     steps = int(line.total_ns // RATE_WINDOW_NS) + 1
@@ -63,11 +62,8 @@ def _rates(line: Timeline, pid: int, offset: float) -> list[dict[str, Any]]:
     out = []
     for title, values in (("DMA GB/s", dma), ("HBM GB/s", hbm), ("PE columns per ns", columns)):
         for step, amount in enumerate(values):
-            out.append(
-                _counter(
-                    title, step * RATE_WINDOW_NS + offset, round(amount / RATE_WINDOW_NS, 3), pid
-                )
-            )
+            rate = round(amount / RATE_WINDOW_NS, 3)
+            out.append(counter(title, step * RATE_WINDOW_NS, rate, pid))
     return out
 
 
@@ -78,13 +74,3 @@ def _spread(values: list[float], begin: float, end: float, amount: float) -> Non
         inside = min(end, (step + 1) * RATE_WINDOW_NS) - max(begin, step * RATE_WINDOW_NS)
         if step < len(values) and inside > 0:
             values[step] += amount * inside / length
-
-
-def _counter(title: str, moment: float, value: float, pid: int) -> dict[str, Any]:
-    return {
-        "name": title,
-        "ph": "C",
-        "pid": pid,
-        "ts": round(moment / 1e3, 6),
-        "args": {"value": value},
-    }

@@ -95,9 +95,9 @@ def transfer(
     core_rate = c.dma_core_rate
     if opcode == "dma_transpose" or bits & flags.TRANSPOSE:
         both_on_chip = src.space != "hbm" and dst.space != "hbm"
-        core = size / (core_rate * (c.dma_transpose_share if both_on_chip else 0.9))
-        parts: Parts = (("dma_transpose_share", core),)
-        cap: Parts = (("dma_transpose_share", core),)
+        limit = "dma_transpose_share" if both_on_chip else "dma_transpose_hbm_share"
+        parts: Parts = ((limit, size / (core_rate * getattr(c, limit))),)
+        cap = parts
     else:
         slow = c.dma_compute_share if opcode == "dma_compute" else 1.0
         parts = _packets(run, packets, per_engine, slow, c)

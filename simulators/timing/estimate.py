@@ -106,8 +106,9 @@ def _estimate(
 ) -> Estimate:
     bounds = lower_bounds(log, name, options)
     expected = timeline.total_ns
-    bound = min(bounds[busiest(bounds)], expected)
-    return Estimate(name, bound, expected, max(expected, pessimistic), timeline, bounds)
+    return Estimate(
+        name, bounds[busiest(bounds)], expected, max(expected, pessimistic), timeline, bounds
+    )
 
 
 def busiest(bounds: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ CONSTANTS = Constants(
     tensor_sustained=Constant(
         1.0, 0.875, 0.875, "share of clock", "measured", "KILN: 2.45 G columns/s in chains"
     ),
-    tensor_cold=same(1.0, "share of clock", "documented", "no warm-up is documented for gen2"),
+    tensor_cold=same(1.0, "share of clock", "documented", "unused: no warm-up on gen2"),
     tensor_window=same(3413.0, "ns", "documented", "unused: no warm-up on gen2"),
     tensor_window_share=same(0.0, "share busy", "documented", "unused: no warm-up on gen2"),
     matmul_min_columns=same(64.0, "columns", "documented", "ARCH, TensorE cost"),
@@ -42,13 +42,17 @@ CONSTANTS = Constants(
         89.0, 152.0, 358.0, "ns", "guess", "gen3's; ARCH ~100 cycles; PERF 358"
     ),
     vector_pointer=Constant(0.0, 23.7, 64.0, "ns", "derived", "fit: KILN, 64 with a scalar a row"),
-    vector_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
+    vector_min_interval=Constant(
+        0.0, 64.0, 100.0, "cycles", "documented", "ISA, MIN_II; ARCH, access and static overhead"
+    ),
     scalar_clock=same(1.4, "GHz", "documented", "ARCH, engine table"),
     scalar_issue=Constant(6.0, 23.5, 30.0, "ns", "derived", "fit: KILN 64 activations of N=64"),
     scalar_copy_issue=Constant(6.0, 23.5, 30.0, "ns", "derived", "as scalar_issue"),
     scalar_latency=Constant(150.0, 158.0, 200.0, "ns", "measured", "PERF: 159 ns for one element"),
     scalar_copy_latency=Constant(150.0, 158.0, 200.0, "ns", "guess", "as a function"),
-    scalar_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
+    scalar_min_interval=Constant(
+        0.0, 64.0, 100.0, "cycles", "documented", "ISA, MIN_II; ARCH, access and static overhead"
+    ),
     table_load=Constant(0.0, 1290.0, 1300.0, "ns", "guess", "gen3's"),
     accumulator_read=same(64.0, "cycles", "documented", "ARCH, ScalarE accumulators"),
     gpsimd_clock=same(1.4, "GHz", "documented", "ARCH, engine table"),
@@ -56,7 +60,9 @@ CONSTANTS = Constants(
     gpsimd_cycles_per_element=Constant(1.0, 1.0, 2.0, "cycles", "documented", "ISA affine_select"),
     semaphore=Constant(25.0, 30.0, 60.0, "ns", "derived", "PERF: chain of 189 less 159 ns"),
     stride_factor=same(2.0, "times", "documented", "ARCH, innermost stride over 16 B"),
-    dma_engine_rate=Constant(21.0, 20.5, 17.0, "B/ns", "derived", "fit: KILN and PERF 32 KiB rows"),
+    dma_engine_rate=Constant(
+        27.2, 20.5, 17.0, "B/ns", "derived", "fit: KILN, PERF 32 KiB; low: nki-dma-overview.rst"
+    ),
     dma_packet=Constant(20.0, 26.0, 28.0, "ns", "derived", "fit: KILN and PERF 32 KiB rows"),
     dma_short_rate=Constant(12.0, 11.5, 10.0, "B/ns", "derived", "fit: PERF 4 B, KILN 512 B rows"),
     dma_short_packet=Constant(6.0, 6.7, 7.0, "ns", "derived", "fit: PERF 4 B, KILN 512 B rows"),
@@ -64,10 +70,11 @@ CONSTANTS = Constants(
     dma_core_rate=Constant(273.5, 265.0, 262.0, "B/ns", "measured", "KILN 262.5; 273.5 active"),
     dma_software_issue=Constant(1300.0, 1335.0, 1380.0, "ns", "derived", "fit: KILN per-DMA rows"),
     dma_software_start=Constant(1000.0, 1300.0, 1500.0, "ns", "documented", "DMABW, to start"),
-    dma_hardware_issue=same(1335.0, "ns", "documented", "gen2 has no hardware generation"),
-    dma_hardware_start=same(1300.0, "ns", "documented", "gen2 has no hardware generation"),
+    dma_hardware_issue=same(1335.0, "ns", "documented", "unused: no hardware generation"),
+    dma_hardware_start=same(1300.0, "ns", "documented", "unused: no hardware generation"),
     dma_done=Constant(180.0, 310.0, 370.0, "ns", "guess", "gen3's"),
     dma_transpose_share=same(0.5, "share of rate", "guess", "gen3's bound"),
+    dma_transpose_hbm_share=same(0.9, "share of rate", "guess", "gen3's bound"),
     dma_compute_share=same(0.5, "share of rate", "documented", "ARCH gen4, DMA accumulate before"),
     collective_start=Constant(500.0, 4000.0, 50000.0, "ns", "guess", "nccom-test.rst, examples"),
     collective_hop=Constant(
@@ -75,8 +82,9 @@ CONSTANTS = Constants(
     ),
     collective_rate=Constant(96.0, 37.5, 24.0, "B/ns", "guess", "nccom-test.rst, permute; links"),
     core_barrier=same(0.0, "ns", "documented", "no pairs of cores on gen2"),
-    kernel_start=Constant(5500.0, 6500.0, 8000.0, "ns", "guess", "gen3's"),
-    kernel_end=Constant(1800.0, 2100.0, 2500.0, "ns", "guess", "gen3's"),
+    # Low: 256 loads that are all skipped (KILN) leave no time for a start and an end.
+    kernel_start=Constant(0.0, 6500.0, 8000.0, "ns", "guess", "gen3's; low: KILN"),
+    kernel_end=Constant(0.0, 2100.0, 2500.0, "ns", "guess", "gen3's; low: KILN"),
     loop_iteration=Constant(
         1000.0, 1400.0, 2000.0, "ns", "measured", "KILN: 64 iterations of one op"
     ),

@@ -38,14 +38,28 @@ CONSTANTS = Constants(
     vector_issue=Constant(19.0, 62.0, 66.0, "ns", "measured", "PROF: 598 ns per reduce of N=512"),
     vector_latency=Constant(148.0, 152.0, 158.0, "ns", "measured", "PROF: durations"),
     vector_pointer=Constant(0.0, 64.0, 64.0, "ns", "measured", "PROF: tensor_scalar by [P, 1]"),
-    vector_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
+    vector_min_interval=Constant(
+        0.0,
+        64.0,
+        100.0,
+        "cycles",
+        "documented",
+        "ISA, MIN_II; ARCH gen2, access and static overhead",
+    ),
     # ScalarE: functions and copies differ.
     scalar_clock=same(1.2, "GHz", "documented", "ARCH, engine table"),
     scalar_issue=Constant(143.0, 150.0, 185.0, "ns", "measured", "PROF: 570-586 ns per exp N=512"),
     scalar_copy_issue=Constant(40.0, 50.0, 60.0, "ns", "measured", "PROF: back-to-back copies"),
     scalar_latency=Constant(253.0, 278.0, 294.0, "ns", "measured", "PROF exp; DMA 401 and 3706 ns"),
     scalar_copy_latency=Constant(155.0, 158.0, 160.0, "ns", "measured", "PROF: 585 ns for N=512"),
-    scalar_min_interval=same(64.0, "cycles", "documented", "nki.api.shared.rst, MIN_II"),
+    scalar_min_interval=Constant(
+        0.0,
+        64.0,
+        100.0,
+        "cycles",
+        "documented",
+        "ISA, MIN_II; ARCH gen2, access and static overhead",
+    ),
     table_load=Constant(1283.0, 1290.0, 1300.0, "ns", "measured", "PROF ACT_TABLE_LOAD; DMA"),
     accumulator_read=same(64.0, "cycles", "documented", "ARCH gen2, ScalarE accumulators"),
     # GpSimdE: base + per-element cycles.
@@ -71,6 +85,9 @@ CONSTANTS = Constants(
     dma_done=Constant(180.0, 310.0, 370.0, "ns", "measured", "DMA: end of DMA to ACT start; PROF"),
     dma_transpose_share=Constant(
         0.5, 0.45, 0.37, "share of rate", "derived", "fit: three attention_cte rows; ARCH: <= 0.5"
+    ),
+    dma_transpose_hbm_share=Constant(
+        0.9, 0.9, 0.67, "share of rate", "documented", "ARCH: <= 0.9; high falls as on chip"
     ),
     dma_compute_share=same(0.5, "share of rate", "documented", "ARCH gen4, DMA accumulate before"),
     # Between cores. nccom-test.rst: 8 KiB to 8 ranks in 10 us, 64 KiB to 32 in 8 us, older ones in

@@ -58,6 +58,7 @@ CONSTANTS = replace(
     dma_hardware_start=_guess(GEN3.dma_hardware_start),
     dma_done=_guess(GEN3.dma_done),
     dma_transpose_share=replace(GEN3.dma_transpose_share, tag="guess"),
+    dma_transpose_hbm_share=replace(GEN3.dma_transpose_hbm_share, tag="guess"),
     dma_compute_share=same(1.0, "share of rate", "documented", "ARCH4, DMA accumulate"),
     collective_hop=_guess(GEN3.collective_hop),
     collective_rate=Constant(128.0, 64.0, 16.0, "B/ns", "guess", "gen3's, with its faster links"),

@@ -48,7 +48,10 @@ def timeline_png(
 
 
 def roofline_png(path: Path, kernels: Mapping[str, Estimate]) -> None:
-    """Flop rate against flops per byte of HBM traffic, with the roof of each generation."""
+    """Flop rate against flops per byte of HBM traffic, with the roof of each generation.
+
+    A kernel without products on TensorE has no point; the legend says so.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -65,12 +68,9 @@ def roofline_png(path: Path, kernels: Mapping[str, Estimate]) -> None:
         )
     for name, times in kernels.items():
         moved = max(1, sum(hbm_bytes(times)))
+        flops = times.tensor_flops or float("nan")  # zero has no place on a logarithmic axis
         axes.plot(
-            times.tensor_flops / moved,
-            times.tensor_flops / times.expected_ns / 1e3,
-            "o",
-            label=f"{name} ({100 * times.mfu:.0f} % MFU, estimated, "
-            f"{100 * times.guess_share:.0f} % rests on guesses)",
+            flops / moved, flops / times.expected_ns / 1e3, "o", label=roofline_label(name, times)
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -78,3 +78,11 @@ def roofline_png(path: Path, kernels: Mapping[str, Estimate]) -> None:
     axes.set_ylabel("TFLOP/s per core")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def roofline_label(name: str, times: Estimate) -> str:
+    """What the legend says of a kernel; of one in a file the file's name without its folder."""
+    rate = f"{100 * times.mfu:.0f} % MFU" if times.tensor_flops else "no products, so no point"
+    return (
+        f"{Path(name).name} ({rate}, estimated, {100 * times.guess_share:.0f} % rests on guesses)"
+    )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .constants import constants_for
 from .critical import stalls, time_by_line
 from .dma import Transfer
 from .estimate import Estimate
@@ -62,6 +63,7 @@ def summary(times: Estimate) -> dict[str, Any]:
     return {
         "generation": times.generation,
         "note": "estimated, not measured",
+        "constants": constants_for(times.generation).note,
         "bound_us": times.bound_ns / 1e3,
         "bound_resource": times.bound_resource,
         "expected_us": times.expected_ns / 1e3,
@@ -90,6 +92,7 @@ def table(times: Estimate, *, num_lines: int = 10) -> str:
     data = summary(times)
     out = [
         f"{times.generation}, one core, estimated (not measured)",
+        f"  constants {data['constants']}",
         f"  bound {data['bound_us']:.1f} us ({data['bound_resource']}), "
         f"expected {data['expected_us']:.1f} us, pessimistic {data['pessimistic_us']:.1f} us",
         f"  MFU {100 * data['mfu']:.1f} % of bf16 peak, HBM {data['hbm_gb_per_s']:.0f} GB/s, "

@@ -2,9 +2,7 @@
 
 Does: write one process per rank and core, one lane per engine, DMA queue and transfer, slices with
 operands, source line and wait, flow arrows from producer to consumer, and counters. Does not: time
-anything. Timestamps in the file are microseconds, as the format wants.
-
-Source: Trace Event Format (Google). Field names follow neuron-profile where it has one.
+anything, or know the format (trace_events.py). Field names follow neuron-profile where it has one.
 """
 
 from __future__ import annotations
@@ -15,33 +13,33 @@ from pathlib import Path
 from typing import Any
 
 from .access import Access
+from .constants import constants_for
 from .counters import counters
 from .critical import guess_share
 from .dma import Transfer
 from .timeline import Timeline
+from .trace_events import Event, arrow, complete, named
 
 LANES = ("tensor", "vector", "scalar", "gpsimd", "sync", "collectives")
 
 
-def events(
-    line: Timeline, *, pid: int = 0, name: str = "rank 0 core 0", offset_ns: float = 0.0
-) -> list[dict[str, Any]]:
-    """The trace events of one core. offset_ns moves them all."""
+def events(line: Timeline, *, pid: int = 0, name: str = "rank 0 core 0") -> list[Event]:
+    """The trace events of one core."""
     lanes = _lanes(line)
-    out: list[dict[str, Any]] = [_meta("process_name", pid, 0, name)]
-    out += [_meta("thread_name", pid, tid, lane) for lane, tid in lanes.items()]
+    out = [named("process_name", pid, 0, name)]
+    out += [named("thread_name", pid, tid, lane) for lane, tid in lanes.items()]
     idle = _idle_before(line)
     for record in range(len(line.program)):
-        out.append(_slice(line, record, pid, lanes, idle[record], offset_ns))
-        out += _arrow(line, record, pid, lanes, offset_ns)
-    out += _transfers(line, pid, lanes, offset_ns)
-    out += counters(line, pid, offset_ns)
+        out.append(_slice(line, record, pid, lanes, idle[record]))
+        out += _arrow(line, record, pid, lanes)
+    out += _transfers(line, pid, lanes)
+    out += counters(line, pid)
     return out
 
 
 def document(parts: Mapping[str, Timeline]) -> dict[str, Any]:
     """A whole trace of several cores, by the name of their process."""
-    listed: list[dict[str, Any]] = []
+    listed: list[Event] = []
     for pid, (name, line) in enumerate(parts.items()):
         listed += events(line, pid=pid, name=name)
     listed += _meetings(list(parts.values()))
@@ -49,6 +47,7 @@ def document(parts: Mapping[str, Timeline]) -> dict[str, Any]:
     other = {
         "target": ", ".join(generations),
         "note": "estimated, not measured",
+        "constants": {name: constants_for(name).note for name in generations},
         "guess_share": {name: round(guess_share(line), 4) for name, line in parts.items()},
     }
     return {"traceEvents": listed, "displayTimeUnit": "ns", "otherData": other}
@@ -66,10 +65,6 @@ def _lanes(line: Timeline) -> dict[str, int]:
     return {lane: tid for tid, lane in enumerate(ordered, start=1)}
 
 
-def _meta(what: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"name": what, "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
-
-
 def _idle_before(line: Timeline) -> list[float]:
     """Per record, how long its queue had nothing to do before it started, ns."""
     free = dict.fromkeys(line.program.queues, line.program.values.kernel_start)
@@ -81,9 +76,7 @@ def _idle_before(line: Timeline) -> list[float]:
     return idle
 
 
-def _slice(
-    line: Timeline, record: int, pid: int, lanes: dict[str, int], idle: float, offset: float
-) -> dict[str, Any]:
+def _slice(line: Timeline, record: int, pid: int, lanes: dict[str, int], idle: float) -> Event:
     program = line.program
     queue, opcode = program.queues[record], program.opcodes[record]
     file, number = program.log.lines[program.lines[record]]
@@ -109,16 +102,13 @@ def _slice(
         args["group"] = list(exchange.group)
         args["bytes"] = exchange.bytes_sent
         args["waited_ns"] = round(line.start[record] - since, 3)
-    return _complete(
-        opcode, queue, line.start[record], line.free[record], pid, lanes[queue], args, offset
-    )
+    return complete(opcode, queue, line.start[record], line.free[record], pid, lanes[queue], args)
 
 
-def _transfers(
-    line: Timeline, pid: int, lanes: dict[str, int], offset: float
-) -> list[dict[str, Any]]:
+def _transfers(line: Timeline, pid: int, lanes: dict[str, int]) -> list[Event]:
     """Slices of the data that DMAs move; a lane shows no two at once, `began_us` is the truth."""
-    program, out = line.program, []
+    program = line.program
+    out: list[Event] = []
     shown: dict[int, float] = {}
     for record in sorted(line.transfer, key=lambda i: (line.transfer[i], i)):
         begin, end = line.transfer[record]
@@ -130,81 +120,44 @@ def _transfers(
         rate = round(size / (end - begin), 1) if end > begin else 0.0
         args = {"record": record, "bytes": size, "GB/s": rate, "began_us": begin / 1e3}
         name = f"{program.opcodes[record]} data"
-        out.append(_complete(name, "dma", first, end, pid, lane, args, offset))
+        out.append(complete(name, "dma", first, end, pid, lane, args))
     return out
-
-
-def _complete(
-    name: str,
-    category: str,
-    begin: float,
-    end: float,
-    pid: int,
-    tid: int,
-    args: dict[str, Any],
-    offset: float,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "cat": category,
-        "ph": "X",
-        "pid": pid,
-        "tid": tid,
-        "ts": round((begin + offset) / 1e3, 6),
-        "dur": round((end - begin) / 1e3, 6),
-        "args": args,
-    }
 
 
 def _operand(access: Access) -> str:
     return f"{access.space}[{access.partitions}x{access.elements}x{access.itemsize}B]"
 
 
-def _arrow(
-    line: Timeline, record: int, pid: int, lanes: dict[str, int], offset: float
-) -> list[dict[str, Any]]:
+def _arrow(line: Timeline, record: int, pid: int, lanes: dict[str, int]) -> list[Event]:
     """A flow arrow from the producer whose data this record waited for."""
-    before = line.wait_on[record]
-    if before < 0 or line.wait_kind[record] not in ("data", "war", "waw", "bank", "space"):
+    before, kind = line.wait_on[record], line.wait_kind[record]
+    if before < 0 or kind not in ("data", "war", "waw", "bank", "space"):
         return []
-    program = line.program
-    base = {"name": line.wait_kind[record], "cat": "wait", "id": pid * 10**9 + record, "pid": pid}
-    from_lane, to_lane = lanes[program.queues[before]], lanes[program.queues[record]]
-    return [
-        {**base, "ph": "s", "tid": from_lane, "ts": round((line.start[before] + offset) / 1e3, 6)},
-        {
-            **base,
-            "ph": "f",
-            "bp": "e",
-            "tid": to_lane,
-            "ts": round((line.start[record] + offset) / 1e3, 6),
-        },
-    ]
+    tail, head = (
+        (pid, lanes[line.program.queues[one]], line.start[one]) for one in (before, record)
+    )
+    return arrow(kind, "wait", pid * 10**9 + record, tail, head)
 
 
-def _meetings(lines: list[Timeline]) -> list[dict[str, Any]]:
+def _meetings(lines: list[Timeline]) -> list[Event]:
     """Arrows between processes, from the core that came last to those that waited for it."""
     members: dict[int, list[tuple[int, int]]] = {}
     for pid, line in enumerate(lines):
         for record, exchange in line.program.meetings.items():
             members.setdefault(exchange.meeting, []).append((pid, record))
-    out = []
+    lanes = [_lanes(line) for line in lines]
+
+    def at(pid: int, record: int) -> tuple[int, int, float]:
+        line = lines[pid]
+        return pid, lanes[pid][line.program.queues[record]], line.start[record]
+
+    out: list[Event] = []
     for meeting, there in members.items():
         waited = [(pid, record) for pid, record in there if record in lines[pid].meetings]
         last = next((member for member in there if member not in waited), None)
         if last is None:
             continue
         for pid, record in waited:
-            arrow = {"name": "meeting", "cat": "wait", "id": 10**15 + meeting * 10**4 + pid}
-            out += [
-                {**arrow, "ph": "s", **_at(lines, *last)},
-                {**arrow, "ph": "f", "bp": "e", **_at(lines, pid, record)},
-            ]
+            ident = 10**15 + meeting * 10**4 + pid
+            out += arrow("meeting", "wait", ident, at(*last), at(pid, record))
     return out
-
-
-def _at(lines: list[Timeline], pid: int, record: int) -> dict[str, Any]:
-    """Process, lane and moment at which a record starts."""
-    line = lines[pid]
-    lane = _lanes(line)[line.program.queues[record]]
-    return {"pid": pid, "tid": lane, "ts": round(line.start[record] / 1e3, 6)}

@@ -39,10 +39,17 @@ class Scored:
         return self.prediction.value / self.row.value - 1.0
 
     @property
-    def in_band(self) -> bool:
-        """Whether the published time lies between the bound and the pessimistic time."""
+    def band(self) -> str:
+        """Where the published time lies: "below" the bound, "in", "above" the pessimistic time.
+
+        "-" where the row is no time of a kernel or did not run.
+        """
         band = None if self.prediction is None else self.prediction.band
-        return band is not None and band[0] <= self.row.value <= band[1]
+        if band is None:
+            return "-"
+        if self.row.value < band[0]:
+            return "below"
+        return "in" if self.row.value <= band[1] else "above"
 
     @property
     def judged(self) -> str:
@@ -93,7 +100,8 @@ def quantile(values: list[float], share: float) -> float:
 def report(scored: Iterable[Scored], title: str) -> str:
     """The table of one use, with the summary per class and n scored of n scorable."""
     listed = list(scored)
-    out = [title, f"  {'predicted':>11} {'published':>11} {'':<6} {'error':>8} {'guess':>6}  row"]
+    columns = f"{'predicted':>11} {'published':>11} {'':<6} {'error':>8} {'guess':>6} {'band':>5}"
+    out = [title, f"  {columns}  row"]
     out += [_ran_line(item) for item in listed if item.prediction is not None]
     for item in listed:
         if item.prediction is None:
@@ -106,8 +114,11 @@ def report(scored: Iterable[Scored], title: str) -> str:
         out.append(f"  {kind}: {_summary([item.error for item in ran if item.judged == kind])}")
     bands = [item for item in ran if item.prediction is not None and item.prediction.band]
     if bands:
-        inside = sum(item.in_band for item in bands)
-        out.append(f"  times between bound and pessimistic: {inside} of {len(bands)}")
+        places = [item.band for item in bands]
+        out.append(
+            f"  times between bound and pessimistic: {places.count('in')} of {len(bands)}, "
+            f"{places.count('below')} below the bound, {places.count('above')} above pessimistic"
+        )
     scorable = [item for item in listed if not not_a_kernel(item.row)]
     out.append(f"  scored {len(ran)} of {len(scorable)} scorable rows")
     return "\n".join(out)
@@ -119,7 +130,7 @@ def _ran_line(item: Scored) -> str:
     guess = "-" if found.guess_share is None else f"{100 * found.guess_share:.0f}%"
     return (
         f"  {found.value:>11.3f} {row.value:>11.3f} {row.unit:<6} {100 * item.error:>+7.1f}% "
-        f"{guess:>6}  {row.group} {row.name} [{row.generation}, {found.ran}]"
+        f"{guess:>6} {item.band:>5}  {row.group} {row.name} [{row.generation}, {found.ran}]"
     )
 
 
@@ -142,7 +153,11 @@ def limits(scored: Iterable[Scored], use: str) -> list[tuple[str, bool]]:
         return []
     listed = [item for item in scored if not not_a_kernel(item.row)]
     missed = sum(item.prediction is None for item in listed)
-    result = [(f"all {len(listed)} scorable rows run ({missed} did not)", missed == 0)]
+    below = sum(item.band == "below" for item in listed)
+    result = [
+        (f"all {len(listed)} scorable rows run ({missed} did not)", missed == 0),
+        (f"no published time is below its bound ({below} are)", below == 0),
+    ]
     for kind, most in LIMITS[use].items():
         sizes = [
             abs(item.error) * 100

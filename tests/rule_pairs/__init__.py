@@ -32,7 +32,7 @@ def cores(kernel, choice, generation):
     return Kernel(kernel, generation)[2](choice)
 
 
-def ranks(count, lnc=1):
+def on_ranks(count, lnc=1):
     """On several ranks."""
 
     def launch(kernel, choice, generation):

@@ -53,6 +53,11 @@ def tile(on_chip):
     nl.exp(nl.ones((128, 8), nl.float32) if on_chip else hbm((128, 8)))  # bad
 
 
+@pair("program.axis", good=0, bad=1)
+def program_axis(axis):
+    nl.program_id(axis)  # bad
+
+
 @pair("loop.bounds", good=1, bad=0)
 def loop(step):
     nl.fori_loop(0, 2, same, step=step)  # bad

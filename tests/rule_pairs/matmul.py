@@ -102,6 +102,11 @@ def transpose(dtype):
     nisa.nc_transpose(psum((64, 128), dtype), nl.ones((128, 64), nl.bfloat16))  # bad
 
 
+@pair("nc_transpose.product", good=nl.bfloat16, bad=nl.float32, generation="gen2")
+def transpose_by_a_product(dtype):
+    nisa.nc_transpose(psum((64, 128), dtype), nl.ones((128, 64), nl.bfloat16))  # bad
+
+
 @pair("vector.inputs_in_psum", good=nl.sbuf, bad=nl.psum)
 def both_in_psum(region):
     one, two = psum((128, 8)), nl.ndarray((128, 8), nl.float32, region)

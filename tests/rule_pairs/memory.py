@@ -12,6 +12,11 @@ def hbm(shape, dtype=nl.float32):
     return nl.zeros(shape, dtype, buffer=nl.private_hbm)
 
 
+@pair("ndarray.single", good=(1, 1), bad=(1,))
+def single(shape):
+    nl.ndarray(shape, dtype=nl.int32)  # bad
+
+
 @pair("ndarray.shape", good=(128, 8), bad=(128,))
 def shape(sizes):
     nl.ndarray(sizes, nl.float32, nl.sbuf)  # bad
@@ -76,6 +81,16 @@ def copied_padding(columns):
     tile = sbuf((128, 8))
     nisa.memset(tile[:, 0:columns], 0.0)
     nisa.tensor_copy(sbuf((128, 8)), tile)  # bad
+
+
+_KEPT: list = []
+
+
+@pair("tensor.run", good=True, bad=False)
+def other_call(fresh):
+    if fresh:
+        _KEPT[:] = [nl.ones((128, 8), nl.float32)]
+    nisa.reciprocal(sbuf((128, 8)), _KEPT[0])  # bad
 
 
 @pair("kernel.output", good=nl.shared_hbm, bad=nl.private_hbm)
@@ -176,6 +191,11 @@ def rearrange(pattern):
 def float8(value):
     tile = nl.full((128, 8), value, nl.float32)
     nisa.tensor_copy(sbuf((128, 8), nl.float8_e4m3), tile)  # bad
+
+
+@pair("memset.dtype", good=2, bad=2.0)
+def memset_dtype(value):
+    nisa.memset(sbuf((128, 8), nl.int32), value)  # bad
 
 
 @pair("memset.value", good=255, bad=256)

@@ -7,7 +7,7 @@ from nxd_cp.simulators.nki_api import Kernel, simulate_ranks
 from nxd_cp.simulators.nki_api import collectives as ncc
 from nxd_cp.simulators.nki_api.runtime import current
 
-from . import alone, cores, pair, ranks
+from . import alone, cores, on_ranks, pair
 
 ALL = ncc.ReplicaGroup([[0, 1]])
 SHAPE = (128, 8)
@@ -130,7 +130,7 @@ def same_bytes(both):
     nisa.dma_copy(data[rows], tile[part])  # bad
 
 
-@pair("race.collective", good=True, bad=False, launch=ranks(2, lnc=2))
+@pair("race.collective", good=True, bad=False, launch=on_ranks(2, lnc=2))
 def collective_race(barrier):
     src, dst = shared("src"), shared("dst")
     nisa.dma_copy(src[own_rows(128)], nl.ones((64, 8), nl.float32))
@@ -139,7 +139,7 @@ def collective_race(barrier):
     ncc.all_reduce([src], [dst], ALL, nl.add)  # bad
 
 
-@pair("race.in_flight", good=True, bad=False, launch=ranks(2))
+@pair("race.in_flight", good=True, bad=False, launch=on_ranks(2))
 def in_flight(waits):
     src = nl.ndarray(SHAPE, nl.float32, nl.sbuf, address=(0, 0))
     dst = nl.ndarray(SHAPE, nl.float32, nl.sbuf, address=(0, 32))
@@ -151,7 +151,7 @@ def in_flight(waits):
     nisa.memset(again, 2.0)  # bad
 
 
-@pair("ranks.agreement", good=0, bad=1, launch=ranks(2))
+@pair("ranks.agreement", good=0, bad=1, launch=on_ranks(2))
 def agreement(odd):
     src, dst = filled("src"), shared("dst")
     op = nl.maximum if _rank() * odd else nl.add
@@ -163,67 +163,67 @@ def _rank():
     return current("here").place.rank
 
 
-@pair("collective.operands", good=True, bad=False, launch=ranks(2))
+@pair("collective.operands", good=True, bad=False, launch=on_ranks(2))
 def operands(lists):
     src, dst = filled("src"), shared("dst")
     ncc.all_reduce([src] if lists else src, [dst], ALL, nl.add)  # bad
 
 
-@pair("collective.name", good="src", bad="", launch=ranks(2))
+@pair("collective.name", good="src", bad="", launch=on_ranks(2))
 def name(given):
     src, dst = filled(given), shared("dst")
     ncc.all_reduce([src], [dst], ALL, nl.add)  # bad
 
 
-@pair("collective.alias", good=False, bad=True, launch=ranks(2))
+@pair("collective.alias", good=False, bad=True, launch=on_ranks(2))
 def alias(in_place):
     src, dst = filled("src"), shared("dst")
     ncc.all_reduce([src], [src if in_place else dst], ALL, nl.add)  # bad
 
 
-@pair("collective.sizes", good=8, bad=4, launch=ranks(2))
+@pair("collective.sizes", good=8, bad=4, launch=on_ranks(2))
 def sizes(columns):
     src, dst = filled("src"), shared("dst", (128, columns))
     ncc.all_reduce([src], [dst], ALL, nl.add)  # bad
 
 
-@pair("collective.op", good=nl.minimum, bad=nl.multiply, launch=ranks(2))
+@pair("collective.op", good=nl.minimum, bad=nl.multiply, launch=on_ranks(2))
 def op(function):
     src, dst = filled("src"), shared("dst")
     ncc.all_reduce([src], [dst], ALL, function)  # bad
 
 
-@pair("collective.dim", good=0, bad=1, launch=ranks(2))
+@pair("collective.dim", good=0, bad=1, launch=on_ranks(2))
 def dim(along):
     src, dst = filled("src"), shared("dst", (256, 8) if along == 0 else (128, 16))
     ncc.all_gather([src], [dst], ALL, along)  # bad
 
 
-@pair("collective.group", good=1, bad=2, launch=ranks(2))
+@pair("collective.group", good=1, bad=2, launch=on_ranks(2))
 def group(last):
     src, dst = filled("src"), shared("dst")
     ncc.all_reduce([src], [dst], ncc.ReplicaGroup([[0, last]]), nl.add)  # bad
 
 
-@pair("collective.priority", good=3, bad=3, good_generation="gen4", launch=ranks(2))
+@pair("collective.priority", good=3, bad=3, good_generation="gen4", launch=on_ranks(2))
 def priority(level):
     src, dst = filled("src"), shared("dst")
     ncc.all_reduce([src], [dst], ALL, nl.add, priority=level)  # bad
 
 
-@pair("collective.pairs", good=((0, 1), (1, 0)), bad=((0, 1),), launch=ranks(2))
+@pair("collective.pairs", good=((0, 1), (1, 0)), bad=((0, 1),), launch=on_ranks(2))
 def pairs(given):
     src, dst = filled("src"), shared("dst")
     ncc.collective_permute([src], [dst], given)  # bad
 
 
-@pair("collective.channels", good=0, bad=1, launch=ranks(2))
+@pair("collective.channels", good=0, bad=1, launch=on_ranks(2))
 def channels(channel):
     src, dst = filled("src"), shared("dst")
     ncc.collective_permute_implicit([[src]], [[dst]], ALL, channel_ids=(channel,))  # bad
 
 
-@pair("collective.iteration", good=0, bad=-1, launch=ranks(2))
+@pair("collective.iteration", good=0, bad=-1, launch=on_ranks(2))
 def iteration(number):
     ncc.collective_permute_implicit_current_processing_rank_id(number, ALL)  # bad
 
@@ -241,7 +241,7 @@ def io_tensor(copies, x):
     ncc.all_reduce([src if copies else x], [dst], ALL, nl.add)  # bad
 
 
-@pair("kernel.collective_output", good=True, bad=False, launch=ranks(2))
+@pair("kernel.collective_output", good=True, bad=False, launch=on_ranks(2))
 def collective_output(copies):
     src = filled("src")
     dst = nl.ndarray(SHAPE, nl.float32, buffer=nl.shared_hbm, name="dst")  # bad
@@ -253,14 +253,14 @@ def collective_output(copies):
     return out
 
 
-@pair("collective_v.metadata", good=nl.uint32, bad=nl.int32, launch=ranks(2))
+@pair("collective_v.metadata", good=nl.uint32, bad=nl.int32, launch=on_ranks(2))
 def metadata(dtype):
     src, dst = filled("src", (1, 4)), shared("dst", (1, 4))
     table = nl.zeros((1, 3, 2), dtype)
     ncc.all_to_all_v([src], [dst], ALL, table)  # bad
 
 
-@pair("collective_v.limits", good=False, bad=True, launch=ranks(2))
+@pair("collective_v.limits", good=False, bad=True, launch=on_ranks(2))
 def limits(displacements):
     src, dst = filled("src", (1, 4)), shared("dst", (1, 4))
     table = nl.zeros((1, 4 if displacements else 3, 2), nl.uint32)

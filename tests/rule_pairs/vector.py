@@ -64,6 +64,11 @@ def op(function):
     nisa.activation(sbuf((128, 8)), function, ones(128, 8))  # bad
 
 
+@pair("operand.op_generation", good=nl.maximum, bad=nl.abs_max)
+def op_generation(function):
+    nisa.tensor_tensor(sbuf((128, 8)), ones(128, 8), ones(128, 8), function)  # bad
+
+
 @pair("operand.divide", good=nl.multiply, bad=nl.divide)
 def divide(function):
     nisa.tensor_tensor(sbuf((128, 8)), ones(128, 8), ones(128, 8), function)  # bad
@@ -88,7 +93,7 @@ def tensor_scalar(op1):
 
 @pair("tensor_scalar.op", good=0, bad=0, good_generation="gen4")
 def tensor_scalar_op(_):
-    nisa.tensor_scalar(sbuf((128, 8)), ones(128, 8), nl.abs_max, 2.0)  # bad
+    nisa.tensor_scalar(sbuf((128, 8)), ones(128, 8), nl.square, None)  # bad
 
 
 @pair("tensor_scalar.scalar_engine", good=nl.multiply, bad=nl.subtract)
@@ -119,9 +124,15 @@ def bitvec(dtype):
     nisa.tensor_tensor(sbuf((128, 8), dtype), data, data, nl.bitwise_and)  # bad
 
 
-@pair("vector.engine", good=0, bad=0, generation="gen2", good_generation="gen3")
-def engine(_):
-    nisa.tensor_copy(sbuf((128, 8)), ones(128, 8), engine=nisa.engine.scalar)  # bad
+@pair("vector.bitvec_width", good=nl.int32, bad=nl.uint8)
+def bitvec_width(dtype):
+    one, two = ones(128, 8, dtype=nl.uint32), ones(128, 8, dtype=dtype)
+    nisa.tensor_tensor(sbuf((128, 8), nl.uint32), one, two, nl.bitwise_and)  # bad
+
+
+@pair("vector.engine", good=nisa.engine.scalar, bad=nisa.engine.tensor)
+def engine(unit):
+    nisa.tensor_copy(sbuf((128, 8)), ones(128, 8), engine=unit)  # bad
 
 
 @pair("vector_reduce.command", good=nl.add, bad=nl.logical_and)
@@ -189,6 +200,11 @@ def rng(dtype):
 @pair("random.state", good=1, bad=2)
 def seed(count):
     nisa.set_rng_seed(nl.zeros((1, count), nl.uint32))  # bad
+
+
+@pair("rand2.dtype", good=nl.float8_e5m2, bad=nl.float8_e4m3fn, generation="gen4")
+def rand2_dtype(dtype):
+    nisa.rand2(sbuf((128, 8), dtype), 0.0, 1.0)  # bad
 
 
 @pair("rand2.range", good=1.0, bad=0.0, generation="gen4")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 
-from nxd_cp.simulators.nki_api.isa.arguments import guarded
+from nxd_cp.simulators.nki_api.arguments import guarded
 from nxd_cp.simulators.nki_api.isa.issue import issue
 from nxd_cp.simulators.nki_api.registers import Register
 from nxd_cp.simulators.nki_api.runtime import current

@@ -22,7 +22,8 @@ TILE = documented(
 KNOWN_ISSUE = inferred(
     "language.known_issue",
     "NKI release notes 0.4.0 (known issues)",
-    "operands of two-operand functions have one shape, and power takes two tiles",
+    "operands of two-operand functions have one shape, power takes two tiles, and matmul an x that "
+    "is transposed already",
 )
 NOT_ON_DEVICE = documented(
     "language.not_on_device",

@@ -14,13 +14,13 @@ import numpy as np
 from nxd_cp.simulators.nki_api import dtypes, isa
 from nxd_cp.simulators.nki_api.allocation import ndarray, psum
 from nxd_cp.simulators.nki_api.checks import check_written
-from nxd_cp.simulators.nki_api.errors import fail, unsupported
+from nxd_cp.simulators.nki_api.errors import broken, fail, unsupported
 from nxd_cp.simulators.nki_api.memory import HBM
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
-from .common import TILE, check_tiles, result, widened
+from .common import KNOWN_ISSUE, TILE, check_tiles, result, widened
 
 QUADRANT = 32  # partitions that nc_stream_shuffle moves among
 
@@ -113,6 +113,8 @@ def transpose(x: Any, dtype: Any = None) -> NkiTensor:
 def matmul(x: Any, y: Any, transpose_x: bool = False) -> NkiTensor:
     """x @ y, or x.T @ y if x is given transposed; a float32 tile in PSUM."""
     check_tiles("matmul", x, y)
+    if not transpose_x:
+        broken(KNOWN_ISSUE, "nki.language.matmul", "transpose_x=False", x=x, y=y)
     stationary = x if transpose_x else copy(transpose(x))
     tile = ndarray((stationary.shape[1], y.shape[1]), dtypes.float32, psum)
     isa.nc_matmul(tile, stationary, y)

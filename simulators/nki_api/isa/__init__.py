@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from nxd_cp.simulators.nki_api.arguments import guarded
 from nxd_cp.simulators.nki_api.chips import chip_for
 from nxd_cp.simulators.nki_api.errors import NkiValidationError, unsupported
 from nxd_cp.simulators.nki_api.registers import Register as VirtualRegister
@@ -22,7 +23,6 @@ from nxd_cp.simulators.nki_api.runtime import current_or_none
 
 from . import enums as constants
 from .activate2 import activate2
-from .arguments import guarded
 from .copy import memset, tensor_copy
 from .dma import dma_copy
 from .dma_compute import dma_compute

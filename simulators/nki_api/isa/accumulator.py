@@ -60,12 +60,16 @@ def reduce_lanes(
     op: Any,
     allowed: tuple[str, ...],
     command: Any,
+    known: tuple[commands, ...],
     result: Any,
     initial: Any = None,
     negate: bool = False,
 ) -> None:
-    """Fold fp32 `values` (of `data`'s size) into the registers; write them out to `result`."""
-    if type(op) is not Op or op.name not in allowed or not isinstance(command, commands):
+    """Fold fp32 `values` (of `data`'s size) into the registers; write them out to `result`.
+
+    allowed, known: the names of the operators and the commands that the instruction takes.
+    """
+    if type(op) is not Op or op.name not in allowed or command not in known:
         fail(_COMMAND, instr, f"reduce_op={op}, reduce_cmd={command}", data=data)
     if (initial is not None) is not (command is commands.load_reduce):
         fail(_COMMAND, instr, f"initial value {initial!r} with {command}", data=data)

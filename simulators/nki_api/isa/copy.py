@@ -32,6 +32,7 @@ from nxd_cp.simulators.nki_api.runtime import Run, current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .enums import engine as engines
+from .generation import absent
 from .issue import NkiInstruction, issue
 
 ENGINE = documented(
@@ -41,6 +42,11 @@ ENGINE = documented(
 )
 _FILL = documented(
     "memset.value", "nki.isa.memset", "the value of an integer memset is one that dst can hold"
+)
+_KIND = documented(
+    "memset.dtype",
+    "NKI migration guide (nisa.memset, strict type matching)",
+    "an integer tensor is filled with an integer: 2, not 2.0",
 )
 _GEN2 = inferred(
     "tensor_copy.run_time_address",
@@ -86,7 +92,7 @@ def tensor_copy(
 def _check_engine(instr: str, run: Run, engine: Any, dst: Any, src: Any) -> None:
     legal = engine in (engines.vector, engines.scalar, engines.gpsimd)
     if engine is engines.scalar and not run.chip.scalar_engine_copy:
-        fail(ENGINE, instr, "no ScalarE copy on gen2; use nisa.activation(op=nl.copy)", src=src)
+        absent(run, instr, "on ScalarE needs gen3 (or nisa.activation with nl.copy)", src=src)
     if engine is engines.gpsimd and (in_psum(dst) or in_psum(src)):
         legal = False
     if not legal:
@@ -109,6 +115,8 @@ def memset(
         info = np.iinfo(dst.dtype.np_dtype)
         if value != int(value) or not info.min <= value <= info.max:
             fail(_FILL, instr, f"{value!r} is no {dst.dtype}", dst=dst)
+        if not hasattr(value, "__index__"):
+            broken(_KIND, instr, f"value={value!r} for {dst.dtype}", dst=dst)
         if run.values:
             out[...] = int(value)
     elif run.values:

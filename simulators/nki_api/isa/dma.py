@@ -64,8 +64,9 @@ def dma_copy(
     """dst = src by DMA, in row-major element order."""
     instr = "nki.isa.dma_copy"
     run = current(instr)
-    if type(dge_mode) is int:
+    if type(dge_mode) is not modes or type(oob_mode) is not oob_modes:
         dge_mode = member(instr, modes, dge_mode)
+        oob_mode = member(instr, oob_modes, oob_mode)
     for role, tensor in (("dst", dst), ("src", src)):
         if not isinstance(tensor, NkiTensor) or tensor.space == PSUM:
             fail(_PLACES, instr, f"{role} is not in HBM or SBUF", **{role: tensor})

@@ -25,6 +25,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .dma import check_padding, watch
 from .enums import oob_mode as oob_modes
 from .issue import NkiInstruction, issue
+from .members import member
 
 _COMPUTE = documented(
     "dma_compute.operands",
@@ -52,7 +53,7 @@ def dma_compute(
     """dst = sum of the sources, element by element, in fp32."""
     instr = "nki.isa.dma_compute"
     run = current(instr)
-    sources = list(srcs)
+    sources, oob_mode = list(srcs), member(instr, oob_modes, oob_mode)
     plain = scales is None or all(scale == 1.0 for scale in scales)
     if reduce_op is not OPS["add"] or not plain or not 1 <= len(sources) <= 16:
         detail = f"{len(sources)} sources, reduce_op={reduce_op}, scales={scales}"

@@ -66,7 +66,7 @@ def dma_transpose(
     """dst = src with its first and last dims swapped."""
     instr = "nki.isa.dma_transpose"
     run = current(instr)
-    dge_mode = member(instr, modes, dge_mode)
+    dge_mode, oob_mode = member(instr, modes, dge_mode), member(instr, oob_modes, oob_mode)
     tensors = type(dst) is NkiTensor and isinstance(src, NkiTensor)
     if not tensors or dst.space != SBUF or src.space not in (HBM, SBUF) or src.ndim not in _AXES:
         fail(_TRANSPOSE, instr, "memory or number of dims", dst=dst, src=src)

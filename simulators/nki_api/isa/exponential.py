@@ -26,8 +26,11 @@ from .issue import NkiInstruction, issue
 from .stages import read, write
 
 _TYPES = documented(
-    "exponential.dtype", "nki.isa.exponential", "dst is of any type but uint32, src but tfloat32"
+    "exponential.dtype",
+    "nki.isa.exponential",
+    "dst is of any type but uint32, src but tfloat32, neither float8_e4m3fn; at most 4 dims",
 )
+_COMMANDS = (commands.idle, commands.reset_reduce, commands.reduce, commands.load_reduce)
 
 
 def exponential(
@@ -45,13 +48,17 @@ def exponential(
     need(run, instr, 4)
     values = read(instr, run, "src", src)
     top = per_partition(instr, "max_value", max_value, src, float32_only=True)
-    if dst.dtype is dtypes.uint32 or src.dtype is dtypes.tfloat32:
+    legal = dst.dtype is not dtypes.uint32 and src.dtype is not dtypes.tfloat32
+    legal = legal and dtypes.float8_e4m3fn not in (dst.dtype, src.dtype)
+    if not legal or max(dst.ndim, src.ndim) > 4:
         fail(_TYPES, instr, f"{src.dtype} to {dst.dtype}", dst=dst, src=src)
     result = np.exp(values - (np.float32(top) if type(top) is float else top))
     write(instr, run, dst, result, src=src)
     unset = type(reduce_init) in (int, float) and reduce_init == 0
     initial = None if unset and reduce_cmd is not commands.load_reduce else reduce_init
-    reduce_lanes(instr, run, src, result, OPS["add"], ("add",), reduce_cmd, reduce_res, initial)
+    reduce_lanes(
+        instr, run, src, result, OPS["add"], ("add",), reduce_cmd, _COMMANDS, reduce_res, initial
+    )
     flags = READ_ACCUMULATOR if reduce_res is not None else 0
     tiles = (src, max_value, reduce_res)
     return issue(run, "exponential", "vector", dst, tiles, src, flags, "exp", name)

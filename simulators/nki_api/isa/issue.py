@@ -19,6 +19,12 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 MAX_INSTRUCTIONS = 5_000_000
 
+_OWNER = inferred(
+    "tensor.run",
+    "nki.jit; nki.language.ndarray (visible to one kernel instance); our reading",
+    "a tensor is used in the call of the kernel that made it, on its own core",
+)
+
 _DEPENDENCY = documented(
     "instruction.depends_on",
     "nki.isa.NkiInstruction.depends_on",
@@ -82,21 +88,27 @@ def issue(
     sized: the tensor whose elements per partition are the instruction's size, or that number.
     """
     run.issued += 1
+    tensors = [source for source in sources if isinstance(source, NkiTensor)]
+    for tensor in tensors if dst is None else (dst, *tensors):
+        owner = tensor.storage.owner
+        if owner is not run and owner is not run.world:
+            fail(_OWNER, f"nki.isa.{opcode}", "a tensor of another call", tensor=tensor)
     if name is not None:
         run.names.add(name)
     if run.issued > MAX_INSTRUCTIONS:
         _count(run, opcode)
-    for lifetimes in run.core.lifetimes.values():
-        lifetimes.touch(run.issued, (dst, *sources))
+    if run.core.lifetimes:
+        for lifetimes in run.core.lifetimes.values():
+            lifetimes.touch(run.issued, (dst, *tensors))
     if run.core.flights:
         observe(run.core.flights, f"nki.isa.{opcode}", dst, sources)
     if run.trace is not None:
         run.trace.add(opcode)
-    for source in sources:
-        if type(source) is NkiTensor and type(dst) is NkiTensor and source.space == dst.space:
-            check_overlap(f"nki.isa.{opcode}", dst, source)
+    if type(dst) is NkiTensor:
+        for source in tensors:
+            if source.space == dst.space and type(source) is NkiTensor:
+                check_overlap(opcode, dst, source)
     if run.log is not None:
         elements = sized if type(sized) is int else sized.size // sized.shape[0]
-        tensors = [s for s in sources if isinstance(s, NkiTensor)]
         run.log.add(opcode, engine, dst, tensors, elements, flags, detail=detail)
     return NkiInstruction(run, opcode, name)

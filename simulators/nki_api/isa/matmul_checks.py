@@ -62,7 +62,7 @@ _PLACED = inferred(
 )
 
 _FP32 = frozenset((dtypes.float32, dtypes.tfloat32))
-_TENSOR_TYPES = frozenset((*_FP32, dtypes.bfloat16, dtypes.float16, *dtypes.FLOAT8))
+TENSOR_TYPES = frozenset((*_FP32, dtypes.bfloat16, dtypes.float16, *dtypes.FLOAT8))
 
 
 def check_types(
@@ -75,7 +75,7 @@ def check_types(
 ) -> None:
     """Dtypes of a matmul on this generation."""
     s, m, gen4 = stationary.dtype, moving.dtype, run.chip.number >= 4
-    legal = s in _TENSOR_TYPES and m in _TENSOR_TYPES and (s in _FP32) == (m in _FP32)
+    legal = s in TENSOR_TYPES and m in TENSOR_TYPES and (s in _FP32) == (m in _FP32)
     if dtypes.float8_e4m3fn in (s, m):
         legal = legal and gen4 and dtypes.float8_e4m3 not in (s, m)
     if not legal:
@@ -146,11 +146,11 @@ def check_shapes(
     chip = run.chip
     limit = chip.matmul_moving_bf16 if dst.dtype is dtypes.bfloat16 else chip.matmul_moving_fp32
     if b[1] > max(limit, chip.matmul_moving_fp32):
-        fail(_MOVING, "nki.isa.nc_matmul", f"N is {b[1]} on {chip.generation}", moving=moving)
+        broken(_MOVING, "nki.isa.nc_matmul", f"N is {b[1]} on {chip.generation}", moving=moving)
     if chip.matmul_dst_in_one_bank:
         rect, at = dst.rect, dst.storage.address
         if (at + rect[2]) // PSUM_BANK_BYTES != (at + rect[3] - 1) // PSUM_BANK_BYTES:
-            fail(
+            broken(
                 _BANK,
                 "nki.isa.nc_matmul",
                 f"dst takes bytes {at + rect[2]}..{at + rect[3]}",

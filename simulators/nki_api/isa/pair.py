@@ -23,6 +23,7 @@ from .enums import dma_engine as dma_engines
 from .enums import engine as engines
 from .generation import need
 from .issue import NkiInstruction, issue
+from .members import member
 
 _TWO_CORES = documented(
     "pair.cores",
@@ -70,6 +71,7 @@ def sendrecv(
     if run.num_programs != 2 or any(rank not in (0, 1) for rank in ranks):
         detail = f"send_to_rank={send_to_rank}, recv_from_rank={recv_from_rank}"
         fail(_TWO_CORES, instr, f"{detail} on {run.num_programs} core(s)", src=src)
+    dma_engine = member(instr, dma_engines, dma_engine)
     row_bytes = src.size // src.shape[0] * src.dtype.itemsize
     if dma_engine is dma_engines.gpsimd_dma and row_bytes > 256 * src.dtype.itemsize:
         fail(_GPSIMD, instr, f"{row_bytes} bytes per partition", src=src)

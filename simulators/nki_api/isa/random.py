@@ -46,6 +46,7 @@ _STATE = documented(
     "VectorE (gen4), seeds in SBUF, and not in PSUM for GpSimdE or on gen3",
 )
 _RANGE = documented("rand2.range", "nki.isa.rand2", "min is below max")
+_UNIFORM = documented("rand2.dtype", "nki.isa.rand2", "dst is of any type but float8_e4m3fn")
 _DROPOUT = documented(
     "dropout.operands",
     "nki.isa.dropout",
@@ -122,7 +123,12 @@ def rand2(dst: Any, min: Any, max: Any, name: str | None = None) -> NkiInstructi
     run = current(instr)
     need(run, instr, 4)
     out = destination(instr, "dst", dst)
-    low, high = (per_partition(instr, role, v, dst) for role, v in (("min", min), ("max", max)))
+    if dst.dtype is dtypes.float8_e4m3fn:
+        fail(_UNIFORM, instr, f"dst is {dst.dtype}", dst=dst)
+    low, high = (
+        per_partition(instr, role, value, dst, float32_only=True)
+        for role, value in (("min", min), ("max", max))
+    )
     if run.values:
         if not np.all(np.asarray(low) < np.asarray(high)):
             fail(_RANGE, instr, f"min={min!r}, max={max!r}", dst=dst)
@@ -177,6 +183,7 @@ def rand_set_state(
     """Give each lane's generator its state."""
     instr = "nki.isa.rand_set_state"
     run = current(instr)
+    need(run, instr, 3)
     values = source(instr, "src_seeds", src_seeds)
     unit = _check_state(instr, run, src_seeds, engine)
     if in_psum(src_seeds):
@@ -192,6 +199,7 @@ def rand_get_state(
     """dst = each lane's generator state."""
     instr = "nki.isa.rand_get_state"
     run = current(instr)
+    need(run, instr, 3)
     out = destination(instr, "dst", dst)
     unit = _check_state(instr, run, dst, engine)
     if in_psum(dst) and (unit == "gpsimd" or run.chip.number < 4):

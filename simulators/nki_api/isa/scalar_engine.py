@@ -32,6 +32,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
 from .enums import reduce_cmd as commands
 from .issue import NkiInstruction, issue
+from .members import member
 
 _PAGE = "nki.isa.activation"
 REDUCE: dict[str, Any] = {
@@ -65,7 +66,7 @@ _EMPTY = documented(
 _RANGE = inferred(
     "activation.range",
     "nki.api.shared, Supported Activation Functions",
-    "arguments of log, sqrt, rsqrt and reciprocal stay in the documented valid range",
+    "arguments of log, sqrt, rsqrt, reciprocal, sin and arctan stay in the documented valid range",
 )
 
 
@@ -200,7 +201,7 @@ def reduce_into(
     allowed: tuple[str, ...] = ("add",),
 ) -> None:
     """Update the reduce registers: [128, 1] fp32, or absent while nothing was reset."""
-    sums = reduce_cmd in (commands.reduce, commands.reset_reduce)
+    sums = member(instr, commands, reduce_cmd) in (commands.reduce, commands.reset_reduce)
     name = getattr(reduce_op, "name", "add")
     unknown = name not in allowed or (sums and type(reduce_op) is not Op)
     if reduce_cmd is commands.load_reduce or unknown:

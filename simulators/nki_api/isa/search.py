@@ -28,7 +28,7 @@ _EIGHT = documented(
     "search.shape",
     "nki.isa.max8, nc_find_index8, nc_match_replace8",
     "data has 8 to 16384 elements per partition, the small tiles have 8, partitions are equal, "
-    "and indices are uint16 or uint32",
+    "and indices are uint16 or uint32; max8 and nc_find_index8 take up to 3 dims and give 2",
 )
 _NONZERO = documented(
     "nonzero_with_count.operands",
@@ -55,6 +55,12 @@ def _check(instr: str, data: NkiTensor, **small: NkiTensor) -> int:
     return elements
 
 
+def _check_dims(instr: str, dst: NkiTensor, *inputs: NkiTensor) -> None:
+    dims = [tile.ndim for tile in inputs]
+    if dst.ndim != 2 or max(dims) > 3:
+        fail(_EIGHT, instr, f"inputs of {dims} dims into {dst.ndim}", dst=dst, data=inputs[0])
+
+
 def max8(dst: Any, src: Any, name: str | None = None) -> NkiInstruction:
     """dst [P, 8] = the 8 largest values of each partition, largest first."""
     instr = "nki.isa.max8"
@@ -62,6 +68,7 @@ def max8(dst: Any, src: Any, name: str | None = None) -> NkiInstruction:
     values = source(instr, "src", src)
     out = destination(instr, "dst", dst, OTHER)
     elements = _check(instr, src, dst=dst)
+    _check_dims(instr, dst, src)
     if run.values:
         wide = dtypes.to_f32(values, src.dtype).reshape(src.shape[0], -1)
         top = np.sort(np.partition(wide, elements - 8, axis=1)[:, -8:], axis=1)[:, ::-1]
@@ -90,6 +97,7 @@ def nc_find_index8(dst: Any, data: Any, vals: Any, name: str | None = None) -> N
     values, wanted = source(instr, "data", data), source(instr, "vals", vals)
     out = destination(instr, "dst", dst, OTHER)
     elements = _check(instr, data, indices=dst, vals=vals)
+    _check_dims(instr, dst, data, vals)
     if run.values:
         wide = dtypes.to_f32(values, data.dtype).reshape(data.shape[0], -1)
         eight = dtypes.to_f32(wanted, vals.dtype).reshape(data.shape[0], 8)

@@ -57,6 +57,7 @@ _RANGE = documented(
     "comparisons are equal, less, less_equal, greater or greater_equal; on_false_value is the "
     "least float32; indices stay below 2^24",
 )
+_COMMANDS = (commands.idle, commands.reset_reduce, commands.reduce)
 _COMPARISONS = ("equal", "less", "less_equal", "greater", "greater_equal")
 _UNSIGNED = (dtypes.uint8, dtypes.uint16, dtypes.uint32)
 _SHORT = (dtypes.int8, dtypes.uint8, dtypes.int16, dtypes.uint16)
@@ -121,7 +122,7 @@ def select_reduce(
         chosen = (mask == 0) if reverse_pred else (mask != 0)
         wide = dtypes.to_f32(values, on_true.dtype)
         result = np.where(like(chosen, wide.shape), wide, _fp32(other))
-    _finish(instr, run, dst, on_true, result, reduce_op, reduce_cmd, reduce_res)
+    _finish(instr, run, dst, on_true, result, reduce_op, reduce_cmd, _COMMANDS, reduce_res)
     flags = READ_ACCUMULATOR if reduce_res is not None else 0
     tiles = (predicate, on_true, on_false, reduce_res)
     return issue(run, "select_reduce", "vector", dst, tiles, dst, flags, "maximum", name)
@@ -170,7 +171,9 @@ def range_select(
         assert second is not None, "operator() has checked the role"
         keep = np.logical_and(first(index, bounds[0]), second(index, bounds[1]))
         result = np.where(keep, dtypes.to_f32(values, on_true_tile.dtype), np.float32(FP32_MIN))
-    _finish(instr, run, dst, on_true_tile, result, reduce_op, reduce_cmd, reduce_res)
+    _finish(
+        instr, run, dst, on_true_tile, result, reduce_op, reduce_cmd, tuple(commands), reduce_res
+    )
     flags = READ_ACCUMULATOR if reduce_res is not None else 0
     tiles = (on_true_tile, bound0, bound1, reduce_res)
     return issue(run, "range_select", "vector", dst, tiles, dst, flags, ops[0].name, name)
@@ -181,11 +184,19 @@ def _fp32(value: Any) -> Any:
 
 
 def _finish(
-    instr: str, run: Run, dst: Any, data: Any, result: Any, op: Any, command: Any, reduce_res: Any
+    instr: str,
+    run: Run,
+    dst: Any,
+    data: Any,
+    result: Any,
+    op: Any,
+    command: Any,
+    known: tuple[commands, ...],
+    reduce_res: Any,
 ) -> None:
     """Write the selection, then reduce it."""
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, data=data)
     if run.values:
         dtypes.store_f32(out, like(result, out.shape), dst.dtype)
-    reduce_lanes(instr, run, data, result, op, _MAXIMA, command, reduce_res)
+    reduce_lanes(instr, run, data, result, op, _MAXIMA, command, known, reduce_res)

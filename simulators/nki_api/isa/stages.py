@@ -22,9 +22,9 @@ from nxd_cp.simulators.nki_api.checks import (
     same_tiles,
     source,
 )
-from nxd_cp.simulators.nki_api.errors import fail
+from nxd_cp.simulators.nki_api.errors import broken, fail
 from nxd_cp.simulators.nki_api.ops import Op
-from nxd_cp.simulators.nki_api.rules import documented
+from nxd_cp.simulators.nki_api.rules import documented, inferred
 from nxd_cp.simulators.nki_api.runtime import Run
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
 
@@ -32,6 +32,11 @@ BITVEC = documented(
     "vector.bitvec",
     "nki.api.shared, Supported Math Operators",
     "bitvec operators take integer inputs and outputs and do not mix with arithmetic operators",
+)
+_CAST = inferred(
+    "vector.bitvec_width",
+    "our reading of nki.isa.tensor_tensor, tensor_scalar (bit patterns without any casting)",
+    "operands of a bitvec operator have one width",
 )
 _UNARY = documented(
     "operand.unary",
@@ -63,6 +68,9 @@ def check_bitvec(instr: str, *tensors: NkiTensor) -> None:
     if any(t.dtype.kind not in "iub" for t in tensors):
         operands = {f"tensor{i}": t for i, t in enumerate(tensors)}
         fail(BITVEC, instr, "a bitvec operator on floats", **operands)
+    if len({t.dtype.itemsize for t in tensors}) > 1:
+        operands = {f"tensor{i}": t for i, t in enumerate(tensors)}
+        broken(_CAST, instr, "operands of several widths", **operands)
 
 
 def arithmetic(

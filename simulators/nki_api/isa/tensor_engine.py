@@ -35,6 +35,7 @@ from nxd_cp.simulators.nki_api.tensor import NkiTensor
 from .enums import matmul_perf_mode
 from .issue import NkiInstruction, issue
 from .matmul_checks import check_shapes, check_tiling, check_types, double_rows
+from .members import member
 from .nc_transpose import PADDING
 
 _PAGE = "nki.isa.nc_matmul"
@@ -86,7 +87,7 @@ def nc_matmul(
     else:
         a, written = source(instr, "stationary", stationary), None
     b = source(instr, "moving", moving)
-    double = perf_mode is not matmul_perf_mode.none
+    double = member(instr, matmul_perf_mode, perf_mode) is not matmul_perf_mode.none
     check_types(run, dst, stationary, moving, is_transpose, double)
     if double:
         a, b = double_rows(run, stationary, moving, a, b, tile_size)

@@ -38,7 +38,7 @@ _ON_SCALAR = documented(
 _NEWER = documented(
     "tensor_scalar.op",
     "nki.isa.tensor_scalar; NKI release notes 0.4.0",
-    "abs_max, abs_min, square and relu need gen4",
+    "square and relu need gen4",
 )
 _REDUCE = documented(
     "tensor_scalar_reduce.operators",
@@ -46,7 +46,8 @@ _REDUCE = documented(
     "op0 is arithmetic and not reversed",
 )
 _REDUCTIONS = ("add", "multiply", "max", "maximum", "min", "minimum")
-_GEN4 = ("abs_max", "abs_min", "square", "relu")
+_COMMANDS = (commands.reset_reduce, commands.reduce, commands.load_reduce)
+_GEN4 = ("square", "relu")
 
 
 def tensor_scalar(
@@ -150,6 +151,7 @@ def tensor_scalar_reduce(
         reduce_op,
         _REDUCTIONS,
         reduce_cmd,
+        _COMMANDS,
         reduce_res,
         reduce_init,
         reduce_res_negate,

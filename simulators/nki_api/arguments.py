@@ -1,27 +1,27 @@
-"""One clear error for an argument that an instruction cannot make sense of at all.
+"""One clear error for an argument that a function of the language cannot make sense of at all.
 
 Rules check what arguments may be; anything else (None for a tile, a string for a size) ends here
 instead of as an AttributeError somewhere inside. A call that does not fit the signature keeps its
 TypeError, which says so.
 
-Source: the nki.isa page of each instruction.
+Source: the nki.isa and nki.language page of each function.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
-from nxd_cp.simulators.nki_api.errors import NkiValidationError, fail, outside
-from nxd_cp.simulators.nki_api.rules import documented
+from .errors import NkiValidationError, fail, outside
+from .rules import documented
 
 _ARGUMENTS = documented(
     "instruction.arguments",
-    "nki.isa, nki.collectives (parameters of each function)",
+    "nki.isa, nki.language, nki.collectives (parameters of each function)",
     "every argument is of the kind that its parameter takes",
 )
-_SYMPTOMS = (
+SYMPTOMS = (
     AttributeError,
     TypeError,
     ValueError,
@@ -41,17 +41,22 @@ def guarded(prefix: str, function: Function) -> Function:
     def instruction(*args: Any, **kwargs: Any) -> Any:
         try:
             return function(*args, **kwargs)
-        except _SYMPTOMS as error:
-            if isinstance(error, NkiValidationError) or not _inside(error):
-                raise
-            given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
-            detail = f"{type(error).__name__}: {error}".partition("\n")[0]
-            try:
-                fail(_ARGUMENTS, name, detail, **given)
-            except NkiValidationError as clear:
-                raise clear from error
+        except SYMPTOMS as error:
+            explain(error, name, args, kwargs)
 
     return instruction  # type: ignore[return-value]
+
+
+def explain(error: Exception, name: str, args: Any, kwargs: dict[str, Any]) -> NoReturn:
+    """Raise the broken rule for one of SYMPTOMS that a call of `name` gave, or the error itself."""
+    if isinstance(error, NkiValidationError) or not _inside(error):
+        raise error
+    given = {f"argument {i}": value for i, value in enumerate(args)} | kwargs
+    detail = f"{type(error).__name__}: {error}".partition("\n")[0]
+    try:
+        fail(_ARGUMENTS, name, detail, **given)
+    except NkiValidationError as clear:
+        raise clear from error
 
 
 def _inside(error: Exception) -> bool:
