@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import nxd_cp
 from nxd_cp.bench.cli import app as bench
 from nxd_cp.command_options import (
     Chip,
@@ -31,9 +32,22 @@ app.add_typer(bench, name="bench")
 app.add_typer(doctor, name="doctor")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nxd-cp {nxd_cp.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Kept so that a command's name is always typed."""
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options before a command."""
 
 
 @app.command()
@@ -82,7 +96,7 @@ def plan(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks in the context-parallel group.")] = 4,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of the whole sequence; default 128 per run of tokens."),
+        typer.Option(min=1, help="Tokens of the whole sequence; default 128 per run of tokens."),
     ] = None,
     causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
     window: Annotated[
@@ -137,7 +151,7 @@ app.command()(trace)
 def simulate(
     chip: ChipOption = Chip.trn2,
     ranks: Annotated[int, typer.Option(min=1, help="Positions of the ring.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens of the whole sequence.")] = 131072,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the whole sequence.")] = 131072,
     layout: LayoutOption = Layout.zigzag,
     causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Logical cores of a position.")] = 4,

@@ -47,9 +47,18 @@ HeadDimOption = Annotated[int, typer.Option(min=1, help="Head dim.")]
 
 
 def make_folder(path: Path | None) -> Path | None:
-    """The folder of a file that a command will write is made before the work begins."""
-    if path is not None:
+    """The folder of a file that a command will write is made before the work begins.
+
+    A path that no file can have is a usage error.
+    """
+    if path is None:
+        return None
+    if path.is_dir():
+        raise typer.BadParameter(f"expected a file, got the folder {path}")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"expected a file that can be written: {error}") from error
     return path
 
 

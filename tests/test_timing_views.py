@@ -267,6 +267,8 @@ def test_times_never_change_a_result(times):
         (Block(kernel="flash_fwd", queries=128, keys=256), "equal lengths under a causal mask"),
         (Block(kernel="flash_fwd", mask="window"), "expected full, causal or strict, got 'window'"),
         (Block(kernel="flash_fwd", dtype="float16"), "expected bfloat16 or float32"),
+        (Block(kernel="flash_fwd", num_heads=3, num_kv_heads=2), "that divide query heads"),
+        (Block(kernel="flash_bwd", head_dim=257), "at most 256, got 1 and 1 of dim 257"),
         (Block(kernel="flash"), "expected flash_fwd, flash_bwd or module:function, got 'flash'"),
     ],
 )
@@ -281,6 +283,17 @@ def test_a_command_makes_the_folder_of_the_file_it_writes(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert json.loads(out.read_text())["traceEvents"]
+
+
+def test_a_command_refuses_a_folder_where_a_file_goes(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path, "expected a file"),
+        (tmp_path / "file" / "x", "can be written"),
+    ):
+        result = CliRunner().invoke(app, ["trace", "flash_fwd", "--out", str(out)])
+        assert result.exit_code == 2, result.output
+        assert message in re.sub(r"[^\w:]+", " ", result.output)
 
 
 def test_the_commands_take_a_kernel_of_anybody(user_kernel):
