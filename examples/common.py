@@ -1,16 +1,24 @@
-"""What every example needs: this process's place in the group, a tiny model, a progress bar."""
+"""What every example needs: its command, this process's context, a tiny model, a progress bar."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nxd_cp import CPContext
 from nxd_cp.integrations import hf
+
+
+def run(main: Callable[..., None]) -> None:
+    """`main` as a command whose options are its arguments; its errors are plain tracebacks."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(main)
+    command()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import context, progress, tiny_model
+from common import context, progress, run, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from nxd_cp.integrations import hf
@@ -18,10 +18,15 @@ from nxd_cp.integrations.hf_generation import generate
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pretrained model.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a pretrained model."),
+    ] = None,
     prompt: Annotated[str, typer.Option(help="The prompt.")] = "The capital of France is",
-    prompt_file: Annotated[Path | None, typer.Option(help="A file with the prompt.")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    prompt_file: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A file with the prompt.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 32,
     temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
 ) -> None:
     """Prefill over all ranks, then decode token after token."""
@@ -50,4 +55,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import context, progress, tiny_model
+from common import context, progress, run, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from nxd_cp import CPContext, allreduce_grads
@@ -31,10 +31,15 @@ def load(path: Path | None, text: str, cp: CPContext) -> tuple[torch.nn.Module, 
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="Folder of a pretrained model.")] = None,
-    text: Annotated[Path | None, typer.Option(help="A text file.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a pretrained model."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A text file.")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, over all ranks.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
 ) -> None:
     """Fine-tune over all ranks and print the losses."""
@@ -62,4 +67,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

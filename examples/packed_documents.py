@@ -11,7 +11,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import context, progress, tiny_model
+from common import context, progress, run, tiny_model
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
@@ -49,10 +49,12 @@ def loss_sum(model: torch.nn.Module, batch: dict[str, torch.Tensor], cp: CPConte
 
 def main(
     seq_len: Annotated[int, typer.Option(help="Tokens per pack, over all ranks.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
 ) -> None:
     """Train on packs of Python's help topics."""
     documents = sorted((text.encode() for text in topics.values()), key=len)[:64]
+    if seq_len < (least := sum(map(len, documents[:3]))):
+        raise typer.BadParameter(f"--seq-len: expected at least {least}, three documents")
     with context() as cp:
         model = tiny_model(LlamaConfig, cp)
         optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-5)
@@ -71,8 +73,8 @@ def main(
         together -= loss_sum(model, pack(others, seq_len), cp)
         alone = loss_sum(model, pack([short], seq_len), cp)
         if cp.rank == 0:
-            print(f"a document's loss: {alone:.4f} alone, {together:.4f} behind two others")
+            print(f"a document's summed loss: {alone:.3f} alone, {together:.3f} behind two others")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

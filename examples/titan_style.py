@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import context, progress
+from common import context, progress, run
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
@@ -108,7 +108,7 @@ def train_step(
 
 def main(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, over all ranks.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
 ) -> None:
     """Train on a mesh with one axis, "cp"."""
     text = load_text()
@@ -128,4 +128,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

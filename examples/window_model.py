@@ -10,7 +10,7 @@ from typing import Annotated
 
 import torch
 import typer
-from common import context, progress, tiny_model
+from common import context, progress, run, tiny_model
 from transformers import MistralConfig
 
 from nxd_cp import allreduce_grads
@@ -21,7 +21,7 @@ from nxd_cp.integrations import hf
 def main(
     window: Annotated[int, typer.Option(help="Keys that each query sees.")] = 256,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence, over all ranks.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
 ) -> None:
     """Train with and without a window and compare what travels."""
     text = load_text()
@@ -47,4 +47,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

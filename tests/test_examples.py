@@ -11,7 +11,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def _run(name, *arguments, launcher=TORCHRUN):
+def _run(name, *arguments, launcher=TORCHRUN, status=0):
+    """What the example prints; a usage error (status 2) prints to stderr."""
     command = [*launcher, str(EXAMPLES / f"{name}.py"), *arguments]
     done = subprocess.run(
         command,
@@ -21,8 +22,8 @@ def _run(name, *arguments, launcher=TORCHRUN):
         check=False,
         env={"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1", "COLUMNS": "100"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert done.returncode == status, done.stderr[-3000:]
+    return done.stderr if status else done.stdout
 
 
 def _numbers(text, pattern):
@@ -70,3 +71,11 @@ def test_generated_tokens_are_those_of_one_rank():
     two = _run("generate", *arguments).splitlines()[-1]
     assert two == _run("generate", *arguments, launcher=(sys.executable,)).splitlines()[-1]
     assert len(two.split(",")) == 6
+
+
+def test_what_an_example_cannot_do_is_a_usage_error(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("short")
+    alone = {"launcher": (sys.executable,), "status": 2}
+    assert "the text has 5 tokens, got 2048" in _run("hf_finetune", f"--text={text}", **alone)
+    assert "three documents" in _run("packed_documents", "--seq-len=256", **alone)
