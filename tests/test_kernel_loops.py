@@ -57,14 +57,15 @@ def test_hops_that_carry_dq_alone(generation: str) -> None:
         hops = [(keys, Scores(mask, case.scale)) for keys, mask in x.pieces]
         for keys, scores in hops:
             carry = backend.forward(x.q, x.k[:, :, keys], x.v[:, :, keys], scores, carry)
-        rows = QueryRows(x.do, x.q, *carry, (x.do * carry[0]).sum(-1))
+        o, lse, _ = carry
+        rows = QueryRows(x.do, x.q, o, lse, (x.do * o).sum(-1))
         for keys, scores in hops:
             dq, *keys_and_values = backend.backward(
                 rows, x.k[:, :, keys], x.v[:, :, keys], scores, dq
             )
             parts.append(keys_and_values)
         dk, dv = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
-        found.append((*carry, dq, dk, dv))
+        found.append((o, lse, dq, dk, dv))
     truth = exact(case, problem(case))
     for one, other, true in zip(*found, (*truth[:2], *truth[2]), strict=True):
         assert_within_budget("loops", other, true, one)
@@ -86,7 +87,7 @@ def run(low: int, high: int, loops: bool = True) -> tuple[Log, Log]:
     x, backend = problem(case), KernelBackend("simulate", "gen3", device_loops=loops)
     scores = Scores(Bounded(low, high), case.scale)
     with record() as forward:
-        o, lse = backend.forward(x.q, x.k, x.v, scores)
+        o, lse, _ = backend.forward(x.q, x.k, x.v, scores)
     rows = QueryRows(x.do, x.q, o, lse, (x.do * o).sum(-1))
     with record() as backward:
         backend.backward(rows, x.k, x.v, scores)
@@ -136,7 +137,7 @@ def test_a_block_in_which_nobody_sees_anything_turns_no_loop(generation: str) ->
     rows, keys = torch.zeros(1, 128, 1).numpy(), torch.zeros(1, 512, 1).numpy()
     bounds = rows, rows, keys, keys
     with record() as log:
-        o, lse = package.loop_fwd.loop_fwd(q, k, k, "interval", 1.0, bounds=bounds)
+        o, lse, _ = package.loop_fwd.loop_fwd(q, k, k, "interval", 1.0, bounds=bounds)
         grads = package.loop_bwd.loop_bwd(
             q, q, k, k, lse, rows[:, None], "interval", 1.0, bounds=bounds
         )
