@@ -46,9 +46,13 @@ def test_several_chunks_of_keys_and_rows(mask: str, generation: str) -> None:
     check(KernelCase(generation, mask, S=600, K=keys, Hq=3, D=32, E=48, loops=True))
 
 
+@pytest.mark.filterwarnings("error::nxd_cp.simulators.nki_api.NkiSimulatorWarning")
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_hops_that_carry_dq_alone(generation: str) -> None:
-    """As in a ring: dk and dv of a hop go on with the keys, and only dq stays."""
+    """As in a ring: dk and dv of a hop go on with the keys, and only dq stays.
+
+    Rows that fill up a chunk warn of nothing either.
+    """
     case = KernelCase(generation, "window", S=130, K=700, D=32, E=48, hops=3)
     found = []
     for loops in (False, True):
