@@ -41,11 +41,13 @@ def main(
     words = text.read_text() if text is not None else load_text().decode()
     with context() as cp:
         network, tokens = load(model, words, cp)
+        if len(tokens) < seq_len:
+            raise typer.BadParameter(f"--seq-len: the text has {len(tokens)} tokens, got {seq_len}")
         optimiser = torch.optim.AdamW(network.parameters(), lr=lr, eps=1e-5)
         losses = []
         with progress(cp, steps, f"{cp.size} ranks x {seq_len // cp.size} tokens") as advance:
             for step in range(steps):
-                start = step * seq_len % (len(tokens) - seq_len)
+                start = step * seq_len % (len(tokens) - seq_len + 1)
                 ids = tokens[None, start : start + seq_len]
                 batch = hf.shard_batch({"input_ids": ids, "labels": ids}, cp)
                 loss = network(**batch, use_cache=False).loss

@@ -1,23 +1,25 @@
 """The command line: `nxd-cp --help` lists it; every command imports what it needs itself."""
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import nxd_cp
 from nxd_cp.bench.cli import app as bench
-from nxd_cp.doctor.cli import app as doctor
-from nxd_cp.timing_cli import (
+from nxd_cp.command_options import (
     Chip,
     ChipOption,
     HeadDimOption,
     HeadsOption,
     KvHeadsOption,
+    Layout,
+    LayoutOption,
+    LncOption,
     make_folder,
-    profile,
-    trace,
 )
+from nxd_cp.doctor.cli import app as doctor
+from nxd_cp.timing_cli import profile, trace
 
 app = typer.Typer(
     add_completion=False,
@@ -26,25 +28,26 @@ app = typer.Typer(
     help="Context parallelism for AWS Neuron devices: ring attention over a split sequence.",
 )
 
-
-class Layout(str, Enum):
-    """How the sequence is dealt out to the ranks."""
-
-    zigzag = "zigzag"
-    striped = "striped"
-    contiguous = "contiguous"
-
-
-LayoutOption = Annotated[Layout, typer.Option(help="How the sequence is dealt out to the ranks.")]
-
-
 app.add_typer(bench, name="bench")
 app.add_typer(doctor, name="doctor")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nxd-cp {nxd_cp.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Kept so that a command's name is always typed."""
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options before a command."""
 
 
 @app.command()
@@ -93,7 +96,7 @@ def plan(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks in the context-parallel group.")] = 4,
     seq_len: Annotated[
         int | None,
-        typer.Option(help="Tokens of the whole sequence; default 128 per run of tokens."),
+        typer.Option(min=1, help="Tokens of the whole sequence; default 128 per run of tokens."),
     ] = None,
     causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
     window: Annotated[
@@ -148,11 +151,11 @@ app.command()(trace)
 def simulate(
     chip: ChipOption = Chip.trn2,
     ranks: Annotated[int, typer.Option(min=1, help="Positions of the ring.")] = 8,
-    seq_len: Annotated[int, typer.Option(help="Tokens of the whole sequence.")] = 131072,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens of the whole sequence.")] = 131072,
     layout: LayoutOption = Layout.zigzag,
     causal: Annotated[bool, typer.Option(help="Causal mask, or every token sees all.")] = True,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Logical cores of a position.")] = 4,
-    lnc: Annotated[int, typer.Option(help="Physical cores of a logical core, 1 or 2.")] = 2,
+    lnc: LncOption = 2,
     pods: Annotated[bool, typer.Option(help="trn2 nodes joined to UltraServers.")] = False,
     heads: HeadsOption = 32,
     kv_heads: KvHeadsOption = 8,

@@ -6,35 +6,27 @@ Does: parse options and print what nxd_cp.simulators.timing.cli makes of them. D
 import functools
 import inspect
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from nxd_cp.command_options import (
+    Chip,
+    ChipOption,
+    HeadDimOption,
+    HeadsOption,
+    KvHeadsOption,
+    make_folder,
+    refuse_given,
+)
 
-class Chip(str, Enum):
-    """Chips with a cost model."""
-
-    trn1 = "trn1"
-    trn2 = "trn2"
-    trn3 = "trn3"
-
-
-ChipOption = Annotated[Chip, typer.Option(help="Chip whose cost model is used.")]
-HeadsOption = Annotated[int, typer.Option(min=1, help="Query heads.")]
-KvHeadsOption = Annotated[int, typer.Option(min=1, help="Key and value heads.")]
-HeadDimOption = Annotated[int, typer.Option(min=1, help="Head dim.")]
-
-
-def make_folder(path: Path | None) -> Path | None:
-    """The folder of a file that a command will write is made before the work begins."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+OF_BLOCKS = ("queries", "keys", "mask", "heads", "kv_heads", "head_dim", "dtype")
+OF_FUNCTIONS = ("array", "option", "lnc", "ranks", "values")
 
 
 def _call(
+    context: typer.Context,
     kernel: Annotated[
         str,
         typer.Argument(help="flash_fwd, flash_bwd, or any @nki.jit kernel as module:function."),
@@ -67,6 +59,7 @@ def _call(
     from nxd_cp.simulators.timing.cli import Block
 
     if ":" in kernel:
+        refuse_given(context, OF_BLOCKS, f"expected with our own kernels only, got {kernel!r}")
         return Call(
             target=kernel,
             generation=chip.value,
@@ -76,11 +69,7 @@ def _call(
             lnc=lnc,
             values=values,
         )
-    if array or option or values or (lnc, ranks) != (1, 1):
-        raise typer.BadParameter(
-            "--array, --option, --lnc, --ranks and --values are for module:function, "
-            f"got {kernel!r}"
-        )
+    refuse_given(context, OF_FUNCTIONS, f"expected with module:function only, got {kernel!r}")
     return Block(
         kernel=kernel,
         generation=chip.value,

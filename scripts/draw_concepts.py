@@ -113,7 +113,7 @@ def balance(path: Path) -> None:
         for rank in range(RANKS):
             axes.bar(np.arange(RANKS) + 0.2 * rank - 0.3, pairs[rank], 0.18, color=COLOURS[rank])
         slowest = pairs.max(0).sum() * RANKS / pairs.sum()
-        axes.set_title(f"{layout}: the ring takes {slowest:.2f} x its share", fontsize=10)
+        axes.set_title(f"{layout}: {slowest:.2f} x the time of equal shares", fontsize=10)
         axes.set_xticks(range(RANKS), [f"step {index}" for index in range(RANKS)])
     panels[0].set_ylabel(f"scores computed ({TOKENS} tokens)")
     handles = [Patch(color=COLOURS[rank], label=f"rank {rank}") for rank in range(RANKS)]
@@ -161,7 +161,7 @@ def _lane(axes: Axes, plan: Plan, times: RingTimes, rank: int) -> None:
         if step.kv is not None:
             sent = max(times.start[index, rank], times.start[index, step.kv.source]) / 1e3
             arrival = times.arrival[index + 1, rank] / 1e3
-            axes.barh(rank + 0.18, arrival - sent, 0.22, sent, color="0.6")
+            axes.barh(rank + 0.18, arrival - sent, 0.22, sent, color="0.6", edgecolor="white")
 
 
 def timeline(path: Path) -> None:

@@ -88,6 +88,7 @@ def test_flops_are_those_of_visible_pairs() -> None:
         ({"queries": 100}, "multiples of 128"),
         ({"queries": 256, "keys": 512}, "equal lengths under a causal mask"),
         ({"num_heads": 3, "num_kv_heads": 2}, "that divide query heads"),
+        ({"num_heads": 0}, "that divide query heads"),
     ],
 )
 def test_cases_that_no_kernel_takes_are_refused(options: dict[str, Any], message: str) -> None:
@@ -365,6 +366,21 @@ def test_the_command_fails_for_a_wrong_kernel(
 def test_the_command_refuses_a_device_that_is_not_there_and_bad_shapes() -> None:
     for arguments in (["--clock", "device"], ["--lengths", "100"], ["--lengths", "x"]):
         assert CliRunner().invoke(app, ["bench", *arguments]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--masks", "full"], "--masks: expected --lengths with it, got none"),
+        (["--preset", "quick", "--lengths", "128"], "--preset: expected a preset or --lengths"),
+        (["--lengths", "128,long"], "lengths: expected numbers as 512,1024, got '128,long'"),
+        (["--lengths", "128", "--heads", "4"], "heads: expected query:kv heads as 4:1, got '4'"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_usage_errors(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.replace(chr(0x2502), " ").split())
 
 
 def test_the_script_is_the_command() -> None:

@@ -303,3 +303,16 @@ def test_wrong_clusters_and_models_are_caught():
         kernel_log("softmax", "gen3", q_len=128, k_len=128)
     with pytest.raises(ValueError, match="to divide heads_per_core, got 2 and 3"):
         timed_kernel("flash_fwd", "gen3", heads_per_core=3, kv_heads_per_core=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tflops": 0.0}, "tflops: expected a positive number, got 0"),
+        ({"tflops": -3.0}, "tflops: expected a positive number, got -3"),
+        ({"tflops": 50.0, "num_heads": 7}, "kv-heads: expected a divisor of 7 heads, got 8"),
+    ],
+)
+def test_rings_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run_simulate(Ring(ranks=4, seq_len=4096, **options))

@@ -127,6 +127,29 @@ def test_devices_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert machine.chip == ""
 
 
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("exit 3", "exit status 3, nothing on stderr"),
+        ("echo driver is not loaded >&2; exit 1", "exit status 1, driver is not loaded"),
+        ("echo instance-type: trn1.2xlarge", ""),
+    ],
+)
+def test_a_neuron_ls_that_fails_is_named_among_the_reasons(
+    script: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "neuron0").touch()
+    command = tmp_path / "neuron-ls"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    machine = look(tmp_path)
+    assert machine.problem == problem
+    assert machine.instance == ("" if problem else "trn1.2xlarge")
+    named = [line for line in decide([], machine).reasons if line.startswith("neuron-ls: ")]
+    assert len(named) == bool(problem)
+
+
 # What NxD 0.18.0's parallel_state.py notes of trn2: TP x groups with LNC.
 @pytest.mark.parametrize(
     ("tp", "lnc", "legal"),
@@ -190,7 +213,7 @@ def test_the_command_prints_packages_backend_and_rings(tmp_path: Path) -> None:
     good = run(app, ["doctor", "ring", "--lnc", "2"])
     assert good.exit_code == 0
     assert "first ring: 0 -> 4 -> 8 -> 12 -> 0" in good.output
-    path = tmp_path / "pairs.json"
+    path = tmp_path / "made" / "pairs.json"
     sizes = ["--chip", "trn1", "--world", "4", "--tp", "2", "--cp", "2"]
     assert run(app, ["doctor", "ring", *sizes, "--pairs", str(path)]).exit_code == 0
     assert json.loads(path.read_text()) == {"src_target_pairs": [[[0, 2], [2, 0], [1, 3], [3, 1]]]}

@@ -12,6 +12,7 @@ from torch import nn
 from nxd_cp import CPContext, allreduce_grads
 from nxd_cp.demo.data import load_text, sample_batch
 from nxd_cp.integrations import hf
+from nxd_cp.integrations.hf_masks import check_mask
 from nxd_cp.sharding import IGNORE_INDEX, shard
 
 SIZES = {
@@ -239,7 +240,7 @@ def test_what_ring_attention_would_drop_raises(change):
 
 
 def _mask(function, length=16, **kwargs):
-    return hf.check_mask(q_length=length, kv_length=length, mask_function=function, **kwargs)
+    return check_mask(q_length=length, kv_length=length, mask_function=function, **kwargs)
 
 
 def test_masks_that_are_not_causal_windowed_or_full_raise():

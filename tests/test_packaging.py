@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import nxd_cp
+
 ROOT = Path(__file__).parent.parent
 PLACEHOLDERS = {  # name on PyPI: newest version that is a placeholder
     "nki": "0.0.1",
@@ -82,6 +84,7 @@ def test_wheel_holds_every_module_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name for name in names if name.endswith(".py")} == _modules_on_disk()
     assert "nxd_cp/py.typed" in names
+    assert wheel.name.startswith(f"nxd_cp-{nxd_cp.__version__}-")
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -267,6 +267,8 @@ def test_times_never_change_a_result(times):
         (Block(kernel="flash_fwd", queries=128, keys=256), "equal lengths under a causal mask"),
         (Block(kernel="flash_fwd", mask="window"), "expected full, causal or strict, got 'window'"),
         (Block(kernel="flash_fwd", dtype="float16"), "expected bfloat16 or float32"),
+        (Block(kernel="flash_fwd", num_heads=3, num_kv_heads=2), "that divide query heads"),
+        (Block(kernel="flash_bwd", head_dim=257), "at most 256, got 1 and 1 of dim 257"),
         (Block(kernel="flash"), "expected flash_fwd, flash_bwd or module:function, got 'flash'"),
     ],
 )
@@ -283,6 +285,17 @@ def test_a_command_makes_the_folder_of_the_file_it_writes(tmp_path: Path) -> Non
     assert json.loads(out.read_text())["traceEvents"]
 
 
+def test_a_command_refuses_a_folder_where_a_file_goes(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path, "expected a file"),
+        (tmp_path / "file" / "x", "can be written"),
+    ):
+        result = CliRunner().invoke(app, ["trace", "flash_fwd", "--out", str(out)])
+        assert result.exit_code == 2, result.output
+        assert message in re.sub(r"[^\w:]+", " ", result.output)
+
+
 def test_the_commands_take_a_kernel_of_anybody(user_kernel):
     command = ["profile", user_kernel, "--array", "128x512:bfloat16", "--option", "factor=3"]
     result = CliRunner().invoke(app, command)
@@ -294,9 +307,13 @@ def test_the_commands_take_a_kernel_of_anybody(user_kernel):
     bare = CliRunner().invoke(app, ["profile", user_kernel])
     assert bare.exit_code == 2
     assert "expected arguments" in re.sub(r"[^\w:]+", " ", bare.output)
-    ours = CliRunner().invoke(app, ["profile", "flash_fwd", "--lnc", "2"])
-    assert ours.exit_code == 2
-    assert "are for module:function" in re.sub(r"[^\w:]+", " ", ours.output)
+
+
+def test_options_that_have_no_effect_are_refused(user_kernel):
+    for kernel, *option in (("flash_fwd", "--lnc", "2"), (user_kernel, "--head-dim", "128")):
+        result = CliRunner().invoke(app, ["profile", kernel, *option])
+        assert result.exit_code == 2, result.output
+        assert f"{option[0][2:]}: expected with" in re.sub(r"[^\w:-]+", " ", result.output)
 
 
 def test_profile_and_trace_have_the_same_options_but_for_what_they_write():

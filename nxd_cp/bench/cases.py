@@ -47,7 +47,8 @@ class Case:
                 f"queries and keys: expected equal lengths under a {self.mask} mask, "
                 f"got {self.queries} and {self.keys}"
             )
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads or self.head_dim < 1:
+        least = min(self.num_heads, self.num_kv_heads, self.head_dim)
+        if least < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 "heads and head dim: expected key/value heads that divide query heads, got "
                 f"{self.num_heads} and {self.num_kv_heads} of dim {self.head_dim}"

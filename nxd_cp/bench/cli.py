@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nxd_cp.command_options import Instance, LncOption, refuse_given
+
 if TYPE_CHECKING:
     from nxd_cp.bench.cases import Case
     from nxd_cp.bench.run import Plan
@@ -17,7 +19,7 @@ HELP = """Time the attention kernels: on a Neuron device, or simulated, labelled
 
 \b
 nxd-cp bench --target trn1                      no device needed, < 1 minute
-nxd-cp bench --target trn2 --lnc 2              two cores per launch
+nxd-cp bench --target trn2 --lnc 2              two cores, twice the heads
 nxd-cp bench --lengths 512,1024 --head-dims 64  a sweep of your own
 nxd-cp bench compare before.json after.json     status 1 if any is slower
 
@@ -27,16 +29,9 @@ bench.json, bench.md, bench.png. On a device NxD's own flash and ring
 kernels are timed beside ours where they can be imported.
 """
 
+OF_SWEEPS = ("masks", "head_dims", "heads", "dtypes")
+
 app = typer.Typer(help=HELP)
-
-
-class Target(str, Enum):
-    """Chips."""
-
-    trn1 = "trn1"
-    inf2 = "inf2"
-    trn2 = "trn2"
-    trn3 = "trn3"
 
 
 class Preset(str, Enum):
@@ -58,7 +53,9 @@ class Clock(str, Enum):
 @app.callback(invoke_without_command=True, help=HELP)
 def bench(
     context: typer.Context,
-    target: Annotated[Target, typer.Option(help="The chip (inf2 counts as trn1).")] = Target.trn1,
+    target: Annotated[
+        Instance, typer.Option(help="The chip (inf2 counts as trn1).")
+    ] = Instance.trn1,
     preset: Annotated[
         Preset, typer.Option(help="Cases: quick (4), standard (20) or wide (40).")
     ] = Preset.standard,
@@ -73,15 +70,16 @@ def bench(
     head_dims: Annotated[str, typer.Option(help="Of the sweep.")] = "128",
     heads: Annotated[str, typer.Option(help="Of the sweep: query:kv heads, as 1:1,4:1.")] = "1:1",
     dtypes: Annotated[str, typer.Option(help="Of the sweep: bfloat16, float32.")] = "bfloat16",
-    lnc: Annotated[
-        int,
-        typer.Option(help="Physical cores of a launch, 1 or 2; presets then have as many heads."),
-    ] = 1,
+    lnc: LncOption = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Launches per case on a device.")] = 100,
 ) -> None:
     """See HELP; the text is given to typer as it is."""
     if context.invoked_subcommand is not None:
         return
+    if lengths:
+        refuse_given(context, ["preset"], "expected a preset or --lengths, got both")
+    else:
+        refuse_given(context, OF_SWEEPS, "expected --lengths with it, got none")
     from nxd_cp.bench.cases import preset as named
     from nxd_cp.bench.report import markdown, text
     from nxd_cp.bench.run import run
@@ -149,12 +147,27 @@ def _sweep(lengths: str, masks: str, head_dims: str, heads: str, dtypes: str) ->
     from nxd_cp.bench.cases import sweep
 
     return sweep(
-        lengths=[int(x) for x in lengths.split(",")],
+        lengths=_numbers("lengths", lengths),
         masks=masks.split(","),
-        head_dims=[int(x) for x in head_dims.split(",")],
-        heads=[(int(h), int(g)) for h, _, g in (x.partition(":") for x in heads.split(","))],
+        head_dims=_numbers("head-dims", head_dims),
+        heads=[_head_counts(pair) for pair in heads.split(",")],
         dtypes=dtypes.split(","),
     )
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}: expected numbers as 512,1024, got {text!r}") from None
+
+
+def _head_counts(pair: str) -> tuple[int, int]:
+    """Query and key/value heads of "4:1"."""
+    query, colon, kv = pair.partition(":")
+    if not (colon and query.isdecimal() and kv.isdecimal()):
+        raise ValueError(f"heads: expected query:kv heads as 4:1, got {pair!r}")
+    return int(query), int(kv)
 
 
 def _plan(target: str, clock: Clock, cases: list[Case], repeats: int, lnc: int) -> Plan:

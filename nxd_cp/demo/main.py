@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nxd_cp.demo.data import load_text
 from nxd_cp.demo.launch import Records, launch
 from nxd_cp.demo.report import (
     FIRST_STEP_BOUND,
@@ -93,7 +94,9 @@ def _require(packages: list[str]) -> None:
 
 
 def _check_length(run: RunSettings, num_ranks: int) -> None:
-    """Raise ValueError for a length that the layout cannot cut."""
+    """Raise ValueError for a length that the layout cannot cut, or longer than the text."""
+    if run.seq_len > (most := len(load_text())):
+        raise ValueError(f"sequence length: expected at most {most} bytes, got {run.seq_len}")
     make_plan(run.layout, num_ranks, run.seq_len)
 
 

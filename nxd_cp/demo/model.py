@@ -14,18 +14,16 @@ from torch.nn import functional as F
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.demo.settings import ModelSettings
+from nxd_cp.positions import rope_tables as half_rope_tables
 
 VOCABULARY = 256
-ROPE_BASE = 10_000.0
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 def rope_tables(position_ids_BL: torch.Tensor, head_dim: int) -> Rope:
-    """cos and sin, fp32 [B, 1, L, D], for global positions int64 [B, L]."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    angles_BLd = position_ids_BL.float()[..., None] * ROPE_BASE**-exponents
-    angles_B1LD = torch.cat([angles_BLd, angles_BLd], dim=-1)[:, None]
-    return angles_B1LD.cos(), angles_B1LD.sin()
+    """cos and sin, fp32 [B, 1, L, D], for global positions int64 [B, L]: each half of D alike."""
+    cos_BLd, sin_BLd = half_rope_tables(position_ids_BL, head_dim)
+    return torch.cat([cos_BLd, cos_BLd], -1)[:, None], torch.cat([sin_BLd, sin_BLd], -1)[:, None]
 
 
 def rotate(x_BHLD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from nxd_cp.command_options import Instance, LncOption, make_folder
+
 app = typer.Typer(help="Check this environment, a folder of kernels, or a ring.")
-
-
-class Chip(str, Enum):
-    """Chips that a ring can be checked for."""
-
-    trn1 = "trn1"
-    inf2 = "inf2"
-    trn2 = "trn2"
-    trn3 = "trn3"
 
 
 @app.callback(invoke_without_command=True)
@@ -75,13 +67,14 @@ def kernels(
 
 @app.command()
 def ring(
-    chip: Annotated[Chip, typer.Option(help="The chip.")] = Chip.trn2,
+    chip: Annotated[Instance, typer.Option(help="The chip.")] = Instance.trn2,
     world: Annotated[int, typer.Option(min=1, help="Ranks in all (logical cores).")] = 64,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size, innermost.")] = 4,
     cp: Annotated[int, typer.Option(min=1, help="Context-parallel size.")] = 4,
-    lnc: Annotated[int, typer.Option(help="Physical cores of a rank, 1 or 2.")] = 1,
+    lnc: LncOption = 1,
     pairs: Annotated[
-        Path | None, typer.Option(help="Also write the hops for nccom-test, as JSON.")
+        Path | None,
+        typer.Option(help="Also write the hops for nccom-test, as JSON.", callback=make_folder),
     ] = None,
 ) -> None:
     """Say whether every hop of the context-parallel rings has a link; exit 1 if one has none.

@@ -29,7 +29,7 @@ class Machine:
     """num_devices: device files. instance, lnc: as neuron-ls says, "" and None when it does not.
 
     links: the devices that each device is connected to, {} when unknown. variables: those that are
-    set of `VARIABLES`.
+    set of `VARIABLES`. problem: why neuron-ls said nothing, "" when it did or there is no device.
     """
 
     num_devices: int
@@ -37,6 +37,7 @@ class Machine:
     lnc: int | None
     links: dict[int, tuple[int, ...]]
     variables: dict[str, str]
+    problem: str = ""
 
     @property
     def chip(self) -> str:
@@ -48,10 +49,10 @@ class Machine:
 def look(devices: Path = Path("/dev")) -> Machine:
     """This machine; nothing is started on a device."""
     num_devices = len([path for path in devices.glob("neuron*") if path.name[6:].isdigit()])
-    table = _neuron_ls() if num_devices else ""
+    table, problem = _neuron_ls() if num_devices else ("", "")
     instance, lnc, links = read_table(table)
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    return Machine(num_devices, instance, lnc, links, variables)
+    return Machine(num_devices, instance, lnc, links, variables, problem)
 
 
 def read_table(text: str) -> tuple[str, int | None, dict[int, tuple[int, ...]]]:
@@ -72,9 +73,16 @@ def read_table(text: str) -> tuple[str, int | None, dict[int, tuple[int, ...]]]:
     )
 
 
-def _neuron_ls() -> str:
+def _neuron_ls() -> tuple[str, str]:
+    """What neuron-ls prints, and what went wrong ("" when nothing did)."""
     command = shutil.which("neuron-ls") or shutil.which("neuron-ls", path="/opt/aws/neuron/bin")
     if command is None:
-        return ""
-    done = subprocess.run([command], capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout
+        return "", "not found"
+    try:
+        done = subprocess.run([command], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        return "", f"exit status {done.returncode}, {said[0]}"
+    return done.stdout, ""

@@ -37,6 +37,8 @@ def decide(packages: Sequence[Found], machine: Machine) -> Tier:
         reasons.append("stack: no torch-neuronx, so no tensor can be on a Neuron device")
     if not machine.num_devices:
         reasons.append("devices: no /dev/neuron*, so nothing can run on a Neuron device here")
+    if machine.problem:
+        reasons.append(f"neuron-ls: {machine.problem}; instance type and links are unknown")
     if stack != "none" and "nki" not in have:
         reasons.append('kernels: no nki, so backend="nki" raises; install it from AWS\'s index')
     backend = "nki" if stack != "none" and machine.num_devices and "nki" in have else "torch"

@@ -17,11 +17,12 @@ from torch import Tensor
 from nxd_cp import validation
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
+from nxd_cp.documents import slot_positions
 from nxd_cp.inference.arguments import Places, agree
 from nxd_cp.inference.attend import Rule, attend, merge_all, nothing_seen
 from nxd_cp.inference.cache import EMPTY, KVCache
 from nxd_cp.merging import merge_
-from nxd_cp.schedule import Window, ring_moves, token_runs
+from nxd_cp.schedule import Window, ring_moves
 from nxd_cp.transport import Call, Parcel
 
 
@@ -88,7 +89,8 @@ def prefill(
 
 def _places(cp: CPContext, k: Tensor, cache: KVCache, lengths: Tensor | None) -> Places:
     """Raises ValueError for a chunk that the layout cannot cut, and for lengths beyond it."""
-    at, num_tokens = _positions(cp, k.shape[2]).to(k.device), k.shape[2] * cp.size
+    num_tokens = k.shape[2] * cp.size
+    at = slot_positions(cp.layout, cp.size, cp.rank, num_tokens).to(k.device)
     counts = torch.full_like(cache.next_position, num_tokens)
     if lengths is not None:
         if not isinstance(lengths, Tensor) or lengths.dtype not in validation.INTEGERS:
@@ -111,12 +113,6 @@ def _without_padding(ours: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Zeros in the rows of [B, H, L, D] that hold no token; ours: [B, L], `EMPTY` for these."""
     padding = (ours == EMPTY)[:, None, :, None]
     return [x.masked_fill(padding, 0.0) for x in tensors]
-
-
-def _positions(cp: CPContext, local_len: int) -> Tensor:
-    """Places in the chunk of this rank's tokens, int64 [L]."""
-    runs = token_runs(cp.layout, cp.size, cp.rank, local_len * cp.size)
-    return torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
 
 
 def _over_caches(

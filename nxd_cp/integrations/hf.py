@@ -20,7 +20,7 @@ Letters: B batch, L tokens of this rank, H query heads, G key/value heads, D hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
-from nxd_cp.schedule import token_runs
+from nxd_cp.documents import slot_positions
+from nxd_cp.integrations.hf_masks import check_mask, refuse_padding
 from nxd_cp.sharding import IGNORE_INDEX
 from nxd_cp.sharding import shard_batch as shard_token_batch
 
@@ -127,7 +128,7 @@ def shard_batch(
     if grad_average_over < 1:
         raise ValueError(f"expected grad_average_over of at least 1, got {grad_average_over}")
     whole = dict(batch)
-    _refuse_padding(whole.pop("attention_mask", None))
+    refuse_padding(whole.pop("attention_mask", None))
     local: dict[str, Any] = dict(shard_token_batch(whole, cp))
     first = local["input_ids"] if "input_ids" in local else next(iter(local.values()))
     local["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
@@ -206,52 +207,6 @@ def ring_attention_forward(
     return o_BHLD.transpose(1, 2), None
 
 
-def check_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
-    config: Any = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **_: Any,
-) -> None:
-    """The mask half of "nxd_ring": returns None, for what ring_attention makes of positions itself,
-    and refuses everything else that a model could want masked.
-
-    Called by Transformers with the sizes and the mask as a function of indices. Two diagonals of
-    that function tell a causal or windowed mask from packed, chunked and prefix masks.
-
-    Raises ValueError naming what was found.
-    """
-    _refuse_padding(attention_mask)
-    if use_vmap:
-        raise ValueError(
-            "expected a causal, windowed or full mask, got one with the model's own mask function "
-            "on top; ring attention would drop it"
-        )
-    if q_length != kv_length or q_length < 2:
-        return
-    causal = getattr(config, "is_causal", True)
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    before = torch.arange(q_length - 1, device=device)
-    rows = range(1 if attention_mask is None else attention_mask.shape[0])
-    sees_past = all(_all(mask_function(zero + b, zero, before + 1, before)) for b in rows)
-    sees_future = any(_any(mask_function(zero + b, zero, before, before + 1)) for b in rows)
-    if not sees_past:
-        raise ValueError(
-            "expected every token to see the one before it, got a mask that hides it (packed or "
-            "chunked attention); give the batch to hf.shard_batch, and packed documents as "
-            "segment_ids"
-        )
-    if causal and sees_future:
-        raise ValueError(
-            "expected a causal mask, got one in which tokens see later ones (a prefix or block "
-            "mask); ring attention would drop that"
-        )
-
-
 def attachment_of(module: torch.nn.Module) -> Attachment:
     """What `attach` left on an attention module. Raises ValueError when there is nothing."""
     attachment = getattr(module, _ATTACHMENT, None)
@@ -261,15 +216,6 @@ def attachment_of(module: torch.nn.Module) -> Attachment:
             "nxd_cp.integrations.hf.attach(model, cp) first (cp=None for one device)"
         )
     return attachment
-
-
-def _refuse_padding(attention_mask: Tensor | None) -> None:
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(
-            "attention_mask: expected ones only, got padding; pad on the right, give padded tokens "
-            f"the label {IGNORE_INDEX} and leave the mask out (causal attention does not look "
-            "there), or pack the sequences with segment_ids"
-        )
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
@@ -291,8 +237,7 @@ def _check_positions(position_ids: Tensor | None, query: Tensor, cp: CPContext |
     """Rotary embeddings were made from these; local ones would be silently wrong."""
     if cp is None or cp.size == 1:
         return
-    runs = token_runs(cp.layout, cp.size, cp.rank, query.shape[2] * cp.size)
-    expected = torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
+    expected = slot_positions(cp.layout, cp.size, cp.rank, query.shape[2] * cp.size)
     if position_ids is None or not torch.equal(
         position_ids.cpu(), expected.expand(position_ids.shape)
     ):
@@ -302,14 +247,6 @@ def _check_positions(position_ids: Tensor | None, query: Tensor, cp: CPContext |
             f"{expected[:3].tolist()}, ..., got {got}; make the batch with hf.shard_batch "
             "(positions are free with segment_ids)"
         )
-
-
-def _all(value: Any) -> bool:
-    return bool(torch.as_tensor(value).all())
-
-
-def _any(value: Any) -> bool:
-    return bool(torch.as_tensor(value).any())
 
 
 AttentionInterface.register(NAME, ring_attention_forward)

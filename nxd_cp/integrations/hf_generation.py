@@ -19,9 +19,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from nxd_cp.context import CPContext
+from nxd_cp.documents import slot_positions
 from nxd_cp.inference import KVCache, decode, prefill
 from nxd_cp.integrations.hf import Attachment, attachment_of
-from nxd_cp.schedule import seq_len_multiple, token_runs
+from nxd_cp.schedule import padded_len
 
 
 @torch.no_grad()
@@ -121,8 +122,8 @@ class _Caches:
 def _caching(
     attachment: Attachment, cp: CPContext, counts: Tensor, max_new_tokens: int
 ) -> Iterator[_Caches]:
-    longest = int(counts.max())
-    capacity = _padded(longest, cp) // cp.size + -(-max_new_tokens // cp.size) + 1
+    prompt_len = padded_len(cp.layout, cp.size, int(counts.max()))
+    capacity = prompt_len // cp.size + -(-max_new_tokens // cp.size) + 1
     caches = _Caches(cp, attachment.backend, counts, capacity)
     attachment.cached = caches
     try:
@@ -134,10 +135,9 @@ def _caching(
 def _prefill(model: PreTrainedModel, input_ids: Tensor, cp: CPContext, counts: Tensor) -> Tensor:
     """Logits [B, V] of each prompt's last token, equal on all ranks."""
     longest = int(counts.max())
-    whole = F.pad(input_ids[:, :longest], (0, _padded(longest, cp) - longest))
-    runs = token_runs(cp.layout, cp.size, cp.rank, whole.shape[1])
-    ours = torch.cat([torch.arange(run.start, run.stop, run.step) for run in runs])
-    ours = ours.to(whole.device)
+    padding = padded_len(cp.layout, cp.size, longest) - longest
+    whole = F.pad(input_ids[:, :longest], (0, padding))
+    ours = slot_positions(cp.layout, cp.size, cp.rank, whole.shape[1]).to(whole.device)
     last = counts[:, None] - 1 == ours  # [B, L]: where a prompt's last token is ours
     logits_BBV = model(
         whole[:, ours],
@@ -163,11 +163,6 @@ class _Pick:
             weights = (logits.float() / self._temperature).softmax(-1)
             column = torch.multinomial(weights, 1, generator=self._generator)[:, 0]
         return self._cp.all_reduce(column if self._cp.rank == 0 else torch.zeros_like(column))
-
-
-def _padded(num_tokens: int, cp: CPContext) -> int:
-    multiple = seq_len_multiple(cp.layout, cp.size)
-    return -(-num_tokens // multiple) * multiple
 
 
 def _check(

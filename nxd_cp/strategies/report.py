@@ -41,7 +41,7 @@ def report(plan: Plan, shape: Shape, chip: str, strategy: str) -> tuple[str, lis
             + " ".join(f"{_size(size):>10}" for size in sizes)
             + f" {cost.balance:>8.3f} {cost.seconds * 1e3:>8.3f} ms"
         )
-    by = "asked for" if strategy != "auto" else "the cheapest by the rule"
+    by = "asked for" if strategy != "auto" else "by the rule (docs/strategies.md)"
     lines += [
         f"taken: {costs[0].work.strategy}, {by}",
         "one forward and backward of the busiest rank; estimated, not measured, from "

@@ -6,6 +6,7 @@ command line (nxd_cp/cli.py does).
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,12 @@ class Ring:
 
 def run_simulate(ring: Ring, *, trace_path: Path | None = None) -> str:
     """The table of a ring; ValueError for what cannot be."""
+    if ring.tflops is not None and not 0 < ring.tflops < math.inf:
+        raise ValueError(f"tflops: expected a positive number, got {ring.tflops:g}")
+    if ring.num_heads % ring.num_kv_heads:
+        raise ValueError(
+            f"kv-heads: expected a divisor of {ring.num_heads} heads, got {ring.num_kv_heads}"
+        )
     generation = constants_for(ring.generation).generation
     plan = make_plan(ring.layout, ring.ranks, ring.seq_len, causal=ring.causal)
     cluster = Cluster(

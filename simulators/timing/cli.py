@@ -50,6 +50,12 @@ class Block:
             raise ValueError(
                 f"queries and keys: expected multiples of 128, got {self.queries} and {self.keys}"
             )
+        if self.num_heads % self.num_kv_heads or not 1 <= self.head_dim <= 256:
+            raise ValueError(
+                "heads and head dim: expected key/value heads that divide query heads and a head "
+                f"dim of at most 256, got {self.num_heads} and {self.num_kv_heads} of dim "
+                f"{self.head_dim}"
+            )
         if self.mask != "full" and self.queries != self.keys:
             raise ValueError(
                 f"queries and keys: expected equal lengths under a {self.mask} mask, "
