@@ -1,7 +1,9 @@
 """The end of a block of queries: its accumulators merged with the carry, o and lse written.
 
-    w = max(f * c, lse_in),  L = exp(f * c - w) l + exp(lse_in - w)
-    o = (exp(f * c - w) acc + exp(lse_in - w) o_in) / L,   lse = w + log L
+    w = max(f * c, w_in),  L = exp(f * c - w) l + exp(w_in - w) L_in
+    o = (exp(f * c - w) acc + exp(w_in - w) L_in o_in) / L,   lse = w + log L
+
+w and L are the statistics of a row; they lie side by side and move in one DMA.
 
 Letters as in flash_fwd.py: M query rows on partitions, U units of a block, T units of a group.
 """
@@ -9,26 +11,28 @@ Letters as in flash_fwd.py: M query rows on partitions, U units of a block, T un
 import nki.isa as nisa
 import nki.language as nl
 
-from .tiles import EMPTY_LSE, ROWS, load_row_values, rows_of, store_row_values
+from .tiles import EMPTY_LSE, ROWS, rows_of, store_units
 
 FAR_BELOW = -1.0e31  # f * c of a row that saw nothing: below every lse and EMPTY_LSE
 
 
 def finish(acc, c_MU, b, block, results, options):
-    """Merge the accumulators of a block with the carry and write o; keep w and L for the lse."""
-    places, top_MT, sum_MT, first_unit = results
+    """Merge the accumulators of a block with the carry and write o; keep w and L."""
+    places, statistics_MT2, first_unit = results
     factor = options["scale"]
     if options["softcap"] != 0.0:
         factor = options["softcap"]
     num_units = len(block)
     l_MU = sums(acc, block)
     seen_MU = seen_top(c_MU, l_MU, factor)
-    carried_MU = carried_lse(places["carry"], b, block)
-    top_MU = top_MT[:, first_unit : first_unit + num_units]
-    sum_MU = sum_MT[:, first_unit : first_unit + num_units]
-    nisa.tensor_tensor(dst=top_MU, data1=seen_MU, data2=carried_MU, op=nl.maximum)  # VectorE
+    carried_MU2 = carried_statistics(places["carry"], b, block)
+    old_top_MU, old_sum_MU = carried_MU2[:, :, 0], carried_MU2[:, :, 1]
+    top_MU = statistics_MT2[:, first_unit : first_unit + num_units, 0]
+    sum_MU = statistics_MT2[:, first_unit : first_unit + num_units, 1]
+    nisa.tensor_tensor(dst=top_MU, data1=seen_MU, data2=old_top_MU, op=nl.maximum)  # VectorE
     new_MU = exp_difference(seen_MU, top_MU)
-    old_MU = exp_difference(carried_MU, top_MU)
+    old_MU = exp_difference(old_top_MU, top_MU)
+    nisa.tensor_tensor(dst=old_MU, data1=old_MU, data2=old_sum_MU, op=nl.multiply)  # VectorE
     nisa.tensor_tensor(dst=sum_MU, data1=new_MU, data2=l_MU, op=nl.multiply)  # VectorE
     nisa.tensor_tensor(dst=sum_MU, data1=sum_MU, data2=old_MU, op=nl.add)  # VectorE
     inverse_MU = nl.ndarray((ROWS, num_units), dtype=nl.float32, buffer=nl.sbuf)
@@ -71,13 +75,17 @@ def seen_top(c_MU, l_MU, factor):
     return seen_MU
 
 
-def carried_lse(carry, b, block):
-    """lse of the carry, [128, units]; EMPTY_LSE without one."""
+def carried_statistics(carry, b, block):
+    """w and L of the carry, [128, units, 2]; without one those of rows that saw nothing."""
+    carried_MU2 = nl.ndarray((ROWS, len(block), 2), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.memset(dst=carried_MU2[:, :, 0], value=EMPTY_LSE)
+    nisa.memset(dst=carried_MU2[:, :, 1], value=1.0)
     if len(carry) > 0:
-        return load_row_values(carry[1], b, block, EMPTY_LSE)
-    carried_MU = nl.ndarray((ROWS, len(block)), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=carried_MU, value=EMPTY_LSE)
-    return carried_MU
+        for u in range(len(block)):
+            h, start, rows = block[u]
+            src = rows_of(carry[1], b, h, start, rows)
+            nisa.dma_copy(dst=carried_MU2[0:rows, u, :], src=src)  # DMA
+    return carried_MU2
 
 
 def exp_difference(a_MU, top_MU):
@@ -105,9 +113,12 @@ def merged_output(acc_psum, weights, carry, place):
     return o_ME
 
 
-def store_lse(place, b, units, top_MT, sum_MT):
-    """lse = w + log L of all units: only here does ScalarE change from exp to log."""
-    lse_MT = nl.ndarray(top_MT.shape, dtype=nl.float32, buffer=nl.sbuf)
+def store_statistics(places, b, units, statistics_MT2):
+    """w, L and lse = w + log L of all units: only here does ScalarE change from exp to log."""
+    top_MT, sum_MT = statistics_MT2[:, :, 0], statistics_MT2[:, :, 1]
+    lse_MT1 = nl.ndarray((ROWS, len(units), 1), dtype=nl.float32, buffer=nl.sbuf)
+    lse_MT = lse_MT1[:, :, 0]
     nisa.activation(dst=lse_MT, op=nl.log, data=sum_MT)  # ScalarE
     nisa.tensor_tensor(dst=lse_MT, data1=lse_MT, data2=top_MT, op=nl.add)  # VectorE
-    store_row_values(place, b, units, lse_MT)
+    store_units(places["lse"], b, units, lse_MT1)
+    store_units(places["statistics"], b, units, statistics_MT2)

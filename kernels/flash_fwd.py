@@ -1,4 +1,4 @@
-"""Flash attention forward over one rectangle of scores: q, k, v and a carry -> o, lse.
+"""Flash attention forward over one rectangle of scores: q, k, v and a carry -> o, lse, statistics.
 
 Letters: B batch, H query heads, G key/value heads, S query rows, K keys, D head dim of q and k,
 E head dim of v; in a tile M <= 128 query rows, J <= 128 keys, N <= 512 query rows of up to four
@@ -9,11 +9,13 @@ The mathematics, per query row, with a shift c that is known before the sum begi
     x_j = q k_j  (or tanh(scale * q k_j / softcap)),  f = scale (or softcap)
     c   = max over the visible keys of x_j                         shift "row_max"; 0 for "none"
     p_j = exp(f * (x_j - c)),  l = sum_j p_j,  acc = sum_j p_j v_j
-    w   = max(f * c, lse_in),  L = exp(f * c - w) l + exp(lse_in - w)
-    o   = (exp(f * c - w) acc + exp(lse_in - w) o_in) / L,   lse = w + log L
+    w   = max(f * c, w_in),   L = exp(f * c - w) l + exp(w_in - w) L_in
+    o   = (exp(f * c - w) acc + exp(w_in - w) L_in o_in) / L,   lse = w + log L
 
-(o_in, lse_in) is the carry, the merged result of earlier hops: one more key, whose score is lse_in
-and whose value is o_in. A learnable sink is the carry (0, sink).
+o_in and the statistics (w_in, L_in) are the carry, the merged result of earlier hops: one more key,
+whose score is w_in + log L_in and whose value is o_in. As carries a finished (o, lse) is o with the
+statistics (lse, 1), and a learnable sink 0 with (sink, 1). Statistics pass from hop to hop and not
+lse: each time that a logarithm is rounded, the weight of all that came before would move.
 
 Scores are transposed, [keys, queries], because exp's output is then at once the stationary operand
 of p v, and l comes out of the same matmul through a column of ones beside v: no transpose, no
@@ -22,16 +24,16 @@ the free axis), so one more matmul subtracts it in PSUM: c as three bf16 pieces,
 24 bits of an fp32, times rows of ones. How c is found: shift.py; one tile of p: probabilities.py;
 the merge with the carry: finish.py.
 
-Precision: matmul operands and p are in the input dtype (bf16, fp16 or fp32); scores, c, l, acc, o
-and lse are fp32. l is the sum of the rounded p, the same that weigh v. A row that has seen nothing
-leaves with o = 0 and lse = EMPTY_LSE, and may come so as carry.
+Precision: matmul operands and p are in the input dtype (bf16, fp16 or fp32); scores, c, l, acc, w,
+L, o and lse are fp32. l is the sum of the rounded p, the same that weigh v. A row that has seen
+nothing leaves with o = 0, lse = w = EMPTY_LSE and L = 1, and may come so as carry.
 """
 
 import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from .finish import finish, store_lse
+from .finish import finish, store_statistics
 from .masks import check_mask, load_bounds, make_indices, reachable
 from .probabilities import probabilities
 from .shift import find_shift
@@ -64,14 +66,15 @@ def flash_fwd(
             G divides H.
         mask: "full", "causal", "strict" (the last two need S == K) or "interval".
         scale: factor on the scores; softcap: 0.0 for none, or the cap. Compile-time floats.
-        shift: "row_max", or "none" where the caller knows that |scaled score| <= 32.
-        carry: () or (o [B, H, S, E], lse [B, H, S, 1]) of earlier blocks, HBM fp32.
+        shift: "row_max", or "none" where the caller knows that |scaled score| <= 27.
+        carry: () or (o [B, H, S, E], statistics [B, H, S, 2]) of earlier blocks, HBM fp32.
         bounds: () or, for mask "interval", four HBM fp32 tensors: first and stop key of every
             query [B, S, 1] twice, first and stop query of every key [B, K, 1] twice.
 
     Returns:
-        o [B, H, S, E] fp32, normalised, and lse [B, H, S, 1] fp32, the natural logarithm with the
-        scale included; both over the carry and this block.
+        o [B, H, S, E] fp32, normalised; lse [B, H, S, 1] fp32, the natural logarithm with the
+        scale included; and the statistics [B, H, S, 2] fp32, w and L, for the next block's carry.
+        All are over the carry and this block.
     """
     num_batches, num_heads, num_rows = q_BHSD.shape[0], q_BHSD.shape[1], q_BHSD.shape[2]
     num_groups, value_dim = k_BGKD.shape[1], v_BGKE.shape[3]
@@ -82,10 +85,14 @@ def flash_fwd(
     lse_hbm = nl.ndarray(
         (num_batches, num_heads, num_rows, 1), dtype=nl.float32, buffer=nl.shared_hbm
     )
+    statistics_hbm = nl.ndarray(
+        (num_batches, num_heads, num_rows, 2), dtype=nl.float32, buffer=nl.shared_hbm
+    )
     options = {"mask": mask, "scale": scale, "softcap": softcap, "shift": shift}
     eyes = (make_identity(q_BHSD.dtype), make_identity(nl.bfloat16))
     places = {"q": whole(q_BHSD), "k": whole(k_BGKD), "v": whole(v_BGKE), "carry": ()}
     places["o"], places["lse"] = whole(o_hbm), whole(lse_hbm)
+    places["statistics"] = whole(statistics_hbm)
     if len(carry) > 0:
         places["carry"] = (whole(carry[0]), whole(carry[1]))
     items = my_items(num_batches, num_groups)
@@ -93,24 +100,24 @@ def flash_fwd(
         b, g = items[i]
         units = query_units(num_heads, num_groups, g, num_rows)
         rectangle(places, b, g, units, load_limits(bounds, b), options, eyes)
-    return o_hbm, lse_hbm
+    return o_hbm, lse_hbm, statistics_hbm
 
 
 def rectangle(places, b, g, units, limits, options, eyes):
     """The query heads of one group over one rectangle of scores, from HBM to HBM.
 
-    places: where "q", "k", "v", "o", "lse" and "carry" (nothing, or o and lse) are; see tiles.py.
+    places: where "q", "k", "v", "o", "lse", "statistics" and "carry" (nothing, or o and statistics)
+    are; see tiles.py.
     """
     keys = load_keys(places, b, g, eyes[0])
-    top_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
-    sum_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+    statistics_MT2 = nl.ndarray((ROWS, len(units), 2), dtype=nl.float32, buffer=nl.sbuf)
     blocks = spans(len(units), UNITS)
     for j in range(len(blocks)):
         first, count = blocks[j]
         queries = load_queries(places["q"], b, units[first : first + count], eyes[0])
-        results = (places, top_MT, sum_MT, first)
+        results = (places, statistics_MT2, first)
         attend_block(queries, keys, limits, b, results, options, eyes[1])
-    store_lse(places["lse"], b, units, top_MT, sum_MT)
+    store_statistics(places, b, units, statistics_MT2)
 
 
 def attend_block(queries, keys, limits, b, results, options, identity_PP):

@@ -25,7 +25,7 @@ import nki
 import nki.isa as nisa
 import nki.language as nl
 
-from .finish import finish, store_lse
+from .finish import finish, store_statistics
 from .flash_fwd import UNITS, attend, load_keys, load_queries
 from .loops import (
     batches_of_step,
@@ -67,7 +67,7 @@ def loop_fwd(
         mask: "interval".
 
     Returns:
-        o [B, H, S, E] and lse [B, H, S, 1], fp32, as `flash_fwd`.
+        o [B, H, S, E], lse [B, H, S, 1] and the statistics [B, H, S, 2], fp32, as `flash_fwd`.
     """
     assert mask == "interval", "static masks are skipped at compile time, by flash_fwd"
     assert k_BGKD.shape[2] % CHUNK == 0, "whole chunks of keys"
@@ -75,11 +75,14 @@ def loop_fwd(
     num_groups, value_dim = k_BGKD.shape[1], v_BGKE.shape[3]
     o_shape = (num_batches, num_heads, num_rows, value_dim)
     lse_shape = (num_batches, num_heads, num_rows, 1)
+    statistics_shape = (num_batches, num_heads, num_rows, 2)
     o_hbm = nl.ndarray(o_shape, dtype=nl.float32, buffer=nl.shared_hbm)
     lse_hbm = nl.ndarray(lse_shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    statistics_hbm = nl.ndarray(statistics_shape, dtype=nl.float32, buffer=nl.shared_hbm)
     options = {"mask": mask, "scale": scale, "softcap": softcap, "shift": shift}
     eyes = (make_identity(q_BHSD.dtype), make_identity(nl.bfloat16))
     places = {"q": whole(q_BHSD), "o": whole(o_hbm), "lse": whole(lse_hbm), "carry": ()}
+    places["statistics"] = whole(statistics_hbm)
     if len(carry) > 0:
         places["carry"] = (whole(carry[0]), whole(carry[1]))
     kv = (in_chunks(k_BGKD, CHUNK), in_chunks(v_BGKE, CHUNK))
@@ -89,14 +92,13 @@ def loop_fwd(
         units = query_units(num_heads, num_groups, g, num_rows)
         batches = batches_of_step(num_batches, num_groups, i)
         rectangle(places, kv, (b, g, batches), units, bounds, options, eyes)
-    return o_hbm, lse_hbm
+    return o_hbm, lse_hbm, statistics_hbm
 
 
 def rectangle(places, kv, at, units, bounds, options, eyes):
     """The query heads of one group over one rectangle of scores, from HBM to HBM."""
     b, g, batches = at
-    top_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
-    sum_MT = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
+    statistics_MT2 = nl.ndarray((ROWS, len(units), 2), dtype=nl.float32, buffer=nl.sbuf)
     row_bounds, indices_PN = load_bounds(bounds[0], bounds[1], b), make_indices()
     blocks = spans(len(units), UNITS)
     for j in range(len(blocks)):
@@ -109,8 +111,8 @@ def rectangle(places, kv, at, units, bounds, options, eyes):
         _, shift = make_shift(c_MU, queries, options, eyes[1])
         limits = (bounds[2:4], indices_PN)
         acc = sum_values(queries, kv, (b, g), turns, limits, shift, options, eyes[0])
-        finish(acc, c_MU, b, queries["units"], (places, top_MT, sum_MT, first), options)
-    store_lse(places["lse"], b, units, top_MT, sum_MT)
+        finish(acc, c_MU, b, queries["units"], (places, statistics_MT2, first), options)
+    store_statistics(places, b, units, statistics_MT2)
 
 
 def rows_that_turn(units, bounds, batches):

@@ -3,14 +3,14 @@
 Every rank holds its queries and passes its keys and values round the ring. Each step
 
     issue the permute that brings the next keys and values (two HBM buffers, K and V in one message)
-    compute the present ones, merged into o and lse in HBM: the carry of `flash_fwd.rectangle`
+    compute the present ones, merged into o and statistics in HBM: the carry of `flash_fwd`
 
 so that the transfer of step i + 1 has the whole computation of step i to hide behind. From gen3
 (trn2), one core per rank or two that share the heads (LNC2), NKI 0.3 and later (nki.collectives).
 
 Letters: N ranks; B batch, H query heads, G key/value heads, C chunks, S rows of a chunk, D head dim
-of q and k, E of v. Schedule: Note [Zigzag] in ring_steps.py. Precision: as flash_fwd.py; o and lse
-stay fp32 from the first step to the last.
+of q and k, E of v. Schedule: Note [Zigzag] in ring_steps.py. Precision: as flash_fwd.py; o and the
+statistics stay fp32 from the first step to the last.
 """
 
 import nki
@@ -50,8 +50,10 @@ def ring_fwd(q_BHCSD, k_BGCSD, v_BGCSE, sides_NN, groups, mask, scale, softcap=0
     kv_heads, value_dim = k_BGCSD.shape[1], v_BGCSE.shape[4]
     o_shape = (batches, heads, chunks, num_rows, value_dim)
     lse_shape = (batches, heads, chunks, num_rows, 1)
+    statistics_shape = (batches, heads, chunks, num_rows, 2)
     o_hbm = nl.ndarray(o_shape, dtype=nl.float32, buffer=nl.shared_hbm)
     lse_hbm = nl.ndarray(lse_shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    statistics_hbm = nl.ndarray(statistics_shape, dtype=nl.float32, buffer=nl.private_hbm)
     group, size = ncc.ReplicaGroup(groups), len(groups[0])
     eyes = (make_identity(q_BHCSD.dtype), make_identity(nl.bfloat16))
     items = my_items(batches, kv_heads)
@@ -73,10 +75,11 @@ def ring_fwd(q_BHCSD, k_BGCSD, v_BGCSE, sides_NN, groups, mask, scale, softcap=0
                 "v": place_of(here, key_chunk, side_11, head_dim, value_dim),
                 "o": place_of(o_hbm, query_chunk, side_11, 0, value_dim),
                 "lse": place_of(lse_hbm, query_chunk, side_11, 0, 1),
+                "statistics": place_of(statistics_hbm, query_chunk, side_11, 0, 2),
                 "carry": (),
             }
             if not is_first:
-                places["carry"] = (places["o"], places["lse"])
+                places["carry"] = (places["o"], places["statistics"])
             for i in range(len(items)):
                 b, g = items[i]
                 places["k"]["pair"], places["v"]["pair"] = (0, i), (0, i)

@@ -4,7 +4,7 @@ Does: find c = max of the visible x_j in a pass of its own over q k^T, [queries,
 as three rows of bf16, which a matmul adds to transposed scores. Does not: sum anything.
 
 "row_max" is exact, so that p <= 1 for every finite score: no bound on norms could promise that exp
-neither overflows nor loses a row whole. "none" is for callers who know that |f * x| <= 32.
+neither overflows nor loses a row whole. "none" is for callers who know that |f * x| <= 27.
 
 Letters as in flash_fwd.py: M query rows on partitions, N columns, U units of a block, J keys.
 """

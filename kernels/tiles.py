@@ -166,23 +166,12 @@ def load_units(place, b, units):
     return out_MUD
 
 
-def load_row_values(place, b, units, fill):
-    """Load one fp32 number per row of some units as [128, units]; `fill` past a ragged end."""
-    out_MU = nl.ndarray((ROWS, len(units)), dtype=nl.float32, buffer=nl.sbuf)
-    nisa.memset(dst=out_MU, value=fill)
-    for u in range(len(units)):
-        h, start, rows = units[u]
-        src = rows_of(place, b, h, start, rows)
-        nisa.dma_copy(dst=out_MU[0:rows, u : u + 1], src=src)  # DMA
-    return out_MU
-
-
-def store_row_values(place, b, units, values_MU):
-    """Write one fp32 number per row of some units."""
+def store_units(place, b, units, values_MUD):
+    """Write [128, units, D], the rows of some units."""
     for u in range(len(units)):
         h, start, rows = units[u]
         dst = rows_of(place, b, h, start, rows)
-        nisa.dma_copy(dst=dst, src=values_MU[0:rows, u : u + 1])  # DMA
+        nisa.dma_copy(dst=dst, src=values_MUD[0:rows, u, :])  # DMA
 
 
 def make_pieces(head_dim, num_columns, dtype):

@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from nxd_cp import gradients
-from nxd_cp.backends.base import Backend, BlockMask, Documents, Pair, QueryRows, Scores
+from nxd_cp.backends.base import (
+    Backend,
+    BlockMask,
+    Carry,
+    Documents,
+    Pair,
+    QueryRows,
+    Scores,
+)
 from nxd_cp.blocks import KeyBlock
 from nxd_cp.running import Running
 from nxd_cp.schedule import Plan, Tile, ring_moves
@@ -56,7 +64,8 @@ def forward(
     """
     all_rows = slice(0, q.shape[2])
     memory = None if backend.carries else memory
-    so_far = Running(q.shape[2], _nothing_seen(q, v, memory), in_place=not backend.carries)
+    nothing = _nothing_seen(q, v, backend, memory)
+    so_far = Running(q.shape[2], nothing, in_place=not backend.carries)
     block = KeyBlock(call, k, v)
     for step in plan.steps[rank]:
         block.start(step.kv)
@@ -67,7 +76,7 @@ def forward(
                 out = memory if rows == all_rows else None
                 so_far.put(rows, backend.forward(q[:, :, rows], *keys, scores, carry, out))
         block.wait()
-    o, lse = so_far.finish()
+    o, lse, *_ = so_far.finish()
     if sinks is not None:
         _merge_sinks_(o, lse, sinks, slice(0, plan.local_tokens[rank]))
     return o, lse
@@ -138,15 +147,17 @@ def gather(call: Call, local: Tensor, plan: Plan, rank: int) -> list[Tensor]:
     return [found[owner] for owner in sorted(found)]
 
 
-def _nothing_seen(q: Tensor, v: Tensor, memory: Pair | None) -> Callable[[int], Pair]:
+def _nothing_seen(
+    q: Tensor, v: Tensor, backend: Backend, memory: Pair | None
+) -> Callable[[int], Carry]:
     """Makes o = 0 and lse = -inf for so many rows; all of them are made in `memory`, if given."""
 
-    def make(num_rows: int) -> Pair:
+    def make(num_rows: int) -> Carry:
         if memory is not None and num_rows == q.shape[2]:
             return memory[0].zero_(), memory[1].fill_(-torch.inf)
         shape = (*q.shape[:2], num_rows)
         o = torch.zeros((*shape, v.shape[-1]), dtype=torch.float32, device=q.device)
-        return o, o.new_full(shape, -torch.inf)
+        return backend.as_carry(o, o.new_full(shape, -torch.inf))
 
     return make
 

@@ -1,4 +1,4 @@
-"""What a rank has so far for its own rows: o and lse in the forward, dq in the backward.
+"""What a rank has so far for its own rows: what a forward returns, dq in the backward.
 
 Does: hold it between the rectangles of all hops, and hand to a backend the part that a rectangle
 carries on. Does not: merge or add (`backends/` do).

@@ -13,8 +13,8 @@ Note [Budget]
     How p rounds to the dtype depends on the row's shift, which is that of a hop or of a tile: in
     each result it is another one, up to e above the maximum.
     Sums that are taken hop by hop are also rounded once per hop or more: each result has as many
-    roundings of lse, of o and of dq as the hops make, every one up or down, and dk and dv have
-    passed through what they carry.
+    roundings of L, of o and of dq as the hops make, every one up or down, and dk and dv have
+    passed through what they carry. The logarithm of L is taken once, whatever the hops.
 
 Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim of q and k, E of v.
 """
@@ -29,6 +29,7 @@ from budgets import RMS_FACTOR, error
 from torch import Tensor
 
 from nxd_cp.backends.base import BlockMask, Documents, QueryRows, Scores
+from nxd_cp.backends.kernel_limits import MAX_SCORE_BOUND
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.reference import hidden
 from nxd_cp.schedule import Bounded
@@ -37,9 +38,10 @@ SAMPLES = 8
 EMPTY = -1e30
 FP32_STEP = torch.finfo(torch.float32).eps / 2
 # What happens at each hop, one rounding after the other. To a row of o (kernels/finish.py): a
-# weight's difference, exp, times l, plus the other, reciprocal, product, times the sum, plus the
-# carry; to lse: the scaled maximum, plus a logarithm; to dq (flash_bwd.py): times scale, plus dq.
-O_ROUNDINGS, LSE_ROUNDINGS, DQ_ROUNDINGS = 8, 2, 2
+# weight's difference, exp, times L or l, plus the other, reciprocal, product, times the sum, plus
+# the carry; to L: the first four of these; to dq (flash_bwd.py): times scale, plus dq.
+O_ROUNDINGS, SUM_ROUNDINGS, DQ_ROUNDINGS = 8, 4, 2
+LSE_ROUNDINGS = 2  # once: the scaled maximum, plus a logarithm
 CARRIED = 1.0  # what dk and dv carry into every hop but the first
 NAMES = ("o", "dq", "dk", "dv")
 
@@ -187,7 +189,7 @@ def by_kernels(case: KernelCase, x: Problem, *, before: float = CARRIED) -> Resu
         "simulate",
         case.generation,
         cores=case.cores,
-        score_bound=32.0 if case.bounded else None,
+        score_bound=MAX_SCORE_BOUND if case.bounded else None,
         device_loops=case.loops,
     )
     carry = None
@@ -198,7 +200,7 @@ def by_kernels(case: KernelCase, x: Problem, *, before: float = CARRIED) -> Resu
         scores = Scores(mask, case.scale, case.softcap)
         carry = backend.forward(x.q, x.k[:, :, keys], x.v[:, :, keys], scores, carry)
     assert carry is not None, "there is at least one piece"
-    o, lse = carry
+    o, lse, *_ = carry
     rows = QueryRows(x.do, x.q, o, lse, (x.do.float() * o).sum(-1))
     dq, parts = None, []
     for keys, mask in x.pieces:
@@ -266,7 +268,7 @@ class OneDevice:
         ds = ds.to(case.dtype).float()
         dk, dv = case.scale * ds.mT @ self.q, p.mT @ self.do
         shape = case.B, case.Hkv, case.Hq // case.Hkv, case.K, -1
-        dq = self._rounded_at_hops(case.scale * ds @ self.k, DQ_ROUNDINGS)
+        dq = self._rounded_rows(case.scale * ds @ self.k, DQ_ROUNDINGS * len(self.x.pieces))
         dk, dv = (self._carried(t.reshape(shape).sum(2)) for t in (dk, dv))
         return o, lse, (dq, dk, dv)
 
@@ -276,14 +278,14 @@ class OneDevice:
         later = (grad[:, :, first:] + CARRIED) - CARRIED
         return torch.cat((grad[:, :, :first], later), dim=2)
 
-    def _rounded_at_hops(self, t: Tensor, roundings: int) -> Tensor:
-        """Each row after so many roundings at every hop."""
-        shape = roundings * len(self.x.pieces), *t.shape[:-1], 1
+    def _rounded_rows(self, t: Tensor, roundings: int) -> Tensor:
+        """Each row after so many roundings, one after the other."""
+        shape = roundings, *t.shape[:-1], 1
         up_or_down = 2 * torch.rand(shape, generator=self.make, dtype=torch.float64) - 1
         return (t.double() * (1 + FP32_STEP * up_or_down.sum(0))).float()
 
     def _forward(self) -> Pair:
-        """o and lse, with the roundings of a carried lse: at each hop, by its own size."""
+        """o and lse, with the roundings of hops, each by the size of what is rounded."""
         case, x = self.case, self.x
         s = self._scores()[0].masked_fill(~x.seen, -torch.inf)
         c = s.amax(-1, keepdim=True)
@@ -298,8 +300,10 @@ class OneDevice:
         total = new * p.sum(-1, keepdim=True) + torch.exp(sink - top)
         empty = total == 0
         o = (new * (p @ self.v) / total).masked_fill(empty, 0.0)
-        lse = self._rounded_at_hops(top + total.log(), LSE_ROUNDINGS).masked_fill(empty, -torch.inf)
-        return self._rounded_at_hops(o, O_ROUNDINGS), lse.squeeze(-1)
+        hops = len(x.pieces)
+        total = self._rounded_rows(total, SUM_ROUNDINGS * hops)
+        lse = self._rounded_rows(top + total.log(), LSE_ROUNDINGS).masked_fill(empty, -torch.inf)
+        return self._rounded_rows(o, O_ROUNDINGS * hops), lse.squeeze(-1)
 
     def _scores(self) -> Pair:
         """Scores with the cap and its tanh, which is rounded up or down."""

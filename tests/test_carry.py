@@ -143,11 +143,14 @@ class MergesOutside(KernelBackend):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, carry: Any = None, out: Any = None
     ) -> Any:
-        found = super().forward(q, k, v, scores)
+        o, lse, _ = super().forward(q, k, v, scores)
         if carry is None:
-            return found
-        merge_(*carry, *found)
+            return o, lse
+        merge_(*carry, o, lse)
         return carry
+
+    def as_carry(self, o: Tensor, lse: Tensor) -> Any:
+        return o, lse
 
     def backward(
         self, rows: QueryRows, k: Tensor, v: Tensor, scores: Scores, carry: Any = None

@@ -47,7 +47,8 @@ class Kernel:
         def run(q: Tensor, k: Tensor, v: Tensor, mask: str, scale: float, **more: Any) -> Any:
             self.calls.append((cores, mask, more))
             o = (q.float() * scale) @ k.float().transpose(-1, -2) @ v.float()
-            return o, q.float().sum(-1, keepdim=True)
+            lse = q.float().sum(-1, keepdim=True)
+            return o, lse, torch.cat((lse, torch.ones_like(lse)), dim=-1)
 
         return run
 
@@ -80,10 +81,9 @@ def test_an_xla_kernel_is_a_custom_op_with_its_cores_and_keywords() -> None:
     kernel = Kernel()
     module = DeviceModule(SimpleNamespace(flash_fwd=kernel, EMPTY=7.0), "flash_fwd")
     q, k, v = _qkv()
-    o, lse = module.flash_fwd[2](q, k, v, "causal", 0.5, bounds=(q,))
-    expected_o, expected_lse = kernel[1](q, k, v, "causal", 0.5)
-    assert torch.equal(o, expected_o)
-    assert torch.equal(lse, expected_lse)
+    results = module.flash_fwd[2](q, k, v, "causal", 0.5, bounds=(q,))
+    for found, expected in zip(results, kernel[1](q, k, v, "causal", 0.5), strict=True):
+        assert torch.equal(found, expected)
     cores, mask, more = kernel.calls[0]
     assert (cores, mask, set(more)) == (2, "causal", {"bounds"})
     assert module.EMPTY == 7.0
@@ -96,8 +96,9 @@ def test_shapes_without_data_need_no_kernel() -> None:
     backward = registered("flash_bwd", Kernel(), "xla")
     with FakeTensorMode():
         q, k, v = torch.empty(2, 4, 6, 8), torch.empty(2, 2, 5, 8), torch.empty(2, 2, 5, 3)
-        o, lse = op([q, k, v], "")
-        assert (o.shape, lse.shape, o.dtype) == ((2, 4, 6, 3), (2, 4, 6, 1), torch.float32)
+        results = op([q, k, v], "")
+        assert [tuple(x.shape) for x in results] == [(2, 4, 6, width) for width in (3, 1, 2)]
+        assert {x.dtype for x in results} == {torch.float32}
         grads = backward([q, q.bfloat16(), k, v], "")
         assert [tuple(x.shape) for x in grads] == [(2, 4, 6, 8), (2, 2, 5, 8), (2, 2, 5, 3)]
         assert {x.dtype for x in grads} == {torch.float32}
@@ -116,7 +117,7 @@ def test_a_native_kernel_is_registered_with_nki_op() -> None:
     with mock.patch.dict("sys.modules", {"torch_neuronx": stand_in}):
         op = registered("flash_fwd", kernel, "native")
     tensors, call = pack((*_qkv(), "full", 1.0), {}, 1)
-    assert len(op(tensors, call)) == 2
+    assert len(op(tensors, call)) == 3
     assert seen == [("nxd_cp::flash_fwd", {})]
     assert registered("flash_fwd", kernel, "native") is op
 

@@ -149,16 +149,25 @@ def forget_the_carried_output(right: Any, module: Any) -> Any:
     return lambda acc, weights, carry, place: right(acc, weights, (), place)
 
 
-def forget_the_carried_lse_of_a_row_tile(right: Any, module: Any) -> Any:
+def forget_the_carried_maximum_of_a_row_tile(right: Any, module: Any) -> Any:
     def wrong(carry: Any, b: int, block: Any) -> Any:
-        lse = right(carry, b, block)
-        module.nisa.memset(dst=lse[:, 1:2], value=module.EMPTY_LSE)
-        return lse
+        statistics = right(carry, b, block)
+        module.nisa.memset(dst=statistics[:, 1, 0:1], value=module.EMPTY_LSE)
+        return statistics
 
     return wrong
 
 
-def forget_the_carried_lse(right: Any, module: Any) -> Any:
+def forget_the_carried_sum(right: Any, module: Any) -> Any:
+    def wrong(carry: Any, b: int, block: Any) -> Any:
+        statistics = right(carry, b, block)
+        module.nisa.memset(dst=statistics[:, :, 1], value=1.0)
+        return statistics
+
+    return wrong
+
+
+def forget_the_carried_statistics(right: Any, module: Any) -> Any:
     return lambda carry, b, block: right((), b, block)
 
 
@@ -252,9 +261,10 @@ FAULTS = [
     Fault("probabilities", "subtract_shift", subtract_a_rounded_shift, {"gain": 1000.0}),
     Fault("flash_fwd", "load_keys", forget_the_ones_column),
     Fault("finish", "merged_output", forget_the_carried_output, HOPS),
-    Fault("finish", "carried_lse", forget_the_carried_lse, HOPS),
-    Fault("finish", "carried_lse", forget_the_carried_lse, {"sink": True}),
-    Fault("finish", "carried_lse", forget_the_carried_lse_of_a_row_tile, HOPS),
+    Fault("finish", "carried_statistics", forget_the_carried_statistics, HOPS),
+    Fault("finish", "carried_statistics", forget_the_carried_statistics, {"sink": True}),
+    Fault("finish", "carried_statistics", forget_the_carried_maximum_of_a_row_tile, HOPS),
+    Fault("finish", "carried_statistics", forget_the_carried_sum, HOPS),
     Fault("finish", "merged_output", swap_the_weights, HOPS),
     Fault("flash_fwd", "my_items", give_both_cores_the_same_heads, {"cores": 2}),
     Fault("probabilities", "contract", drop_half_of_the_contraction, {"D": 192, "E": 128}),
@@ -289,7 +299,7 @@ def test_scattered_documents_are_several_launches_and_still_exact() -> None:
     seen = (ids[:, :, None] == ids[:, None, :]).tril().unsqueeze(1)
     backend = KernelBackend("simulate", "gen3")
     scores = Scores(Documents("causal", ids, ids), 0.2)
-    o, lse = backend.forward(q, k, v, scores)
+    o, lse, _ = backend.forward(q, k, v, scores)
     grads = backend.backward(QueryRows(do, q, o, lse, (do * o).sum(-1)), k, v, scores)
     exact = [x.double() for x in (q, k, v)]
     truth = attention(*exact, mask=~seen, scale=0.2)[0]

@@ -6,6 +6,7 @@ Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim 
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from budgets import assert_within_budget
+from budgets import assert_close, assert_within_budget
 from cases import NAMES, Case, cut, inputs, join_all, one_device, truth
 from kernel_cases import KernelCase, by_kernels, check, exact, problem
 from kernel_shapes import Total, exceeded, run_shapes, whole_rectangle
@@ -26,7 +27,7 @@ from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import Bounded
-from nxd_cp.simulators.nki_api import NkiValidationError, load, record
+from nxd_cp.simulators.nki_api import NkiSimulatorWarning, NkiValidationError, load, record
 from nxd_cp.simulators.nki_api.chips import CHIPS, PSUM_BYTES
 
 GENERATIONS = ("gen2", "gen3", "gen4")
@@ -69,11 +70,36 @@ def test_a_carry_that_has_seen_nothing_changes_nothing(generation: str) -> None:
     case = KernelCase(generation, "strict", S=130, K=130)
     x, backend = problem(case), KernelBackend("simulate", generation)
     scores = Scores("strict", case.scale)
-    o, lse = backend.forward(x.q, x.k, x.v, scores)
+    o, lse, statistics = backend.forward(x.q, x.k, x.v, scores)
     empty = torch.zeros_like(o), torch.full_like(lse, -torch.inf)
     again = backend.forward(x.q, x.k, x.v, scores, empty)
-    assert torch.equal(again[0], o)
-    assert torch.equal(again[1], lse)
+    for found, expected in zip(again, (o, lse, statistics), strict=True):
+        assert torch.equal(found, expected)
+
+
+def last_of_many_keys(score: float) -> Tensor:
+    """lse of 2**24 keys of one score, of which the carry has seen all but 128."""
+    ones, seen = torch.ones(1, 1, 128, 16), 2.0**24 - 128
+    statistics = torch.tensor([0.0, math.exp(score) * seen]).expand(1, 1, 128, 2)
+    carry = ones, statistics[..., 1].log(), statistics
+    backend = KernelBackend("simulate", "gen3", score_bound=score)
+    return backend.forward(ones, ones * score / 16, ones, Scores("full", 1.0), carry)[1]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_sum_of_bounded_scores_stays_in_the_range_of_log() -> None:
+    """At the bound, over as many keys as a block may have."""
+    lse = last_of_many_keys(kernel_limits.MAX_SCORE_BOUND)
+    truth = kernel_limits.MAX_SCORE_BOUND + math.log(kernel_limits.MAX_INDEX)
+    assert_close("lse", lse, torch.full(lse.shape, truth, dtype=torch.float64), 2.0**-23 * truth)
+
+
+def test_a_bound_that_lets_the_sum_leave_the_range_of_log_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel_limits, "MAX_SCORE_BOUND", 32.0)
+    with pytest.warns(NkiSimulatorWarning, match=r"nl.log of values"):
+        last_of_many_keys(32.0)
 
 
 RINGS = [
@@ -316,7 +342,7 @@ LIMITS = [
     ({"K": 0}, {}, r"expected no empty dim, got shape \(1, 1, 0, 64\)"),
     ({"V": 7}, {}, "k and v: expected equal shapes but for the head dim"),
     ({"cores": 2, "Hq": 3}, {}, "multiple of the 2 cores of a launch, got 1 and 3"),
-    ({"score_bound": 60.0}, {}, "score_bound above 0 and at most 32.0, got 60.0"),
+    ({"score_bound": 60.0}, {}, "score_bound above 0 and at most 27.0, got 60.0"),
     ({"score_bound": 8.0, "dtype": torch.float16}, {}, "no score_bound with float16"),
     ({"dtype": torch.float64}, {}, "all float32, got q in torch.float64; cast it"),
     ({"E": 300}, {}, "at most 256 .two contractions of 128., got 300 for v"),
@@ -346,6 +372,7 @@ def test_every_limit_names_itself_the_value_and_the_way_out(
 BESIDE = [
     ("lse", (1, 2, 7), r"expected lse of shape \(1, 2, 8\) beside q of .*, got \(1, 2, 7\); cut"),
     ("o", (1, 2, 8, 16), r"expected o of shape \(1, 2, 8, 32\) beside"),
+    ("statistics", (1, 2, 8), r"expected statistics of shape \(1, 2, 8, 2\) beside"),
     ("do", (1, 1, 8, 32), r"expected do of shape \(1, 2, 8, 32\) beside"),
     ("delta", (1, 2, 8, 1), r"expected delta of shape \(1, 2, 8\) beside"),
     ("dq", (1, 2, 8, 32), r"expected dq of shape \(1, 2, 8, 16\) beside"),
@@ -358,18 +385,21 @@ def test_what_stands_beside_q_has_its_shape(
     name: str, shape: tuple[int, ...], message: str
 ) -> None:
     shapes = {"q": (1, 2, 8, 16), "k": (1, 1, 8, 16), "v": (1, 1, 8, 32), "o": (1, 2, 8, 32)}
-    rows = {"do": (1, 2, 8, 32), "lse": (1, 2, 8), "delta": (1, 2, 8)}
+    rows = {"do": (1, 2, 8, 32), "lse": (1, 2, 8), "delta": (1, 2, 8), "statistics": (1, 2, 8, 2)}
     grads = {"dq": (1, 2, 8, 16), "dk": (1, 1, 8, 16), "dv": (1, 1, 8, 32)}
     x = {n: torch.zeros(s) for n, s in {**shapes, **rows, **grads, name: shape}.items()}
     backend, scores = KernelBackend("simulate", "gen3"), Scores("full", 1.0)
     beside = QueryRows(x["do"], x["q"], x["o"], x["lse"], x["delta"])
     calls = {
-        "forward": lambda: backend.forward(x["q"], x["k"], x["v"], scores, (x["o"], x["lse"])),
+        "forward": lambda: backend.forward(
+            x["q"], x["k"], x["v"], scores, (x["o"], x["lse"], x["statistics"])
+        ),
         "backward": lambda: backend.backward(
             beside, x["k"], x["v"], scores, (x["dq"], x["dk"], x["dv"])
         ),
     }
-    directions = {"o": ("forward",), "lse": ("forward", "backward")}.get(name, ("backward",))
+    found = {"o": ("forward",), "statistics": ("forward",), "lse": ("forward", "backward")}
+    directions = found.get(name, ("backward",))
     for direction in directions:
         with record() as log, pytest.raises(ValueError, match=message):
             calls[direction]()

@@ -34,6 +34,7 @@ class Documents:
 
 BlockMask = Mask | Documents
 Pair = tuple[Tensor, Tensor]  # o and lse
+Carry = tuple[Tensor, ...]  # o, lse and what a backend adds; of query rows, which are dim 2
 
 
 @dataclass(frozen=True)
@@ -81,21 +82,25 @@ class Backend(Protocol):
         k: Tensor,
         v: Tensor,
         scores: Scores,
-        carry: Pair | None = None,
+        carry: Carry | None = None,
         out: Pair | None = None,
-    ) -> Pair:
+    ) -> Carry:
         """Attention over one rectangle, and over what was seen before it.
 
         q: [B, Hq, Sq, D]; k: [B, Hkv, Skv, D]; v: [B, Hkv, Skv, Dv], any supported dtype, strided
         views allowed; query head h reads key head h // (Hq // Hkv), which is never repeated in
-        memory. carry: (o, lse) of these rows over other keys, as returned. out: where, without a
-        carry, a backend that adds in place makes the result; unspecified before.
-        Returns o [B, Hq, Sq, Dv] fp32, normalised, and lse [B, Hq, Sq] fp32, natural log, scale
-        included.
+        memory. carry: of these rows over other keys, as returned. out: where, without a carry, a
+        backend that adds in place makes the result; unspecified before.
+        Returns o [B, Hq, Sq, Dv] fp32, normalised, lse [B, Hq, Sq] fp32, natural log, scale
+        included, and after them what else the backend carries; see `as_carry`.
         A row that sees nothing has o = 0 and lse = -inf. The mask is one of the three names (two of
         them square), or a `Bounded` band, or either within `Documents`, as far as `validate` let
         them pass.
         """
+        ...
+
+    def as_carry(self, o: Tensor, lse: Tensor) -> Carry:
+        """A finished (o, lse), as of rows that saw nothing, in the form that `forward` returns."""
         ...
 
     def backward(

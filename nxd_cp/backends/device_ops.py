@@ -161,8 +161,9 @@ def _register(name: str, kernel: Any, stack: str) -> Op:
 def outputs_like(name: str, tensors: list[Tensor]) -> list[Tensor]:
     """Uninitialised results of a kernel, from its tensors in the order of its arguments."""
     first = tensors[0]
-    if name in ("flash_fwd", "loop_fwd", "ring_fwd"):  # o, lse of q, k, v
-        shapes = [(*first.shape[:-1], tensors[2].shape[-1]), (*first.shape[:-1], 1)]
+    if name in ("flash_fwd", "loop_fwd", "ring_fwd"):  # o, lse (statistics) of q, k, v
+        widths = (tensors[2].shape[-1], 1) if name == "ring_fwd" else (tensors[2].shape[-1], 1, 2)
+        shapes = [(*first.shape[:-1], width) for width in widths]
     elif name in ("flash_bwd", "loop_bwd", "ring_bwd"):  # dq, dk, dv of do, q, k, v
         shapes = [tuple(x.shape) for x in tensors[1:4]]
     elif name == "merge":  # o, lse of o, lse, o, lse

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nxd_cp.backends import kernel_limits as limits
-from nxd_cp.backends.base import Pair, Scores
+from nxd_cp.backends.base import Scores
 from nxd_cp.backends.kernel_blocks import Block, split
 from nxd_cp.backends.kernel_masks import Bounds, kernel_masks
 
-Found = dict[tuple[int, int, int], tuple[Block, Pair]]  # by corner: the latest block and its o, lse
+Rows = tuple[Tensor, Tensor, Tensor]  # o, lse and statistics, as the kernels see them
+Found = dict[tuple[int, int, int], tuple[Block, Rows]]  # by corner: the latest block and its rows
 Launches = list[tuple[Block, tuple[Tensor, ...]]]
 
 
@@ -81,7 +82,7 @@ class Cut:
         ]
 
     def has_all_rows(self, block: Block) -> bool:
-        """Whether a block has every query row: its o and lse are those of the rectangle."""
+        """Whether a block has every query row: its results are those of the rectangle."""
         sizes = tuple(part.stop - part.start for part in block.queries)
         return sizes == (self.num_pairs, self.launch.heads, self.launch.rows)
 
@@ -92,16 +93,16 @@ class Cut:
         block, _ = launches[0]
         return self.has_all_rows(block) and block.keys == slice(0, self.launch.keys)
 
-    def join(self, found: Found, before: Pair) -> Pair:
-        """o and lse of all rows: those found, and what the others had before."""
+    def join(self, found: Found, before: Rows) -> Rows:
+        """The results of all rows: those found, and what the others had before."""
         if len(found) == 1:
-            ((block, pair),) = found.values()
+            ((block, rows),) = found.values()
             if self.has_all_rows(block):
-                return pair
-        o, lse = (x.clone() for x in before)
-        for block, pair in found.values():
-            o[block.queries], lse[block.queries] = pair
-        return o, lse
+                return rows
+        o, lse, statistics = (x.clone() for x in before)
+        for block, rows in found.values():
+            o[block.queries], lse[block.queries], statistics[block.queries] = rows
+        return o, lse, statistics
 
     def _bounds(self, bounds: Bounds | None, block: Block) -> tuple[Tensor, ...]:
         return () if bounds is None else bounds.within(block, self.num_pairs)
@@ -112,8 +113,10 @@ def dense(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
-def no_rows(q_P: Tensor, value_dim: int, empty_lse: float) -> Pair:
-    """o = 0 and lse = empty_lse [P, N, S, 1] of the rows of q_P, without memory of their own."""
+def no_rows(q_P: Tensor, value_dim: int, empty_lse: float) -> Rows:
+    """What rows of q_P have that saw nothing, [P, N, S, E, 1 or 2], without memory of their own."""
+    rows = q_P.shape[:-1]
     zero = q_P.new_zeros((), dtype=torch.float32)
     lse = zero + empty_lse
-    return zero.expand(*q_P.shape[:-1], value_dim), lse.expand(*q_P.shape[:-1], 1)
+    statistics = torch.stack((lse, zero + 1.0))
+    return zero.expand(*rows, value_dim), lse.expand(*rows, 1), statistics.expand(*rows, 2)

@@ -31,10 +31,10 @@ class LoopKernels:
             check_language()
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *options: Any, **named: Any) -> Any:
-        """o and lse of `flash_fwd(q, k, v, "interval", scale, ...)`."""
+        """o, lse and statistics of `flash_fwd(q, k, v, "interval", scale, ...)`."""
         named["bounds"] = _filled_bounds(named["bounds"], ROWS, WIDTH)
-        rows = (_filled(x, ROWS) for x in named["carry"])
-        named["carry"] = tuple(rows)
+        # A row that sees nothing keeps the sum it carries, and o is divided by it.
+        named["carry"] = tuple(_filled(x, ROWS, value=1.0) for x in named["carry"])
         inputs = _filled(q, ROWS), _filled(k, WIDTH), _filled(v, WIDTH)
         found = self._launch(self._fwd.loop_fwd)(*inputs, *options, **named)
         return tuple(x[:, :, : q.shape[2]] for x in found)
@@ -67,10 +67,12 @@ def check_language() -> None:
         )
 
 
-def _filled(x: Tensor, size: int) -> Tensor:
-    """[B, H, S, ...] with zeros up to a multiple of `size` rows."""
+def _filled(x: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """[B, H, S, ...] with rows of `value` up to a multiple of `size`."""
     missing = -x.shape[2] % size
-    return x if missing == 0 else torch.nn.functional.pad(x, (0, 0, 0, missing)).contiguous()
+    if missing == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, 0, 0, missing), value=value).contiguous()
 
 
 def _filled_bounds(bounds: tuple[Tensor, ...], rows: int, keys: int) -> tuple[Tensor, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nxd_cp.backends import kernel_limits as limits
-from nxd_cp.backends.base import Pair, QueryRows, Scores
+from nxd_cp.backends.base import Carry, Pair, QueryRows, Scores
 from nxd_cp.backends.kernel_blocks import Block
 from nxd_cp.backends.kernel_cut import Cut, Found, dense, no_rows
 from nxd_cp.backends.kernel_loops import LoopKernels
@@ -37,7 +37,7 @@ class KernelBackend:
         generation: chip that "simulate" imitates, "gen2" (trn1, inf2), "gen3" (trn2) or "gen4"
             (trn3); default the one named by NEURON_PLATFORM_TARGET_OVERRIDE, or else gen4.
         cores: physical cores per launch (LNC), 1, or 2 from gen3; they share the heads.
-        score_bound: a promise that every scaled score lies within +-score_bound, at most 32 (as
+        score_bound: a promise that every scaled score lies within +-score_bound, at most 27 (as
             with normalised queries and keys); the forward then needs no pass for row maxima.
         device_loops: whether masks of windows and documents run as loops on the device, which skip
             at run time what nobody sees (NKI 0.6); otherwise every tile of a block is computed.
@@ -96,31 +96,28 @@ class KernelBackend:
         k: Tensor,
         v: Tensor,
         scores: Scores,
-        carry: Pair | None = None,
+        carry: Carry | None = None,
         out: Pair | None = None,
-    ) -> Pair:
+    ) -> Triple:
         """One block: o [B, H, S, E] and lse [B, H, S], both fp32; empty rows give 0 and -inf.
 
-        carry: (o, lse) over other keys of the same rows; the result is then over both. A learnable
-        sink is the carry (0, sink). out: kernels write new tensors.
+        Beside them the statistics [B, H, S, 2] fp32, w and L of `kernels/flash_fwd.py`.
+        carry: what was returned over other keys of the same rows, or a finished (o, lse); the
+        result is then over both. A learnable sink is (0, sink). out: kernels write new tensors.
         """
         cut = self._prepare(q, k, v, scores)
-        if carry is not None:
-            row = tuple(q.shape[:3])
-            beside = {"o": (carry[0], (*row, v.shape[3])), "lse": (carry[1], row)}
-            limits.check_rows(self.name, q, beside)
         q_P, k_P, v_P = cut.queries(q), cut.keys(k), cut.keys(v)
         before = no_rows(q_P, v.shape[-1], self._empty_lse)
         if carry is not None:
-            lse = carry[1].float().clamp_min(self._empty_lse)
-            before = cut.queries(carry[0].float()), cut.queries(lse.unsqueeze(-1))
+            before = self._carried(cut, q, v, carry)
         found: Found = {}
         for block, bounds in cut.launches():
             at, keys = block.queries, block.key_rows
-            last = () if carry is None else (before[0][at], before[1][at])
+            last = () if carry is None else (before[0][at], before[2][at])
             if block.corner in found:
-                _, last = found[block.corner]
-            pair = self._forward_kernel(block)(
+                _, (o, _, statistics) = found[block.corner]
+                last = o, statistics
+            rows = self._forward_kernel(block)(
                 *dense(q_P[at], k_P[keys], v_P[keys]),
                 block.mask,
                 scores.scale,
@@ -129,10 +126,25 @@ class KernelBackend:
                 carry=dense(*last),
                 bounds=bounds,
             )
-            found[block.corner] = block, pair
-        o, lse = cut.join(found, before)
+            found[block.corner] = block, rows
+        o, lse, statistics = cut.join(found, before)
         o, lse = o.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])
-        return o, lse.masked_fill(lse <= self._empty_lse_limit, float("-inf"))
+        lse = lse.masked_fill(lse <= self._empty_lse_limit, float("-inf"))
+        return o, lse, statistics.reshape(*q.shape[:-1], 2)
+
+    def as_carry(self, o: Tensor, lse: Tensor) -> Triple:
+        """(o, lse) with its statistics: w = lse and L = 1."""
+        w = lse.float().clamp_min(self._empty_lse)
+        return o, lse, torch.stack((w, torch.ones_like(w)), dim=-1)
+
+    def _carried(self, cut: Cut, q: Tensor, v: Tensor, carry: Carry) -> Triple:
+        """A carry in the kernels' shapes; its rows are those of q."""
+        o, lse, statistics = self.as_carry(*carry) if len(carry) == 2 else carry
+        row = tuple(q.shape[:3])
+        beside = {"o": (o, (*row, v.shape[3])), "lse": (lse, row)}
+        limits.check_rows(self.name, q, {**beside, "statistics": (statistics, (*row, 2))})
+        lse = lse.float().clamp_min(self._empty_lse).unsqueeze(-1)
+        return cut.queries(o.float()), cut.queries(lse), cut.queries(statistics)
 
     def backward(
         self,

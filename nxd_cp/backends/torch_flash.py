@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nxd_cp.backends import torch_bounded
-from nxd_cp.backends.base import Documents, Pair, QueryRows, Scores
+from nxd_cp.backends.base import Carry, Documents, Pair, QueryRows, Scores
 from nxd_cp.merging import merge_
 from nxd_cp.reference import block_backward, block_forward
 from nxd_cp.schedule import Bounded, Plan
@@ -39,7 +39,7 @@ class TorchBackend:
         k: Tensor,
         v: Tensor,
         scores: Scores,
-        carry: Pair | None = None,
+        carry: Carry | None = None,
         out: Pair | None = None,
     ) -> Pair:
         """See `Backend.forward`; into a carry by some heads at a time: no block is held whole."""
@@ -54,7 +54,11 @@ class TorchBackend:
             else:
                 merge_(o[:, heads], lse[:, heads], *part)
             del part  # before the next one needs room
-        return result
+        return o, lse
+
+    def as_carry(self, o: Tensor, lse: Tensor) -> Pair:
+        """See `Backend.as_carry`; nothing is added."""
+        return o, lse
 
     def backward(
         self, rows: QueryRows, k: Tensor, v: Tensor, scores: Scores, carry: Tensor | None = None

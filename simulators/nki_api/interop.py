@@ -2,8 +2,8 @@
 
 Inputs become HBM tensors over the caller's own memory where it is contiguous, so a kernel that
 writes an input changes the caller's array, as the vendor documents; a read-only one cannot be
-written. Results come back in the
-kind of the inputs. 16-bit brain floats of torch travel as int16 bits.
+written. Results come back in the kind of the inputs. 16-bit brain floats of torch travel as int16
+bits.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.ma import MaskedArray
 
 from . import dtypes
 from .dtypes import fill_unwritten
@@ -103,7 +104,7 @@ def tensor_from_array(
 
 def _new_input(run: Run, value: Any, name: str, after: list[Callable[[], None]]) -> NkiTensor:
     array = as_numpy(value)
-    if isinstance(array, np.ma.MaskedArray):
+    if isinstance(array, MaskedArray):
         raise ValueError(f"expected an array without a mask for {name!r}; fill it first")
     try:
         dtype = dtypes.dtype_of(array.dtype)
