@@ -1,6 +1,6 @@
 """Runs every generated kernel case and the shapes of public suites; a table at the end.
 
-    PYTHONPATH=. python scripts/run_kernel_cases.py            # about 690 cases, some minutes
+    PYTHONPATH=. python scripts/run_kernel_cases.py            # about 1060 cases, some minutes
     PYTHONPATH=. python scripts/run_kernel_cases.py --public   # those of public suites alone
 
 Results go to a file as they come, one line each; a run that was cut off goes on where it stopped

@@ -21,6 +21,7 @@ Note [What an error may be]
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from itertools import product
@@ -83,6 +84,8 @@ def make_case(number: int, seed: int = 0) -> Generated:
     draw = random.Random(f"{seed} {number}")
     num_tokens = draw.randrange(max(8, 2 * size), 97)
     group, num_kv_heads = draw.choice((1, 2, 4)), draw.choice((1, 2, 3, 4))
+    if strategy == "heads" and size > 1:
+        num_kv_heads = draw.choice([heads for heads in range(2, 9) if math.gcd(heads, size) > 1])
     together = draw.choice((None, 1, 2)) if strategy in ("ring", "gather") else None
     options: dict[str, Any] = {}
     if mask in ("window", "documents + window"):

@@ -204,6 +204,14 @@ def test_auto_computes_what_it_chose() -> None:
 # Faults
 
 
+def test_heads_that_no_ranks_can_split_are_refused_and_do_not_become_a_ring() -> None:
+    def work(cp: CPContext) -> None:
+        ring_attention(*torch.randn(3, 1, 8, 16, 16), cp=cp)
+
+    with pytest.raises(ValueError, match='"heads": expected 3 ranks that share a divisor with 8'):
+        CPContext.local(3, strategy="heads").run(work)
+
+
 def test_ways_that_do_not_divide_are_refused_on_all_ranks() -> None:
     with pytest.raises(ValueError, match="use a divisor of 2"):
         all_ranks_locally(Case(size=4, strategy=Strategy("heads", ways=4)))

@@ -54,7 +54,8 @@ class Strategy:
 
     name: "ring", "gather", "heads", or "auto" (by cost; see `nxd_cp.strategies.cost`).
     ways: "heads" only: the number of ranks that split heads; it divides ranks, query heads and
-    key/value heads. None is the largest that does.
+    key/value heads. None is the largest that does; where that is 1, two ranks or more are
+    refused.
     heads_per_round: "ring" and "gather" only: key/value heads that travel together; None is one
     for the gather, and for the ring what Note [Rounds of heads] says. Fewer heads make smaller
     buffers and more messages.
@@ -197,6 +198,11 @@ def _rounds(num_kv_heads: int, together: int) -> tuple[slice, ...]:
 def head_ways(asked: int | None, size: int, num_heads: int, num_kv_heads: int) -> int:
     """The number of ranks that split heads: what was asked for, or the most that divides."""
     most = math.gcd(size, math.gcd(num_heads, num_kv_heads))
+    if asked is None and most == 1 and size > 1:
+        raise ValueError(
+            f'strategy "heads": expected {size} ranks that share a divisor with {num_heads} query '
+            f'heads and {num_kv_heads} key/value heads, got none but 1; use strategy "ring"'
+        )
     if asked is None:
         return most
     if most % asked:
