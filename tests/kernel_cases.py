@@ -7,11 +7,15 @@ Note [Budget]
     An error may be twice that of the same maths in the same dtype. That is measured, not chosen:
     `OneDevice` computes attention and its gradients as a device does, with p and ds rounded to the
     dtype and everything else in fp32. How a sum in fp32 rounds depends on the order of its terms,
-    and with large scores few ties hold all of an error; so several results are drawn. The error of
-    a sum of terms of random sign, one after the other, is about normal, with an RMS of 2**-24 *
-    (sum of the terms' sizes) / sqrt(3) (tests/test_kernel_budget.py measures it).
+    and with large scores few ties hold all of an error; so several results are drawn. Each addition
+    rounds the sum so far, so the error of n terms added one after the other is about normal. Its
+    RMS is ROUNDING times the root of the sums' squares: n sum**2 / 3 of sums that grow steadily,
+    and (pi * sum of the terms' sizes)**2 / 24 of those that wander, their terms being products of
+    normal numbers (tests/test_kernel_budget.py measures it).
     How p rounds to the dtype depends on the row's shift, which is that of a hop or of a tile: in
     each result it is another one, up to e above the maximum.
+    What exp is taken of is rounded as it is scaled, and so is the shift, once per hop; p has been
+    rounded to the dtype before that.
     Sums that are taken hop by hop are also rounded once per hop or more: each result has as many
     roundings of L, of o and of dq as the hops make, every one up or down, and dk and dv have
     passed through what they carry. The logarithm of L is taken once, whatever the hops.
@@ -21,6 +25,7 @@ Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -37,6 +42,8 @@ from nxd_cp.schedule import Bounded
 SAMPLES = 8
 EMPTY = -1e30
 FP32_STEP = torch.finfo(torch.float32).eps / 2
+# RMS of a rounding to fp32, relative: uniform within half a step, mantissas spread as logarithms.
+ROUNDING = FP32_STEP / (8 * math.log(2)) ** 0.5
 # What happens at each hop, one rounding after the other. To a row of o (kernels/finish.py): a
 # weight's difference, exp, times L or l, plus the other, reciprocal, product, times the sum, plus
 # the carry; to L: the first four of these; to dq (flash_bwd.py): times scale, plus dq.
@@ -264,7 +271,7 @@ class OneDevice:
         p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf).unsqueeze(-1))
         p = p.masked_fill(~self.x.seen, 0.0).to(case.dtype).float()
         delta = (self.do * o).sum(-1, keepdim=True)
-        ds = p * (1 - t * t) * (self._summed(self.dp, self.dp_size) - delta)
+        ds = p * (1 - t * t) * (self._summed(self.dp, self.dp_size, case.E) - delta)
         ds = ds.to(case.dtype).float()
         dk, dv = case.scale * ds.mT @ self.q, p.mT @ self.do
         shape = case.B, case.Hkv, case.Hq // case.Hkv, case.K, -1
@@ -291,9 +298,12 @@ class OneDevice:
         c = s.amax(-1, keepdim=True)
         late = torch.rand(c.shape, generator=self.make)
         c = torch.zeros_like(c) if case.bounded else (c + late).clamp_min(EMPTY)
+        below = (s - c).masked_fill(~x.seen, 0.0)
+        p = torch.exp(below + self._rounded(below)).masked_fill(~x.seen, 0.0)
+        p = p.to(case.dtype).float()
+        size = c.masked_fill(c <= EMPTY, 0.0)
         for keys, _ in x.pieces:
-            s[..., keys] += self._rounded(c)
-        p = torch.exp(s - c).to(case.dtype).float()
+            p[..., keys] *= torch.exp(self._rounded(size))
         sink = torch.tensor(-torch.inf) if x.sink is None else x.sink.view(1, -1, 1, 1)
         top = torch.maximum(c, sink)
         new = torch.exp(c - top)
@@ -307,24 +317,25 @@ class OneDevice:
 
     def _scores(self) -> Pair:
         """Scores with the cap and its tanh, which is rounded up or down."""
-        s, t = _capped(self.case, self._summed(self.s, self.s_size))
+        s, t = _capped(self.case, self._summed(self.s, self.s_size, self.case.D))
         if self.case.softcap is None:
             return s, t
         t = (t + self._rounded(t)).clamp(-1, 1)
         return self.case.softcap * t, t
 
-    def _summed(self, exact: Tensor, size: Tensor) -> Tensor:
+    def _summed(self, exact: Tensor, size: Tensor, num_terms: int) -> Tensor:
         """A sum in fp32, one term after the other; size: that of the terms' absolute values."""
-        return (exact + summing_noise(size, self.make)).float()
+        return (exact + summing_noise(exact, size, num_terms, self.make)).float()
 
     def _rounded(self, size: Tensor) -> Tensor:
         """The rounding of one number of this size, up or down."""
         return FP32_STEP * size * (2 * torch.rand(size.shape, generator=self.make) - 1)
 
 
-def summing_noise(size: Tensor, make: torch.Generator) -> Tensor:
-    """The error of a sum in fp32 whose terms' sizes add up to `size`: see Note [Budget]."""
-    return FP32_STEP / 3**0.5 * size * torch.randn(size.shape, generator=make)
+def summing_noise(exact: Tensor, size: Tensor, num_terms: int, make: torch.Generator) -> Tensor:
+    """The error of sums in fp32, whose terms' sizes add up to `size`: see Note [Budget]."""
+    grows, wanders = num_terms * exact.square() / 3, math.pi**2 / 24 * size.square()
+    return ROUNDING * (grows + wanders).sqrt() * torch.randn(size.shape, generator=make)
 
 
 def _product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,16 +29,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 tensor_engine = import_module("nxd_cp.simulators.nki_api.isa.tensor_engine")
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("terms", [16, 64, 128, 256])
-def test_the_modelled_error_of_a_sum_is_that_of_adding_one_term_after_the_other(terms: int) -> None:
+def test_the_modelled_error_of_a_sum_is_that_of_adding_one_term_after_the_other(
+    terms: int, mean: float
+) -> None:
     make = torch.Generator().manual_seed(terms)
     a, b = torch.randn(2, 4000, terms, generator=make)
-    products = a.double() * b.double()
+    products = a.double() * b.double() + mean
     total = torch.zeros(4000)
     for i in range(terms):
         total = (total.double() + products[:, i]).float()
-    measured = (total - products.sum(1)).square().mean().sqrt()
-    modelled = summing_noise(products.abs().sum(1), make).square().mean().sqrt()
+    whole, size = products.sum(1), products.abs().sum(1)
+    measured = (total - whole).square().mean().sqrt()
+    modelled = summing_noise(whole, size, terms, make).square().mean().sqrt()
     assert 0.7 <= float(measured / modelled) <= 1.4
 
 
