@@ -24,6 +24,7 @@ from nxd_cp.context import CPContext, find_context
 from nxd_cp.debugging import call_site, debug_enabled, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
+from nxd_cp.strategies import rows_first_like
 from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
 from nxd_cp.transport.agreement import announce_refusal
 
@@ -79,7 +80,7 @@ def ring_backward(
             do, q, k, v, o, lse, sinks=sinks, **asked.to_run(call)
         )
         # dk and dv lie in a message buffer; an op returns memory of its own.
-        dk, dv = _new_rows_first(k).copy_(dk), _new_rows_first(v).copy_(dv)
+        dk, dv = rows_first_like(k).copy_(dk), rows_first_like(v).copy_(dv)
     if sinks is None or dsinks is None:
         return _rows_first(dq.to(q.dtype)), dk, dv, q.new_empty(0)
     return _rows_first(dq.to(q.dtype)), dk, dv, dsinks.to(sinks.dtype)
@@ -97,7 +98,7 @@ def _backward_fake(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dsinks = q.new_empty(0) if sinks is None else torch.empty_like(sinks)
-    return _rows_first(q.new_empty(q.shape)), _new_rows_first(k), _new_rows_first(v), dsinks
+    return _rows_first(q.new_empty(q.shape)), rows_first_like(k), rows_first_like(v), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -271,12 +272,6 @@ def _context(handle: str) -> CPContext:
     if handle:
         return find_context(handle)
     return CPContext(LocalTransport(0, LocalSession(1, timeout_s=0.0)))
-
-
-def _new_rows_first(like: Tensor) -> Tensor:
-    """Unspecified, as `_rows_first` of a tensor of the same shape, dtype and device."""
-    B, H, S, D = like.shape
-    return like.new_empty(B, S, H, D).transpose(1, 2)
 
 
 def _without_autocast(q: Tensor) -> contextlib.AbstractContextManager[Any]:

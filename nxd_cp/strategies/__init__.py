@@ -28,6 +28,7 @@ __all__ = [
     "forward",
     "plan_for",
     "plan_strategy",
+    "rows_first_like",
 ]
 
 
@@ -64,7 +65,7 @@ def forward(
         return o, lse
     if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.forward(q, k, v, call=call, sinks=sinks, document_ids=document_ids, **options)
-    o = _rows_first_like(q, v.shape[-1])  # filled round by round, rounded once; never held twice
+    o = rows_first_like(q, v.shape[-1])  # filled round by round, rounded once; never held twice
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
         place = o[:, mine], lse[:, mine]
@@ -114,7 +115,7 @@ def backward(
     options |= {"document_ids": document_ids}
     if len(work.rounds) == 1 and work.strategy.name == "ring":
         return ring.backward(do, q, k, v, o, lse, call=call, sinks=sinks, **options)
-    dq, dk, dv = (_rows_first_like(x, x.shape[-1]) for x in (q, k, v))
+    dq, dk, dv = (rows_first_like(x) for x in (q, k, v))
     by_sink: list[Tensor] = []
     for mine, heads, posted in rounds_of(call, work, rank, q, k, v):
         *found, dsinks = ring.backward(
@@ -135,10 +136,13 @@ def backward(
     return dq, dk, dv, None if sinks is None else torch.cat(by_sink)
 
 
-def _rows_first_like(x: Tensor, dim: int) -> Tensor:
-    """Unspecified [B, H, S, dim] in the dtype of x [B, H, S, any], in memory [B, S, H, dim]."""
-    B, H, S, _ = x.shape
-    return x.new_empty(B, S, H, dim).transpose(1, 2)
+def rows_first_like(x: Tensor, dim: int | None = None) -> Tensor:
+    """Unspecified [B, H, S, dim] in the dtype of x [B, H, S, D], in memory [B, S, H, dim].
+
+    dim: D, if None.
+    """
+    B, H, S, D = x.shape
+    return x.new_empty(B, S, H, D if dim is None else dim).transpose(1, 2)
 
 
 def _own_sinks(work: StrategyPlan, rank: int, sinks: Tensor | None) -> Tensor | None:
