@@ -1,5 +1,6 @@
 """A kernel that runs on without an instruction ends with an error at its line, never a hang."""
 
+import itertools
 import threading
 import time
 import warnings
@@ -48,6 +49,12 @@ def stubborn(x):
         pass  # bad
 
 
+def lineless(x):
+    load(x)
+    for step in itertools.repeat(1):  # bad; the jump back, where the loop is ended, has no line
+        load(x) if not step else None  # bad
+
+
 def busy(x):
     """Slow, but it works: an instruction now and then."""
     tile, end = load(x), time.thread_time() + 3 * LIMIT.stall_seconds
@@ -67,11 +74,12 @@ def ends(call):
     last = text.splitlines()[-1]
     assert "# bad" in last or "while True" in last, text
     assert "test_nki_watchdog.py" in last
+    pytest.ExceptionInfo.from_exception(caught.value).getrepr()  # prints as every error does
     return text
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kernel", [endless, stubborn])
+@pytest.mark.parametrize("kernel", [endless, stubborn, lineless])
 def test_an_endless_loop_is_caught(kernel):
     ends(lambda: Kernel(kernel, "gen3")(X))
 

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 
-from .errors import blamed, fail, outside
+from .errors import NkiValidationError, blamed, message, outside
 from .rules import inferred
 
 _ENDLESS = inferred(
@@ -150,7 +150,8 @@ def watched(
         dog.remove(watch)
         detail = f"no instruction for {limit:g} s of processor time (SimParams.stall_seconds)"
         with blamed(_innermost(error.__traceback__), function):
-            fail(_ENDLESS, "nki.jit", detail)
+            text = message(_ENDLESS, "nki.jit", detail, {})
+        raise NkiValidationError(text) from None  # a traceback without lines breaks what prints it
 
 
 def _innermost(traceback: TracebackType | None) -> tuple[str, int]:
@@ -158,6 +159,13 @@ def _innermost(traceback: TracebackType | None) -> tuple[str, int]:
     place = ("", 0)
     while traceback is not None:
         if outside(traceback.tb_frame):
-            place = traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
+            code = traceback.tb_frame.f_code
+            place = code.co_filename, _line(code, traceback.tb_lasti)
         traceback = traceback.tb_next
     return place
+
+
+def _line(code: CodeType, instruction: int) -> int:
+    """Line of an instruction, or the last before it: a loop's jump back may have none."""
+    lines = [line for start, _, line in code.co_lines() if line and start <= instruction]
+    return lines[-1] if lines else code.co_firstlineno

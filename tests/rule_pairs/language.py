@@ -95,7 +95,7 @@ def depends_on(forward):
 @pair("kernel.endless", good=False, bad=True)
 def endless(run_on):
     going = [run_on]
-    for step in going:
+    for step in going:  # bad
         going.append(step) if step else None  # bad
 
 
