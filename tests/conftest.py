@@ -1,4 +1,7 @@
-"""Settings of all tests: seeds, one thread, NaN in fresh memory, one long-lived group of ranks."""
+"""Settings of all tests: seeds, one thread, NaN in fresh memory, one long-lived group of ranks.
+
+Generated examples are the same in every run; `--hypothesis-profile random` draws others.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from ranks import RankGroup
+
+settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("fixed", settings.get_profile("random"), derandomize=True)
+settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

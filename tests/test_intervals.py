@@ -41,7 +41,7 @@ def test_bands_are_intervals(mask: BlockMask) -> None:
     check(mask, 9, 9)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_band_and_packing_of_any_rectangle(data: st.DataObject) -> None:
     num_rows, num_keys = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12))

@@ -6,7 +6,7 @@ import warnings
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from nki_sim import GENERATIONS, load, nisa, nl, normal, psum, rejects, run, sbuf, store
 
@@ -305,7 +305,6 @@ def test_a_buffer_given_as_text_is_rejected():
 
 
 @given(st.lists(st.tuples(st.integers(1, 600), st.booleans()), max_size=60))
-@settings(deadline=None)
 def test_automatic_blocks_never_overlap_or_cross_a_bank(requests):
     free, live = FreeList(4096, 512), []
     for size, drop in requests:
@@ -334,7 +333,6 @@ def test_automatic_blocks_never_overlap_or_cross_a_bank(requests):
         max_size=12,
     )
 )
-@settings(deadline=None)
 def test_the_write_map_agrees_with_a_plain_bitmap(writes):
     plain = np.zeros((4, 8), bool)
     init = InitMap(4, 32)

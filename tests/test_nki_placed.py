@@ -61,7 +61,7 @@ views = st.tuples(
 
 
 @given(st.lists(views, max_size=10), st.sampled_from([1, 2, 4]))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_a_grid_agrees_with_a_table_of_bytes(marks, item):
     """Two free dims: runs of bytes, strided, on partitions."""
     size = 704  # bytes: the farthest view ends at 40 * 4 + 8 * 5 * 3 * 4 + 3 * 4 = 652
@@ -84,7 +84,6 @@ def test_a_grid_agrees_with_a_table_of_bytes(marks, item):
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=20))
-@settings(deadline=None)
 def test_reserving_takes_exactly_the_bytes_named(pieces):
     free, taken = FreeList(64), np.zeros(64, bool)
     for start, size in pieces:

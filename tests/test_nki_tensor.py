@@ -30,7 +30,7 @@ def _slices(size):
 
 
 @given(st.tuples(st.just(slice(None)), _slices(4), _slices(6)))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_slices_are_numpy_slices(key):
     _same(lambda t: t[key], X[key])
 

@@ -25,7 +25,7 @@ from nxd_cp.schedule import LAYOUTS
 CPU = torch.device("cpu")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(LAYOUTS), st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1))
 def test_they_are_those_of_the_whole_sequence_cut(
     layout: str, size: int, lengths: list[int]

@@ -91,14 +91,14 @@ def plans(draw: st.DrawFn, max_size: int = 16, max_local: int = 4) -> Plan:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(plans())
 def test_any_mask_and_lengths_on_up_to_16_ranks(plan: Plan) -> None:
     check_plan(plan)
     check_balance(plan)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plans())
 def test_any_mask_and_lengths_by_every_strategy_on_up_to_16_ranks(plan: Plan) -> None:
     check_strategy(plan_strategy(plan, Strategy("gather"), num_heads=2, num_kv_heads=2))
@@ -125,7 +125,7 @@ def test_a_strategy_that_loses_a_pair_a_row_or_a_place_is_caught() -> None:
             check_strategy(wrong)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(plans(max_size=8), st.data())
 def test_documents_spare_what_shows_nothing(plan: Plan, data: st.DataObject) -> None:
     ends = data.draw(st.lists(st.integers(0, plan.num_tokens), max_size=6))
@@ -144,7 +144,7 @@ def test_documents_spare_what_shows_nothing(plan: Plan, data: st.DataObject) -> 
     check_plan(documents.spared(plan, ids), document=at.__getitem__)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(plans(max_size=6), st.data())
 def test_ids_in_any_order_spare_what_shows_nothing(plan: Plan, data: st.DataObject) -> None:
     assume(plan.num_kv_tokens == plan.num_tokens)

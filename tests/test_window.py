@@ -59,7 +59,7 @@ def test_every_visible_pair_is_computed_once_and_only_what_is_used_moves(
         check_plan(plan)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(LAYOUTS), st.integers(1, 16), st.integers(1, 3), st.data())
 def test_large_rings_in_any_order_hold_too(
     layout: str, size: int, chunk: int, data: st.DataObject
