@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from nxd_cp.nxd_place import find_place
 from nxd_cp.schedule import LAYOUTS
 from nxd_cp.strategies.plan import STRATEGIES, Strategy
 from nxd_cp.transport import (
@@ -169,8 +170,6 @@ class CPContext:
         parallel_state: NxD's module of that name (the default) or a stand-in. Raises ValueError
         where NxD is not installed or has not made its groups.
         """
-        from nxd_cp.integrations.nxd.state import find_place
-
         place = find_place(parallel_state)
         if not place.on_xla:
             return cls.from_group(
