@@ -9,10 +9,11 @@ import pytest
 from perfetto_reader import read
 
 from nxd_cp.schedule import make_plan
+from nxd_cp.simulators.attention_block import KERNELS
 from nxd_cp.simulators.cluster.cli import Ring, run_simulate
 from nxd_cp.simulators.cluster.kernel_time import Rate, Timed
 from nxd_cp.simulators.cluster.links import LAUNCH, LINKS
-from nxd_cp.simulators.cluster.measure import KERNELS, kernel_log, time_kernel, timed_kernel
+from nxd_cp.simulators.cluster.measure import kernel_log, time_kernel, timed_kernel
 from nxd_cp.simulators.cluster.ring import Model, hop_times, simulate
 from nxd_cp.simulators.cluster.topology import Cluster, torus_cycle
 from nxd_cp.simulators.cluster.trace import document
