@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from ranks import RankGroup
+from ranks import BOUND_S, GROUP_TIMEOUT_S, RankGroup
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,3 +37,11 @@ def ranks(_rank_groups: list[RankGroup]) -> RankGroup:
     if not _rank_groups or _rank_groups[-1].closed:
         _rank_groups.append(RankGroup(4))
     return _rank_groups[-1]
+
+
+@pytest.fixture
+def own_ranks() -> Iterator[RankGroup]:
+    """Three ranks for one test, with a short group timeout; they may be broken."""
+    group = RankGroup(3, group_timeout_s=GROUP_TIMEOUT_S, run_timeout_s=3 * BOUND_S)
+    yield group
+    group.close()
