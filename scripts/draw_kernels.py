@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from nxd_cp.backends.base import QueryRows, Scores
-from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
+from nxd_cp.backends.ring_arguments import backward_arguments, forward_arguments
 from nxd_cp.backends.neuron import KernelBackend
 from nxd_cp.schedule import Bounded, token_runs
 from nxd_cp.simulators.cluster.measure import kernel_log

@@ -30,7 +30,7 @@ from nxd_cp.doctor.tier import decide
 from nxd_cp.simulators.attention_block import DTYPES, KERNELS, MASKS
 
 ROOT = Path(__file__).parent.parent
-WORKER = Path(__file__).parent / "device_ring.py"
+WORKER = Path(__file__).parent / "ring_worker.py"
 TARGETS = (("trn1", 1), ("trn2", 1), ("trn2", 2), ("trn3", 1), ("trn3", 2))  # and LNC
 CASES = [
     Case(kernel, 256, 256, mask, 2, 1, dim, dtype)
