@@ -6,17 +6,18 @@ groups, or know masks and shapes. Chunk index = group rank; the ring order is a 
 
 from __future__ import annotations
 
-import contextvars
 import itertools
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nxd_cp.local_group import LocalGroup
+from nxd_cp.nxd_place import find_place
 from nxd_cp.schedule import LAYOUTS
 from nxd_cp.strategies.plan import STRATEGIES, Strategy
 from nxd_cp.transport import (
@@ -25,7 +26,6 @@ from nxd_cp.transport import (
     DistributedTransport,
     LocalSession,
     LocalTransport,
-    RingError,
     Transport,
     XlaTransport,
     probe,
@@ -35,8 +35,6 @@ from nxd_cp.transport.agreement import Description, check_agreement
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
-
-Result = TypeVar("Result")
 
 _handles = itertools.count(1)
 _contexts: weakref.WeakValueDictionary[str, CPContext] = weakref.WeakValueDictionary()
@@ -169,8 +167,6 @@ class CPContext:
         parallel_state: NxD's module of that name (the default) or a stand-in. Raises ValueError
         where NxD is not installed or has not made its groups.
         """
-        from nxd_cp.integrations.nxd.state import find_place
-
         place = find_place(parallel_state)
         if not place.on_xla:
             return cls.from_group(
@@ -289,68 +285,6 @@ def _transport(group: ProcessGroup, messages: str) -> Transport:
     if messages == "all_to_all":
         return CollectiveTransport(group)
     raise ValueError(f"messages: expected p2p, all_to_all or probe, got {messages!r}")
-
-
-class LocalGroup:
-    """N contexts in one process; made by `CPContext.local`."""
-
-    def __init__(self, contexts: list[CPContext], timeout_s: float) -> None:
-        self.contexts = contexts
-        self.size = len(contexts)
-        self._timeout_s = timeout_s
-        self._running = threading.Lock()
-
-    def run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
-        """Call `fn(ctx)` in one thread per rank; return the results in rank order.
-
-        The first error of any rank is raised here; it ends the waits of all others. The group can
-        be used again afterwards. PyTorch keeps grad mode and autocast per thread: enter them in
-        `fn`. Raises RingError when another thread, or `fn` itself, runs it.
-        """
-        if not self._running.acquire(blocking=False):
-            raise RingError(
-                "this local group is running already; wait for that run, or make another group "
-                "with CPContext.local"
-            )
-        try:
-            return self._run(fn)
-        finally:
-            self._running.release()
-
-    def _run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
-        session = LocalSession(self.size, self._timeout_s)
-        num_calls = max(context.transport.num_calls for context in self.contexts)
-        for context in self.contexts:
-            assert isinstance(context.transport, LocalTransport), "a local group has local ranks"
-            context.transport.enter(session, num_calls=num_calls)
-        results: dict[int, Result] = {}
-        errors: dict[int, BaseException] = {}
-
-        def work(context: CPContext) -> None:
-            try:
-                results[context.rank] = fn(context)
-                session.returned(context.rank)
-            except BaseException as error:
-                errors[context.rank] = error
-                session.fail(context.rank, error)
-
-        threads = [
-            threading.Thread(
-                target=contextvars.copy_context().run,
-                args=(work, context),
-                name=f"cp-rank-{context.rank}",
-                daemon=True,
-            )
-            for context in self.contexts
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        session.close()
-        if session.failed_rank is not None:
-            raise errors[session.failed_rank]
-        return [results[rank] for rank in range(self.size)]
 
 
 def find_context(handle: str) -> CPContext:

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nxd_cp.backends import device_ring, get_support_kernels
+from nxd_cp.backends import get_support_kernels, ring_arguments
 from nxd_cp.backends.device_ops import launch_cores, outputs_like
-from nxd_cp.backends.device_ring import HOST_RING
 from nxd_cp.backends.kernel_modules import generation_of, kernel_module
+from nxd_cp.backends.ring_arguments import HOST_RING
 from nxd_cp.context import CPContext
 from nxd_cp.ops import refuse
 from nxd_cp.options import Options
@@ -117,7 +117,7 @@ class _Ring:
 
     def arguments(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
         """Those of `ring_fwd`, checked."""
-        return device_ring.forward_arguments(
+        return ring_arguments.forward_arguments(
             q,
             k,
             v,
@@ -167,6 +167,6 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
         delta = ctx.ring.support.row_delta(do, o)
-        arguments = device_ring.backward_arguments(do, lse, delta, ctx.ring.arguments(q, k, v))
+        arguments = ring_arguments.backward_arguments(do, lse, delta, ctx.ring.arguments(q, k, v))
         grads = ctx.ring.launch("ring_bwd", arguments)
         return (*(x.flatten(2, 3).to(q.dtype) for x in grads), None)

@@ -8,7 +8,7 @@ can still be rejected by a compiler.
 
 Sources: the NKI migration guide ("Language restrictions", "Integer enum constants", "Parameter
 default value updates", "Migrating from NKI 0.1.0"), the NKI release notes of 0.3.0, the NKI
-language guide ("NKI Values", "Class support"), and the API stubs (`nki_common.py`).
+language guide ("NKI Values", "Class support"), and the API stubs (`nki_signatures.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxd_cp.nki_common import (
+from nxd_cp.nki_flow import flow
+from nxd_cp.nki_names import Names, short
+from nxd_cp.nki_refused_python import refused_python
+from nxd_cp.nki_signatures import (
     ADDED,
     COLLECTIVE_CLASSES,
     COLLECTIVES,
@@ -29,9 +32,6 @@ from nxd_cp.nki_common import (
     NDARRAY,
     NEEDED,
 )
-from nxd_cp.nki_constructs import constructs
-from nxd_cp.nki_flow import flow
-from nxd_cp.nki_names import Names, short
 
 REMOVED_PARAMETERS = ("mask", "platform_target", "mode")
 CLASSES = (["NKIObject"], ["nl.NKIObject"], ["Enum"], ["enum.Enum"])
@@ -89,7 +89,7 @@ def _visit(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _findings(node: ast.AST, since: str, names: Names) -> Iterator[str]:
-    yield from (text for _, text in constructs(node))
+    yield from (text for _, text in refused_python(node))
     if isinstance(node, ast.ClassDef):
         if [names.of(base) for base in node.bases] not in CLASSES:
             yield f"class {node.name} must inherit from nl.NKIObject alone, or be an Enum"

@@ -55,6 +55,7 @@ def _call(
     ] = False,
 ) -> Any:
     """The Block or Call that the options say."""
+    from nxd_cp.simulators.attention_block import KERNELS
     from nxd_cp.simulators.timing.call import Call
     from nxd_cp.simulators.timing.cli import Block
 
@@ -69,6 +70,8 @@ def _call(
             lnc=lnc,
             values=values,
         )
+    if kernel not in KERNELS:
+        raise ValueError(f"expected {', '.join(KERNELS)} or module:function, got {kernel!r}")
     refuse_given(context, OF_FUNCTIONS, f"expected with module:function only, got {kernel!r}")
     return Block(
         kernel=kernel,
@@ -93,8 +96,9 @@ def _timed(command: Callable[..., str]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        call = _call(**{name: given.pop(name) for name in inspect.signature(_call).parameters})
+        options = {name: given.pop(name) for name in inspect.signature(_call).parameters}
         try:
+            call = _call(**options)
             typer.echo(command(call, **given))
         except (ValueError, ImportError) as error:
             raise typer.BadParameter(str(error)) from error

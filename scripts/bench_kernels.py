@@ -7,10 +7,7 @@ Prints what it ran on. Without a Neuron device the times are simulated, and labe
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import this_clone  # noqa: F401
 
 from nxd_cp.bench.cli import app
 

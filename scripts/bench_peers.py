@@ -35,6 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import this_clone  # noqa: F401
 import torch
 from peers.adapters import installed
 from peers.measure import Problem, serve

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
+import this_clone  # noqa: F401
 import torch
 import torch.distributed as dist
 from torch import Tensor

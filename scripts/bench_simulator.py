@@ -27,6 +27,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import this_clone  # noqa: F401
 
 from nxd_cp.simulators.nki_api import Kernel, SimParams, install, load, parameters, record
 from nxd_cp.simulators.nki_api import isa as nisa

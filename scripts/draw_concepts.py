@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import this_clone  # noqa: F401
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import this_clone  # noqa: F401
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -22,8 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from nxd_cp.backends.base import QueryRows, Scores
-from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
 from nxd_cp.backends.neuron import KernelBackend
+from nxd_cp.backends.ring_arguments import backward_arguments, forward_arguments
 from nxd_cp.schedule import Bounded, token_runs
 from nxd_cp.simulators.cluster.measure import kernel_log
 from nxd_cp.simulators.nki_api import SimParams, load, parameters, record, simulate_ranks

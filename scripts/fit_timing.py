@@ -6,10 +6,9 @@ One constant is fitted on public kernels: it needs a folder with a clone of nki-
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import this_clone  # noqa: F401
 
 from nxd_cp.simulators.timing.constants import constants_for
 from nxd_cp.simulators.timing.fit import fits, transpose_fit

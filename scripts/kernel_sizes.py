@@ -1,6 +1,6 @@
 """Instructions, SBUF and PSUM of the block kernels at the lengths of a rank; a table.
 
-    PYTHONPATH=. python scripts/kernel_sizes.py                # up to 32768 rows, d 128, bf16
+    python scripts/kernel_sizes.py                # up to 32768 rows, d 128, bf16
 
 A square of scores is cut into launches as the host cuts it, and each different launch runs once in
 the simulator without arithmetic. Exit status 1 where memory is exceeded or a launch is longer than
@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+import this_clone  # noqa: F401
+from kernel_shapes import exceeded, whole_rectangle
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from kernel_shapes import exceeded, whole_rectangle
 
 from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.simulators.nki_api.chips import CHIPS, PSUM_BYTES

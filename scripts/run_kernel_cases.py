@@ -1,7 +1,7 @@
 """Runs every generated kernel case and the shapes of public suites; a table at the end.
 
-    PYTHONPATH=. python scripts/run_kernel_cases.py            # about 1060 cases, some minutes
-    PYTHONPATH=. python scripts/run_kernel_cases.py --public   # those of public suites alone
+    python scripts/run_kernel_cases.py            # about 1060 cases, some minutes
+    python scripts/run_kernel_cases.py --public   # those of public suites alone
 
 Results go to a file as they come, one line each; a run that was cut off goes on where it stopped
 (the same seed, number and file). Exit status 1 when a case fails. The cases are those of
@@ -21,16 +21,14 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
+import this_clone  # noqa: F401
 import torch
 from kernel_cases import KernelCase, check
 from kernel_public import PUBLIC, PublicCase
 from kernel_suite import FEATURES, GENERATIONS, INTERVALS, generate, pairs
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from nxd_cp.simulators.nki_api import NkiValidationError
 

@@ -1,9 +1,8 @@
 """Run other people's NKI kernels, unmodified, on the simulator; see docs/public_kernels.md."""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import this_clone  # noqa: F401
 
 from nxd_cp.simulators.public_kernels.cli import main
 

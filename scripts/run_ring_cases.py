@@ -22,14 +22,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import this_clone  # noqa: F401
 import torch
+from ranks import RankGroup
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from ranks import RankGroup
 from ring_cases import GLOO_RANKS, NUM_CASES, check_case, make_case
 
 Record = dict[str, Any]

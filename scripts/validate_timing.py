@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import this_clone  # noqa: F401
 
 from nxd_cp.simulators.timing.published import Row, rows
 from nxd_cp.simulators.timing.results import Results

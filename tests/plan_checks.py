@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import permutations, product
 
-from nxd_cp.schedule import HEADER_BYTES, Bounded, Move, Plan, Rows, Tile, token_runs
+from nxd_cp.schedule import (
+    HEADER_BYTES,
+    LAYOUTS,
+    Bounded,
+    Move,
+    Plan,
+    Rows,
+    Tile,
+    make_plan,
+    seq_len_multiple,
+    token_runs,
+)
 from nxd_cp.strategies.plan import StrategyPlan
 from nxd_cp.strategies.routes import HeadGroup
 
 Event = tuple[str, str, int]  # "post" or "wait", channel, step
 Pair = tuple[int, int]
+
+
+def every_plan(sizes: Iterable[int], *, chunk: int) -> list[Plan]:
+    """Every layout, causal and full, with as short a sequence as `chunk` times the least."""
+    return [
+        make_plan(layout, size, chunk * seq_len_multiple(layout, size), causal=causal)
+        for size, layout, causal in product(sizes, LAYOUTS, (True, False))
+    ]
 
 
 def tokens(plan: Plan, rank: int) -> list[int]:

@@ -22,6 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Of groups that a test may break: what a rank waits for the others, what a test may take.
+GROUP_TIMEOUT_S = 3.0
+BOUND_S = 20.0
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
 

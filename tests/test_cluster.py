@@ -9,12 +9,13 @@ import pytest
 from perfetto_reader import read
 
 from nxd_cp.schedule import make_plan
+from nxd_cp.simulators.attention_block import KERNELS
 from nxd_cp.simulators.cluster.cli import Ring, run_simulate
 from nxd_cp.simulators.cluster.kernel_time import Rate, Timed
 from nxd_cp.simulators.cluster.links import LAUNCH, LINKS
-from nxd_cp.simulators.cluster.measure import KERNELS, kernel_log, time_kernel, timed_kernel
+from nxd_cp.simulators.cluster.measure import kernel_log, time_kernel, timed_kernel
 from nxd_cp.simulators.cluster.ring import Model, hop_times, simulate
-from nxd_cp.simulators.cluster.topology import Cluster, torus_cycle
+from nxd_cp.simulators.cluster.topology import CHIPS_PER_NODE, Cluster
 from nxd_cp.simulators.cluster.trace import document
 
 LLAMA = Model(num_heads=32, num_kv_heads=8, head_dim=128)
@@ -141,14 +142,16 @@ def test_a_ring_simulated_twice_is_equal_to_the_last_bit():
     assert np.array_equal(first.end, second.end)
 
 
-def test_a_torus_cycle_goes_through_neighbours_once_and_closes():
-    walk = torus_cycle()
-    assert len(set(walk)) == len(walk) == 16
+def test_a_walk_through_neighbours_visits_every_chip_of_a_node_and_closes():
+    """What the places of a ring stand on: up the first column, a snake through the rest."""
+    walk = [(0, 0)]
+    for row in range(4):
+        walk += [(row, column) for column in ((1, 2, 3) if row % 2 == 0 else (3, 2, 1))]
+    walk += [(row, 0) for row in (3, 2, 1)]
+    assert len(set(walk)) == len(walk) == CHIPS_PER_NODE["gen2"] == CHIPS_PER_NODE["gen3"]
     for a, b in zip(walk, walk[1:] + walk[:1], strict=True):
         steps = [min((x - y) % 4, (y - x) % 4) for x, y in zip(a, b, strict=True)]
         assert sorted(steps) == [0, 1]
-    with pytest.raises(ValueError, match="expected an even number, got 3"):
-        torus_cycle(3)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,9 @@ def test_wrong_clusters_and_models_are_caught():
         replace(CHIP, tensor_parallel=3, lnc=1)
     with pytest.raises(ValueError, match="lnc: expected 1, or 2 on gen3"):
         Cluster(generation="gen2", num_positions=2, tensor_parallel=1, lnc=2)
+    for generation in ("gen2", "gen4"):
+        with pytest.raises(ValueError, match=f"pods: expected False on {generation}, got True"):
+            Cluster(generation=generation, num_positions=2, tensor_parallel=1, pods=True)
     with pytest.raises(ValueError, match="expected 8 ranks as in the cluster, got 4"):
         simulate(make_plan("zigzag", 4, 4096), CHIP, LLAMA, _rate())
     with pytest.raises(ValueError, match="channels: expected 1, 2 or 4, got 3"):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from nxd_cp import CPContext, allreduce_grads
 from nxd_cp.demo.data import load_text, sample_batch
-from nxd_cp.integrations import hf
+from nxd_cp.integrations import hf, hf_positions
 from nxd_cp.integrations.hf_masks import check_mask
 from nxd_cp.sharding import IGNORE_INDEX, shard
 
@@ -237,6 +238,61 @@ def test_what_ring_attention_would_drop_raises(change):
         changes = changes | {"past_key_values": cache}
     with pytest.raises(ValueError, match=message):
         CPContext.local(2).run(functools.partial(_logits, **changes))
+
+
+def _shift_before_last_layer(model):
+    """Make every forward of `model` add 1 to its position ids, in place, before the last layer."""
+
+    def shift(layer, args, kwargs):
+        kwargs["position_ids"] += 1
+
+    model.model.layers[-1].register_forward_pre_hook(shift, with_kwargs=True)
+
+
+def test_positions_are_read_once_per_forward():
+    def work(cp):
+        model, batch = _ring_model("llama", cp), hf.shard_batch(_batch(1), cp)
+        for _ in range(3):
+            model(**batch, use_cache=False)
+
+    positions = hf_positions.slot_positions
+    with mock.patch.object(hf_positions, "slot_positions", side_effect=positions) as read:
+        CPContext.local(2).run(work)
+    assert read.call_count == 2 * 3, "ranks x forwards; the model has 2 layers"
+
+
+def test_positions_that_change_between_layers_are_caught():
+    def work(cp):
+        model, batch = _ring_model("llama", cp), hf.shard_batch(_batch(1), cp)
+        _shift_before_last_layer(model)
+        model(**batch, use_cache=False)
+
+    with pytest.raises(ValueError, match="expected the global positions"):
+        CPContext.local(2).run(work)
+
+
+def test_positions_that_change_between_forwards_behind_torchs_back_are_caught():
+    def work(cp):
+        model, batch = _ring_model("llama", cp), hf.shard_batch(_batch(1), cp)
+        model(**batch, use_cache=False)
+        version = batch["position_ids"]._version
+        batch["position_ids"].numpy()[:] += 1
+        assert batch["position_ids"]._version == version
+        model(**batch, use_cache=False)
+
+    with pytest.raises(ValueError, match="expected the global positions"):
+        CPContext.local(2).run(work)
+
+
+def test_positions_without_a_version_are_read_by_every_layer():
+    def work(cp):
+        with torch.inference_mode():
+            model, batch = _ring_model("llama", cp), hf.shard_batch(_batch(1), cp)
+            _shift_before_last_layer(model)
+            model(**batch, use_cache=False)
+
+    with pytest.raises(ValueError, match="expected the global positions"):
+        CPContext.local(2).run(work)
 
 
 def _mask(function, length=16, **kwargs):

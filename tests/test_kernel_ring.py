@@ -20,7 +20,7 @@ from torch import Tensor
 from nxd_cp import device_ring
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends import device_ops, kernel_limits, kernel_modules
-from nxd_cp.backends.device_ring import backward_arguments, forward_arguments
+from nxd_cp.backends.ring_arguments import backward_arguments, forward_arguments
 from nxd_cp.context import CPContext
 from nxd_cp.simulators.nki_api import (
     Log,

@@ -20,16 +20,17 @@ import pytest
 from nxd_cp.backends.device_ops import launch_cores
 from nxd_cp.backends.neuron import KernelBackend, has_nki
 from nxd_cp.bench import numerics
-from nxd_cp.bench.cases import DTYPES, KERNELS, MASKS, Case
+from nxd_cp.bench.cases import Case
 from nxd_cp.bench.compiled import compile_launch, launches
 from nxd_cp.bench.device import HostClockTimer, waiter
 from nxd_cp.bench.implementations import OurKernels
 from nxd_cp.doctor.machine import look
 from nxd_cp.doctor.packages import find_all
 from nxd_cp.doctor.tier import decide
+from nxd_cp.simulators.attention_block import DTYPES, KERNELS, MASKS
 
 ROOT = Path(__file__).parent.parent
-WORKER = Path(__file__).parent / "device_ring.py"
+WORKER = Path(__file__).parent / "ring_worker.py"
 TARGETS = (("trn1", 1), ("trn2", 1), ("trn2", 2), ("trn3", 1), ("trn3", 2))  # and LNC
 CASES = [
     Case(kernel, 256, 256, mask, 2, 1, dim, dtype)

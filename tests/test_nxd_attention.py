@@ -215,7 +215,7 @@ def as_nxd_calls_it(group: dist.ProcessGroup, case: Case) -> tuple[Tensor, ...]:
     state = ParallelState()
     state.initialize_model_parallel(tensor=2, context=2)
     cp = CPContext.from_nxd(layout="contiguous", parallel_state=state)
-    with mock.patch("nxd_cp.integrations.nxd.state.load_parallel_state", return_value=state):
+    with mock.patch("nxd_cp.nxd_place.load_parallel_state", return_value=state):
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             pairs = state.get_context_model_parallel_src_tgt_pairs()

@@ -36,7 +36,7 @@ def train(
     """
     state = ParallelState()
     state.initialize_model_parallel(tensor=2, context=2)
-    with mock.patch("nxd_cp.integrations.nxd.state.load_parallel_state", return_value=state):
+    with mock.patch("nxd_cp.nxd_place.load_parallel_state", return_value=state):
         cp = shared_context(layout, state)
         model = nxd.convert(Llama(weights(), state.mine["tensor"], recompute), layout=layout)
     adam = optimiser(list(model.parameters()))

@@ -1,7 +1,9 @@
-"""What the repository says of itself is true: README tree, snippets, names; plain text."""
+"""What the repository says of itself is true: README tree, snippets, names; plain text; scripts."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,39 @@ def test_training_step_of_the_readme_runs():
     for loss, grad in names["CPContext"].local(2).run(on_each_rank):
         torch.testing.assert_close(loss, one)
         torch.testing.assert_close(grad, grad_one)
+
+
+SCRIPTS = sorted(set((ROOT / "scripts").glob("*.py")) - {ROOT / "scripts" / "this_clone.py"})
+
+
+def _finds_package(script: str) -> bool:
+    """By `this_clone`, or as `bench_memory.py` by another script."""
+    others = [path.stem for path in SCRIPTS]
+    return re.search(rf"^(import this_clone|from ({'|'.join(others)}) )", script, re.M) is not None
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_find_the_package_in_one_way(path):
+    text = path.read_text(encoding="utf-8")
+    assert _finds_package(text)
+    assert "PYTHONPATH" not in text
+    assert "sys.path.insert(0, str(Path(__file__)" not in text
+
+
+def test_a_script_that_needs_an_installed_package_is_caught():
+    assert not _finds_package("import sys\n\nfrom nxd_cp.cli import app\n")
+
+
+def test_scripts_import_the_package_and_test_helpers_of_their_clone(tmp_path):
+    code = "import this_clone, nxd_cp, budgets; print(nxd_cp.__file__, budgets.__file__)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); {code}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = [ROOT / "nxd_cp" / "__init__.py", ROOT / "tests" / "budgets.py"]
+    assert [Path(name) for name in done.stdout.split()] == expected
 
 
 def _offences(text: str) -> list[str]:

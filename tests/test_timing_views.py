@@ -261,20 +261,21 @@ def test_times_never_change_a_result(times):
 
 
 @pytest.mark.parametrize(
-    ("block", "message"),
+    ("kernel", "options", "message"),
     [
-        (Block(kernel="flash_fwd", queries=100, keys=100), "multiples of 128, got 100 and 100"),
-        (Block(kernel="flash_fwd", queries=128, keys=256), "equal lengths under a causal mask"),
-        (Block(kernel="flash_fwd", mask="window"), "expected full, causal or strict, got 'window'"),
-        (Block(kernel="flash_fwd", dtype="float16"), "expected bfloat16 or float32"),
-        (Block(kernel="flash_fwd", num_heads=3, num_kv_heads=2), "that divide query heads"),
-        (Block(kernel="flash_bwd", head_dim=257), "at most 256, got 1 and 1 of dim 257"),
-        (Block(kernel="flash"), "expected flash_fwd, flash_bwd or module:function, got 'flash'"),
+        ("flash_fwd", ["--queries", "100"], "multiples of 128, got 100 and 100"),
+        ("flash_fwd", ["--keys", "256"], "equal lengths under a causal mask"),
+        ("flash_fwd", ["--mask", "window"], "expected one of full, causal, strict, got 'window'"),
+        ("flash_fwd", ["--dtype", "float16"], "expected one of bfloat16, float32, got 'float16'"),
+        ("flash_fwd", ["--heads", "3", "--kv-heads", "2"], "that divide query heads"),
+        ("flash_bwd", ["--head-dim", "257"], "at most 256, got 1 and 1 of dim 257"),
+        ("flash", [], "expected flash_fwd, flash_bwd or module:function, got 'flash'"),
     ],
 )
-def test_wrong_blocks_are_caught(block, message):
-    with pytest.raises(ValueError, match=message):
-        time_call(block)
+def test_wrong_blocks_are_usage_errors(kernel: str, options: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["profile", kernel, *options])
+    assert result.exit_code == 2, result.output
+    assert message in re.sub(r"[\s\u2500-\u257f]+", " ", result.output)
 
 
 def test_a_command_makes_the_folder_of_the_file_it_writes(tmp_path: Path) -> None:

@@ -9,50 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-KERNELS = ("flash_fwd", "flash_bwd")
-MASKS = ("full", "causal", "strict")
-DTYPES = ("bfloat16", "float32")
+from nxd_cp.simulators.attention_block import KERNELS, AttentionBlock
+
 # Matmuls of one (query, key) pair, 2 D flops each: scores and output; in the backward scores again,
 # dP, dV, dK and dQ.
 MATMULS = {"flash_fwd": 2, "flash_bwd": 5}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(AttentionBlock):
     """One kernel on one block, on one logical core (LNC physical ones)."""
-
-    kernel: str = "flash_fwd"
-    queries: int = 1024
-    keys: int = 1024
-    mask: str = "causal"
-    num_heads: int = 1
-    num_kv_heads: int = 1
-    head_dim: int = 128
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("kernel", self.kernel, KERNELS),
-            ("mask", self.mask, MASKS),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if min(self.queries, self.keys) < 128 or self.queries % 128 or self.keys % 128:
-            raise ValueError(
-                f"queries and keys: expected multiples of 128, got {self.queries} and {self.keys}"
-            )
-        if self.mask != "full" and self.queries != self.keys:
-            raise ValueError(
-                f"queries and keys: expected equal lengths under a {self.mask} mask, "
-                f"got {self.queries} and {self.keys}"
-            )
-        least = min(self.num_heads, self.num_kv_heads, self.head_dim)
-        if least < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "heads and head dim: expected key/value heads that divide query heads, got "
-                f"{self.num_heads} and {self.num_kv_heads} of dim {self.head_dim}"
-            )
 
     @property
     def num_pairs(self) -> int:

@@ -29,8 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
-from nxd_cp.documents import slot_positions
 from nxd_cp.integrations.hf_masks import check_mask, refuse_padding
+from nxd_cp.integrations.hf_positions import PositionCheck
 from nxd_cp.sharding import IGNORE_INDEX
 from nxd_cp.sharding import shard_batch as shard_token_batch
 
@@ -70,6 +70,7 @@ class Attachment:
 
     def __init__(self, cp: CPContext | None, backend: str) -> None:
         self.cp, self.backend = cp, backend
+        self.check_positions = PositionCheck(cp)
         self.cached: Cached | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attachment:
@@ -188,7 +189,7 @@ def ring_attention_forward(
             )
         return attachment.cached.attend(layer, query, key, value, **options).transpose(1, 2), None
     if segment_ids is None and causal:
-        _check_positions(kwargs.get("position_ids"), query, attachment.cp)
+        attachment.check_positions(module, kwargs.get("position_ids"), query.shape[2])
     o_BHLD = ring_attention(
         query,
         key,
@@ -231,22 +232,6 @@ def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
         )
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: expected False; attention weights are never formed")
-
-
-def _check_positions(position_ids: Tensor | None, query: Tensor, cp: CPContext | None) -> None:
-    """Rotary embeddings were made from these; local ones would be silently wrong."""
-    if cp is None or cp.size == 1:
-        return
-    expected = slot_positions(cp.layout, cp.size, cp.rank, query.shape[2] * cp.size)
-    if position_ids is None or not torch.equal(
-        position_ids.cpu(), expected.expand(position_ids.shape)
-    ):
-        got = "none" if position_ids is None else f"{position_ids.flatten()[:3].tolist()}, ..."
-        raise ValueError(
-            f"position_ids: expected the global positions of this rank's tokens, "
-            f"{expected[:3].tolist()}, ..., got {got}; make the batch with hf.shard_batch "
-            "(positions are free with segment_ids)"
-        )
 
 
 AttentionInterface.register(NAME, ring_attention_forward)

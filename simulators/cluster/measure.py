@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from nxd_cp.simulators.attention_block import DTYPES, KERNELS
 from nxd_cp.simulators.nki_api import SimParams, load, parameters, record
 from nxd_cp.simulators.nki_api.log import Log
 from nxd_cp.simulators.timing import Estimate, constants_for, estimate
 
 from .kernel_time import Busiest, Timed
-
-KERNELS = ("flash_fwd", "flash_bwd")
 
 
 def kernel_log(
@@ -42,8 +41,8 @@ def kernel_log(
     """
     if name not in KERNELS:
         raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {name!r}")
-    if dtype not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype: expected bfloat16 or float32, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     q, k, row = _inputs(dtype, (1, num_heads, q_len, head_dim), (1, num_kv_heads, k_len, head_dim))
     package = load("nxd_cp.kernels", generation=generation)
     scale = head_dim**-0.5

@@ -22,8 +22,8 @@ NODES_PER_POD = {"gen2": 1, "gen3": 4, "gen4": 16}
 class Cluster:
     """A ring of positions. Each position is tensor_parallel x lnc physical cores.
 
-    pods: trn2 nodes are joined to UltraServers (gen3 only; gen4 always is). cores: physical cores
-    of one position.
+    pods: trn2 nodes are joined to UltraServers (gen3 only; gen4 always is). Raises ValueError for
+    what cannot be placed.
     """
 
     generation: str
@@ -40,6 +40,11 @@ class Cluster:
             raise ValueError(f"num_positions: expected at least 1, got {self.num_positions}")
         if self.lnc not in (1, 2) or (self.lnc == 2 and self.generation == "gen2"):
             raise ValueError(f"lnc: expected 1, or 2 on gen3 and gen4, got {self.lnc}")
+        if self.pods and self.generation != "gen3":
+            raise ValueError(
+                f"pods: expected False on {self.generation}, got True: only trn2 (gen3) nodes are "
+                "joined or not (trn1's never are, trn3's always); leave it out"
+            )
         per_chip = CORES_PER_CHIP[self.generation]
         cores = self.tensor_parallel * self.lnc
         if cores < 1 or (cores % per_chip and per_chip % cores):
@@ -87,21 +92,3 @@ class Cluster:
         if self.pods and min(a, b) // pod == last // pod:
             return "ultraserver"
         return "efa"
-
-    def closes_in_node(self) -> bool:
-        """Whether no hop leaves a node (or the sleds of one pod on gen4)."""
-        return "efa" not in self.hop_links()
-
-
-def torus_cycle(rows: int = 4, columns: int = 4) -> list[tuple[int, int]]:
-    """A closed walk over a torus through neighbours: up the first column, a snake through the rest.
-
-    Raises ValueError for an odd number of rows, where this construction does not close.
-    """
-    if rows % 2:
-        raise ValueError(f"rows: expected an even number, got {rows}")
-    walk = [(0, 0)]
-    for row in range(rows):
-        inner = range(1, columns) if row % 2 == 0 else range(columns - 1, 0, -1)
-        walk += [(row, column) for column in inner]
-    return walk + [(row, 0) for row in range(rows - 1, 0, -1)]

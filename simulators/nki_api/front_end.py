@@ -4,7 +4,7 @@ The simulator runs any Python; the compilers of NKI 0.3 to 0.6 take a subset. Ea
 is read once, and a construct outside the subset is a warning at its own line (strict: an error):
 AWS's own kernels use `is`, so the documents disagree. Does not read functions that it calls.
 
-Source: nxd_cp/nki_constructs.py; NKI migration guide; NKI language guide.
+Source: nxd_cp/nki_refused_python.py; NKI migration guide; NKI language guide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
-from nxd_cp.nki_constructs import constructs
+from nxd_cp.nki_refused_python import refused_python
 
 from .errors import blamed, broken, definition, strictness, user_frame
 from .rules import inferred
@@ -72,10 +72,10 @@ def _findings(code: CodeType) -> tuple[tuple[str, str, int], ...]:
     function = tree.body[0] if tree.body else None
     if not isinstance(function, ast.FunctionDef):
         return ()  # a lambda or an expression: the statement around it is not the kernel
-    found = [(*item, function.lineno) for item in constructs(function)]
+    found = [(*item, function.lineno) for item in refused_python(function)]
     for statement in function.body:
         for node in ast.walk(statement):
-            found += [(*item, getattr(node, "lineno", 1)) for item in constructs(node)]
+            found += [(*item, getattr(node, "lineno", 1)) for item in refused_python(node)]
     return tuple((kind, text, first + line - 1) for kind, text, line in found)
 
 

@@ -32,9 +32,6 @@ class MemoryRegion(Enum):
     shared_hbm = "shared_hbm"
 
 
-SPACES = {"sbuf": SBUF, "psum": PSUM, "private_hbm": HBM, "shared_hbm": HBM}
-
-
 class Storage:
     """One allocation: bytes, place, owner and write state. Tensors are views of it.
 

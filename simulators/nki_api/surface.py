@@ -11,8 +11,6 @@ from typing import Any
 
 from . import collectives, dtypes, isa, jit, language
 
-SUBMODULES = ("language", "isa", "collectives", "typing", "dtype")
-
 
 class _TensorAnnotation:
     """nki.typing.tensor: only ever an annotation."""

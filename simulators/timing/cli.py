@@ -10,7 +10,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nxd_cp.simulators.cluster.measure import KERNELS, kernel_log
+from nxd_cp.simulators.attention_block import AttentionBlock
+from nxd_cp.simulators.cluster.measure import kernel_log
 from nxd_cp.simulators.nki_api.log import Log
 
 from . import plots, profile, trace
@@ -20,18 +21,10 @@ from .progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """One block of attention on one core. generation: trn1, trn2, trn3 or gen2, gen3, gen4."""
+class Block(AttentionBlock):
+    """One of our kernels on a block. generation: trn1, trn2, trn3 or gen2, gen3, gen4."""
 
-    kernel: str
     generation: str = "trn2"
-    queries: int = 1024
-    keys: int = 1024
-    mask: str = "causal"
-    num_heads: int = 1
-    num_kv_heads: int = 1
-    head_dim: int = 128
-    dtype: str = "bfloat16"
 
     @property
     def target(self) -> str:
@@ -39,28 +32,7 @@ class Block:
         return self.kernel
 
     def run(self) -> Log:
-        """The log of "flash_fwd" or "flash_bwd"; ValueError for what it cannot take."""
-        if self.kernel not in KERNELS:
-            raise ValueError(
-                f"kernel: expected {', '.join(KERNELS)} or module:function, got {self.kernel!r}"
-            )
-        if self.mask not in ("full", "causal", "strict"):
-            raise ValueError(f"mask: expected full, causal or strict, got {self.mask!r}")
-        if self.queries % 128 or self.keys % 128 or min(self.queries, self.keys) < 128:
-            raise ValueError(
-                f"queries and keys: expected multiples of 128, got {self.queries} and {self.keys}"
-            )
-        if self.num_heads % self.num_kv_heads or not 1 <= self.head_dim <= 256:
-            raise ValueError(
-                "heads and head dim: expected key/value heads that divide query heads and a head "
-                f"dim of at most 256, got {self.num_heads} and {self.num_kv_heads} of dim "
-                f"{self.head_dim}"
-            )
-        if self.mask != "full" and self.queries != self.keys:
-            raise ValueError(
-                f"queries and keys: expected equal lengths under a {self.mask} mask, "
-                f"got {self.queries} and {self.keys}"
-            )
+        """The log of one core."""
         return kernel_log(
             self.kernel,
             self.generation,

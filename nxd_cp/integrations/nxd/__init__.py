@@ -6,7 +6,7 @@
     model = nxd.initialize_parallel_model(config, lambda: nxd_cp_nxd.convert(make_model()))
     batch = nxd_cp_nxd.get_batch_on_this_context_parallel_rank(batch)
 
-Read in this order: state.py, mesh.py, attention.py, convert.py, batch.py, loss.py. Importing this
+Read in this order: mesh.py, state.py, attention.py, convert.py, batch.py, loss.py. Importing this
 needs neither NxD nor torch_xla. Checked against the sources of NxD 0.18.0 (Neuron SDK 2.29,
 aws-neuron/neuronx-distributed@fbac349); not run on a Neuron device.
 """

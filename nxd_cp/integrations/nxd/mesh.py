@@ -16,13 +16,10 @@ Source: neuronx_distributed/parallel_layers/parallel_state.py, NxD 0.18.0
 
 from __future__ import annotations
 
+from nxd_cp.nxd_place import TP4_ON_TRN1
+
 CHIPS = ("trn1", "inf2", "trn2", "trn3")
 ROWS_PER_NODE = 4
-TP4_ON_TRN1 = (
-    "NxD's initialize_model_parallel cannot make these groups on trn1: it lays its expert mesh out "
-    "for TP = 4 without counting context parallelism and ends in 'shape is invalid'; use another "
-    "tensor-parallel size (2, 8, 16, 32), or context_parallel_size=1"
-)
 
 Groups = list[list[int]]
 

@@ -1,7 +1,7 @@
 """Constructs of Python that the compilers of NKI 0.3 to 0.6 do not take inside a kernel.
 
-Pure data and syntax trees: no names of instructions (nki_common.py), no values, no shapes. Read by
-the portability checker, which rejects them, and by the simulator, which warns: AWS's own kernels
+Pure data and syntax trees: no names of instructions (nki_signatures.py), no values, no shapes. Read
+by the portability checker, which rejects them, and by the simulator, which warns: AWS's own kernels
 use some of them, and NKI 0.7 runs real Python.
 
 Sources: NKI migration guide ("Language restrictions"), NKI language guide ("NKI Values").
@@ -27,7 +27,7 @@ PYTHON = {
 }
 
 
-def constructs(node: ast.AST) -> Iterator[tuple[str, str]]:
+def refused_python(node: ast.AST) -> Iterator[tuple[str, str]]:
     """(kind, sentence) for each construct that this one node is; kinds: python, is, signature,
     dict_keys."""
     if type(node) in PYTHON:

@@ -1,6 +1,6 @@
 """A worker for torchrun: a ring of all ranks on a device, outputs and gradients against fp64.
 
-    torchrun --nproc-per-node 2 tests/device_ring.py neuron nki
+    torchrun --nproc-per-node 2 tests/ring_worker.py neuron nki
 
 On XLA: `xla nki`. On CPU: `cpu torch`. Prints one line per rank; a failure when an error is
 too large.
