@@ -6,12 +6,13 @@ groups, or know masks and shapes. Chunk index = group rank; the ring order is a 
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import itertools
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -30,7 +31,7 @@ from nxd_cp.transport import (
     XlaTransport,
     probe,
 )
-from nxd_cp.transport.agreement import Description, check_agreement
+from nxd_cp.transport.agreement import Description, announce_refusal, check_agreement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -234,7 +235,7 @@ class CPContext:
 
         Raises RankMismatchError on all ranks when shapes or dtypes differ.
         """
-        self._agree_on(tensor, "all_gather")
+        self._agree_on("all_gather", tensor)
         return self.transport.all_gather(tensor.detach())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -242,19 +243,45 @@ class CPContext:
 
         Raises RankMismatchError on all ranks when shapes or dtypes differ.
         """
-        if op != "sum":
-            raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
-        self._agree_on(tensor, "all_reduce")
+        with self.refusing("all_reduce"):
+            if op != "sum":
+                raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
+        self._agree_on("all_reduce", tensor)
         return self.transport.all_reduce_sum(tensor.detach())
 
-    def _agree_on(self, tensor: Tensor, collective: str) -> None:
+    def _agree_on(self, collective: str, tensor: Tensor) -> None:
         """Collectives trust their arguments: gloo ends the process when lengths differ."""
-        if not self.agrees:
-            return
-        shape, dtype = str(tuple(tensor.shape)), str(tensor.dtype)
-        description = {"collective": collective, "shape": shape, "dtype": dtype}
-        with self.transport.call(collective) as call:
-            self.agree(call, description, tensor.device)
+        with self.refusing(collective):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{collective}: expected a tensor, got {type(tensor).__name__}")
+        shape, dtype, device = tuple(tensor.shape), tensor.dtype, tensor.device.type
+        self.agree_on(collective, {"shape": str(shape), "dtype": str(dtype), "device": device})
+
+    def agree_on(self, helper: str, description: Description) -> None:
+        """A call of its own, in which all ranks agree on the arguments of a helper."""
+        if self.agrees:
+            with self.transport.call(helper) as call:
+                self.agree(call, {"helper": helper, **description})
+
+    @contextlib.contextmanager
+    def refusing(self, kind: str) -> Iterator[None]:
+        """Around checks, before all ranks agree on a call: an error of one rank here is told to the
+        others, so that all raise.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.refuse(kind, error)
+            raise
+
+    def refuse(self, kind: str, error: Exception) -> None:
+        """Tell the other ranks, which are about to agree, that this one cannot begin, and why.
+
+        When nobody listens there is nobody to tell, and the caller's own error is the one to raise.
+        """
+        if self.agrees and not torch.compiler.is_compiling():
+            with contextlib.suppress(RingError), self.transport.call(kind) as call:
+                announce_refusal(call, str(error) or type(error).__name__)
 
     @property
     def agrees(self) -> bool:
@@ -263,7 +290,7 @@ class CPContext:
         """
         return self.size > 1 and (self.check_ranks or not self._has_agreed)
 
-    def agree(self, call: Call, description: Description, device: torch.device) -> None:
+    def agree(self, call: Call, description: Description) -> None:
         """Raise RankMismatchError on all ranks unless all describe this call in the same way."""
         ring_order = str(self.ring_order)
         if self.size > _SHOWN_RANKS:  # a description has its size
@@ -274,7 +301,7 @@ class CPContext:
             "strategy": str(self.strategy),
             "ring order": ring_order,
         }
-        check_agreement(call, {**description, **common}, device)
+        check_agreement(call, {**description, **common})
         self._has_agreed = True
 
     def __repr__(self) -> str:

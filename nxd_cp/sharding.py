@@ -43,6 +43,7 @@ def shard(
     Raises:
         ValueError: S is not divisible as the layout needs it, and there is no `pad_value`.
     """
+    _check_dim(x, dim)
     seq_len = x.shape[dim]
     slots = _slots(cp, seq_len, may_pad=pad_value is not None)
     parts = [_take(x, run, dim) for run in token_runs(cp.layout, cp.size, cp.rank, slots, seq_len)]
@@ -73,20 +74,28 @@ def unshard(
 
     Raises:
         ValueError: `x_local` needs a gradient, L does not fit the layout, or `seq_len` does not fit
-            L.
+            L; on all ranks where it is so on one, or where two differ.
     """
-    if torch.is_grad_enabled() and x_local.requires_grad:
-        raise ValueError(
-            "expected a tensor that needs no gradient, got one with requires_grad=True; "
-            "unshard under torch.no_grad() or pass x_local.detach()"
-        )
-    slots = x_local.shape[dim] * cp.size
-    ranks = range(cp.size)
-    runs_by_rank = [token_runs(cp.layout, cp.size, rank, slots, seq_len) for rank in ranks]
+    with cp.refusing("unshard"):
+        _check_dim(x_local, dim)
+        if torch.is_grad_enabled() and x_local.requires_grad:
+            raise ValueError(
+                "x_local: expected a tensor that needs no gradient, got one with "
+                "requires_grad=True; unshard under torch.no_grad() or pass x_local.detach()"
+            )
+        if seq_len is not None and type(seq_len) is not int:
+            raise ValueError(f"seq_len: expected a whole number or None, got {seq_len!r}")
+        dim %= x_local.dim()
+        slots = x_local.shape[dim] * cp.size
+        ranks = range(cp.size)
+        runs_by_rank = [token_runs(cp.layout, cp.size, rank, slots, seq_len) for rank in ranks]
+    described = {"shape": _shape(x_local), "dtype": x_local.dtype, "dim": dim, "seq_len": seq_len}
+    cp.agree_on("unshard", {name: str(value) for name, value in described.items()})
+    parts = cp.transport.all_gather(x_local.detach().contiguous())
     shape = list(x_local.shape)
     shape[dim] = slots if seq_len is None else seq_len
     x = x_local.new_empty(shape)
-    for runs, part in zip(runs_by_rank, cp.all_gather(x_local.contiguous()), strict=True):
+    for runs, part in zip(runs_by_rank, parts, strict=True):
         first = 0
         for run in runs:
             _take(x, run, dim).copy_(part.narrow(dim, first, len(run)))
@@ -120,6 +129,8 @@ def in_rank_order(
     Raises:
         ValueError: S is not divisible as the layout needs it, or a limit of the kernel.
     """
+    _check_dim(x, dim)
+    _check_flag("inverse", inverse)
     seq_len = x.shape[dim]
     _slots(cp, seq_len, may_pad=False)
     runs = [run for rank in range(cp.size) for run in token_runs(cp.layout, cp.size, rank, seq_len)]
@@ -182,6 +193,7 @@ def shard_batch(
             labels are not signed integers, there are both `segment_ids` and `cu_seqlens`, or there
             is an `attention_mask` (a padding mask would not reach `ring_attention`).
     """
+    _check_flag("pad", pad)
     num_rows, seq_len = _check_batch(batch)
     if cu_seqlens is not None and "segment_ids" in batch:
         raise ValueError("segment_ids and cu_seqlens: expected at most one of them, got both")
@@ -251,6 +263,22 @@ def _next_token(labels_BS: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     end = torch.full_like(labels_BS[:, :1], IGNORE_INDEX)
     following = labels_BS.masked_fill(starts.expand_as(labels_BS), IGNORE_INDEX)
     return torch.cat([following[:, 1:], end], dim=1)
+
+
+def _check_dim(x: torch.Tensor, dim: int) -> None:
+    """Raise ValueError unless x is a tensor that has this dim."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"expected a tensor, got {type(x).__name__}")
+    if type(dim) is not int or not -x.dim() <= dim < x.dim():
+        raise ValueError(
+            f"dim: expected the sequence dim of a tensor of {x.dim()} dims, got {dim!r}"
+        )
+
+
+def _check_flag(name: str, value: bool) -> None:
+    """True or False: a string such as "no" would count as True."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def _slots(cp: CPContext, seq_len: int, *, may_pad: bool) -> int:

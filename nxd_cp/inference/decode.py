@@ -62,8 +62,8 @@ def decode(
         ours = torch.where(positions % cp.size == cp.rank, positions, EMPTY)
         return Places(torch.full_like(cache.next_position, k.shape[2]), positions, ours)
 
+    rule, place = agree("decode", cp, cache, (q, k, v), options, places)
     with cache.kept_if_done(), cp.transport.call("decode") as call:
-        rule, place = agree(call, cp, cache, (q, k, v), options, places)
         call.begin()
         cache.store(k, v, place.ours)
         cache.next_position += place.counts

@@ -68,10 +68,9 @@ def prefill(
         "softcap": softcap,
         "sinks": sinks,
     }
-    with cp.transport.call("prefill") as call:
-        rule, place = agree(
-            call, cp, cache, (q, k, v), options, lambda: _places(cp, k, cache, lengths)
-        )
+    rule, place = agree(
+        "prefill", cp, cache, (q, k, v), options, lambda: _places(cp, k, cache, lengths)
+    )
     if bool((cache.next_position == 0).all()):
         # Nobody sees padding, but a weight of 0 times a NaN would be one.
         q, k, v = (q, k, v) if lengths is None else _without_padding(place.ours, q, k, v)

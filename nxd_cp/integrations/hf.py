@@ -20,6 +20,7 @@ Letters: B batch, L tokens of this rank, H query heads, G key/value heads, D hea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.documents import slot_positions
 from nxd_cp.integrations.hf_masks import check_mask, refuse_padding
+from nxd_cp.loss import check_average
 from nxd_cp.sharding import IGNORE_INDEX
 from nxd_cp.sharding import shard_batch as shard_token_batch
 
@@ -125,11 +127,12 @@ def shard_batch(
 
     Raises ValueError for padding, and what `nxd_cp.shard_batch` raises.
     """
-    if grad_average_over < 1:
-        raise ValueError(f"expected grad_average_over of at least 1, got {grad_average_over}")
-    whole = dict(batch)
-    refuse_padding(whole.pop("attention_mask", None))
-    local: dict[str, Any] = dict(shard_token_batch(whole, cp))
+    counts = "labels" in batch and num_items_in_batch is None  # then the others wait for us
+    with cp.refusing("shard_batch") if counts else contextlib.nullcontext():
+        check_average(grad_average_over)
+        whole = dict(batch)
+        refuse_padding(whole.pop("attention_mask", None))
+        local: dict[str, Any] = dict(shard_token_batch(whole, cp))
     first = local["input_ids"] if "input_ids" in local else next(iter(local.values()))
     local["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
     if "labels" in local:
