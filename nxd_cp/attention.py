@@ -79,7 +79,8 @@ def ring_attention(
     q, k, v = _autocast(q, k, v)
     with contextlib.nullcontext() if cp is None else cp.refusing("forward"):
         validation.validate_tensors(q, k, v)
-        validation.validate_causal(causal)
+        validation.validate_flag("causal", causal)
+        validation.validate_flag("return_lse", return_lse)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         validation.validate_window(window, causal=causal)
         validation.validate_softcap(softcap)

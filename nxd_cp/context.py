@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
 from nxd_cp.schedule import LAYOUTS
 from nxd_cp.strategies.plan import STRATEGIES, Strategy
 from nxd_cp.transport import (
@@ -65,12 +66,8 @@ class CPContext:
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-        order = tuple(range(transport.size)) if ring_order is None else tuple(ring_order)
-        if sorted(order) != list(range(transport.size)):
-            raise ValueError(
-                f"ring_order: expected a permutation of 0..{transport.size - 1} (group ranks), "
-                f"got {order}"
-            )
+        order = _checked_order(ring_order, transport.size)
+        validation.validate_flag("check_ranks", check_ranks)
         strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         if not isinstance(strategy, Strategy):
             raise ValueError(
@@ -214,8 +211,8 @@ class CPContext:
         timeout_s: float = 120.0,
     ) -> LocalGroup:
         """A group of `size` threads of this process, for tests, simulation and small work."""
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 rank, got {size}")
+        validation.validate_count("size", size)
+        validation.validate_seconds("timeout_s", timeout_s)
         session = LocalSession(size, timeout_s)
         session.close()
         contexts = [
@@ -306,6 +303,19 @@ class CPContext:
 
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"
+
+
+def _checked_order(ring_order: Sequence[int] | None, size: int) -> tuple[int, ...]:
+    order = tuple(range(size)) if ring_order is None else ring_order
+    if (
+        not isinstance(order, Sequence)
+        or any(type(rank) is not int for rank in order)
+        or sorted(order) != list(range(size))
+    ):
+        raise ValueError(
+            f"ring_order: expected a permutation of 0..{size - 1} (group ranks), got {ring_order!r}"
+        )
+    return tuple(order)
 
 
 def _transport(group: ProcessGroup, messages: str) -> Transport:

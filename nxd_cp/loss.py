@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.sharding import IGNORE_INDEX
 
@@ -108,15 +109,7 @@ def _check(per_token: torch.Tensor, labels: torch.Tensor, grad_average_over: int
             f"expected losses in floating point and labels of integers, got {per_token.dtype} and "
             f"{labels.dtype}; losses come first"
         )
-    check_average(grad_average_over)
-
-
-def check_average(grad_average_over: int) -> None:
-    """Raise ValueError unless this is a number of processes."""
-    if type(grad_average_over) is not int or grad_average_over < 1:
-        raise ValueError(
-            f"grad_average_over: expected a whole number of at least 1, got {grad_average_over!r}"
-        )
+    validation.validate_count("grad_average_over", grad_average_over)
 
 
 def _trained(params: Iterable[torch.nn.Parameter]) -> list[torch.nn.Parameter]:

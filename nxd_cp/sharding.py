@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nxd_cp import validation
 from nxd_cp.backends import get_support_kernels, resolve_backend_name
 from nxd_cp.context import CPContext
 from nxd_cp.positions import position_ids
@@ -41,17 +42,21 @@ def shard(
         A new tensor with L slots along `dim`, the tokens first. Differentiable.
 
     Raises:
-        ValueError: S is not divisible as the layout needs it, and there is no `pad_value`.
+        ValueError: S is not divisible as the layout needs it, and there is no `pad_value`; or x's
+            dtype cannot hold it.
     """
     _check_dim(x, dim)
+    if pad_value is not None:
+        _check_value(pad_value, x.dtype)
     seq_len = x.shape[dim]
     slots = _slots(cp, seq_len, may_pad=pad_value is not None)
     parts = [_take(x, run, dim) for run in token_runs(cp.layout, cp.size, cp.rank, slots, seq_len)]
     num_padding = slots // cp.size - sum(part.shape[dim] for part in parts)
     if num_padding:
+        assert pad_value is not None, "without it the length divides"
         shape = list(x.shape)
         shape[dim] = num_padding
-        parts.append(x.new_full(shape, 0 if pad_value is None else pad_value))
+        parts.append(x.new_full(shape, pad_value))
     return torch.cat(parts, dim)
 
 
@@ -130,7 +135,7 @@ def in_rank_order(
         ValueError: S is not divisible as the layout needs it, or a limit of the kernel.
     """
     _check_dim(x, dim)
-    _check_flag("inverse", inverse)
+    validation.validate_flag("inverse", inverse)
     seq_len = x.shape[dim]
     _slots(cp, seq_len, may_pad=False)
     runs = [run for rank in range(cp.size) for run in token_runs(cp.layout, cp.size, rank, seq_len)]
@@ -193,7 +198,7 @@ def shard_batch(
             labels are not signed integers, there are both `segment_ids` and `cu_seqlens`, or there
             is an `attention_mask` (a padding mask would not reach `ring_attention`).
     """
-    _check_flag("pad", pad)
+    validation.validate_flag("pad", pad)
     num_rows, seq_len = _check_batch(batch)
     if cu_seqlens is not None and "segment_ids" in batch:
         raise ValueError("segment_ids and cu_seqlens: expected at most one of them, got both")
@@ -275,10 +280,15 @@ def _check_dim(x: torch.Tensor, dim: int) -> None:
         )
 
 
-def _check_flag(name: str, value: bool) -> None:
-    """True or False: a string such as "no" would count as True."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
+def _check_value(pad_value: float, dtype: torch.dtype) -> None:
+    """Raise ValueError where torch would round 0.5 to 0 among integers, or fold -100 into uint8."""
+    holds = isinstance(pad_value, int | float)
+    if holds and not (dtype.is_floating_point or dtype.is_complex):
+        is_bool = dtype == torch.bool
+        least, most = (0, 1) if is_bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        holds = least <= pad_value <= most and pad_value == int(pad_value)
+    if not holds:
+        raise ValueError(f"pad_value: expected a number that {dtype} holds, got {pad_value!r}")
 
 
 def _slots(cp: CPContext, seq_len: int, *, may_pad: bool) -> int:

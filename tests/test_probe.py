@@ -18,7 +18,7 @@ from nxd_cp.transport import DistributedTransport, probe
 
 probing = importlib.import_module("nxd_cp.transport.probe")
 
-TRY_S = 1.0
+TRY_S = 2.0
 BOUND_S = 20.0  # a third of the timeout of the default group
 
 

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from nxd_cp import validation
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.documents import slot_positions
 from nxd_cp.integrations.hf_masks import check_mask, refuse_padding
-from nxd_cp.loss import check_average
 from nxd_cp.sharding import IGNORE_INDEX
 from nxd_cp.sharding import shard_batch as shard_token_batch
 
@@ -129,7 +129,7 @@ def shard_batch(
     """
     counts = "labels" in batch and num_items_in_batch is None  # then the others wait for us
     with cp.refusing("shard_batch") if counts else contextlib.nullcontext():
-        check_average(grad_average_over)
+        validation.validate_count("grad_average_over", grad_average_over)
         whole = dict(batch)
         refuse_padding(whole.pop("attention_mask", None))
         local: dict[str, Any] = dict(shard_token_batch(whole, cp))

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.documents import slot_positions
 from nxd_cp.inference import KVCache, decode, prefill
@@ -198,10 +199,7 @@ def _check(
         raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected [batch, tokens], got {list(input_ids.shape)}")
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
-        raise ValueError(
-            f"max_new_tokens: expected a whole number of at least 1, got {max_new_tokens!r}"
-        )
+    validation.validate_count("max_new_tokens", max_new_tokens)
     is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
     if not is_number or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")

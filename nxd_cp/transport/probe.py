@@ -25,6 +25,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from nxd_cp import validation
 from nxd_cp.transport.distributed import message_device
 from nxd_cp.transport.errors import RankMismatchError, RingError
 
@@ -32,7 +33,6 @@ PROBE_TIMEOUT_S = 30.0
 _SIZE_BYTES = 64  # of the test message
 _REASON_BYTES = 200
 _NOBODY = -1  # the sender of a message that has not come
-_LONGEST_S = 86400.0
 
 
 def probe(*, timeout_s: float = PROBE_TIMEOUT_S) -> str:
@@ -44,9 +44,9 @@ def probe(*, timeout_s: float = PROBE_TIMEOUT_S) -> str:
     when neither way works, with the reasons; or when the ranks cannot agree: one is gone.
     """
     refusal = _refusal(timeout_s)
-    refusals = _meet(refusal)
-    if refusal:
-        raise ValueError(refusal)
+    refusals = _meet("" if refusal is None else str(refusal))
+    if refusal is not None:
+        raise refusal
     if refusals:
         raise RankMismatchError(f"probe: {'; '.join(refusals)} (this is rank {dist.get_rank()})")
     failures = []
@@ -63,11 +63,12 @@ def probe(*, timeout_s: float = PROBE_TIMEOUT_S) -> str:
     )
 
 
-def _refusal(timeout_s: float) -> str:
-    is_number = isinstance(timeout_s, int | float) and not isinstance(timeout_s, bool)
-    if is_number and 0 < timeout_s <= _LONGEST_S:
-        return ""
-    return f"timeout_s: expected seconds, more than 0 and at most a day, got {timeout_s!r}"
+def _refusal(timeout_s: float) -> ValueError | None:
+    try:
+        validation.validate_seconds("timeout_s", timeout_s)
+    except ValueError as error:
+        return error
+    return None
 
 
 def _try(
