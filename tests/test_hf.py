@@ -294,6 +294,20 @@ def test_padding_in_the_batch_of_one_rank_alone_raises_on_all():
         assert ("rank 1 refuses: " in text) == (rank != 1)
 
 
+def test_local_positions_are_wrong_on_some_ranks_only_and_raise_on_all():
+    """Positions from 0 on are right on the first rank of a contiguous layout."""
+    ids = _batch(1)["input_ids"][:, :32]
+
+    def work(cp):
+        with pytest.raises(ValueError, match="position_ids: expected the global") as caught:
+            _ring_model("llama", cp)(ids, position_ids=torch.arange(32)[None], use_cache=False)
+        return str(caught.value)
+
+    first, second = CPContext.local(2, layout="contiguous", timeout_s=20).run(work)
+    assert "rank 1 refuses: " in first
+    assert "rank 1 refuses: " not in second
+
+
 def test_dropout_raises():
     def work(cp):
         model = _ring_model("llama", cp).train()

@@ -169,19 +169,19 @@ def ring_attention_forward(
     not those of this rank's tokens, and for arguments whose meaning is not known.
     """
     attachment = attachment_of(module)
-    if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask: expected none, got a tensor {list(attention_mask.shape)}; each rank "
-            "sees only its own tokens, so masks are given as windows or segment_ids"
-        )
-    _refuse_unknown(kwargs)
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}; pass "
-            "use_cache=False, or generate with nxd_cp.integrations.hf_generation"
-        )
+    cp, cached = attachment.cp, attachment.cached
     causal = bool(module.is_causal if is_causal is None else is_causal)
-    if attachment.cached is not None:
+    with contextlib.nullcontext() if cp is None else cp.refusing("forward"):
+        _refuse_mask(attention_mask)
+        _refuse_unknown(kwargs)
+        if key.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}; pass "
+                "use_cache=False, or generate with nxd_cp.integrations.hf_generation"
+            )
+        if cached is None and segment_ids is None and causal:
+            _check_positions(kwargs.get("position_ids"), query, cp)
+    if cached is not None:
         options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
         layer = getattr(module, "layer_idx", None)
         if not causal or segment_ids is not None or layer is None:
@@ -189,14 +189,12 @@ def ring_attention_forward(
                 "expected a causal decoder layer without segment_ids while generating, got "
                 f"causal={causal} in {type(module).__name__}"
             )
-        return attachment.cached.attend(layer, query, key, value, **options).transpose(1, 2), None
-    if segment_ids is None and causal:
-        _check_positions(kwargs.get("position_ids"), query, attachment.cp)
+        return cached.attend(layer, query, key, value, **options).transpose(1, 2), None
     o_BHLD = ring_attention(
         query,
         key,
         value,
-        cp=attachment.cp,
+        cp=cp,
         causal=causal,
         scale=scaling,
         window=sliding_window,
@@ -219,6 +217,14 @@ def attachment_of(module: torch.nn.Module) -> Attachment:
             "nxd_cp.integrations.hf.attach(model, cp) first (cp=None for one device)"
         )
     return attachment
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask: expected none, got a tensor {list(attention_mask.shape)}; each rank "
+            "sees only its own tokens, so masks are given as windows or segment_ids"
+        )
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:
