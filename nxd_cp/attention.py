@@ -6,6 +6,8 @@ communicate (`ring.py`) or own a process group (`context.py`).
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -75,9 +77,10 @@ def ring_attention(
             "CPContext.from_group"
         )
     q, k, v = _autocast(q, k, v)
-    try:
+    with contextlib.nullcontext() if cp is None else cp.refusing("forward"):
         validation.validate_tensors(q, k, v)
-        validation.validate_causal(causal)
+        validation.validate_flag("causal", causal)
+        validation.validate_flag("return_lse", return_lse)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         validation.validate_window(window, causal=causal)
         validation.validate_softcap(softcap)
@@ -89,10 +92,6 @@ def ring_attention(
         packed = segment_ids is not None or cu_seqlens is not None
         validation.validate_lengths(q, k, seq_len, kv_seq_len, cp, packed=packed)
         name = resolve_backend_name(backend, q.device)
-    except ValueError as error:
-        if cp is not None:
-            ops.refuse(cp, str(error), getattr(q, "device", torch.device("cpu")))
-        raise
     left, right = (window - 1, 0) if isinstance(window, int) else window or (None, None)
     differentiated = [x for x in (q, k, v, sinks) if x is not None and x.requires_grad]
     options = Options(

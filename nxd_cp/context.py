@@ -6,16 +6,18 @@ groups, or know masks and shapes. Chunk index = group rank; the ring order is a 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
 from nxd_cp.local_group import LocalGroup
 from nxd_cp.nxd_place import find_place
 from nxd_cp.schedule import LAYOUTS
@@ -26,11 +28,12 @@ from nxd_cp.transport import (
     DistributedTransport,
     LocalSession,
     LocalTransport,
+    RingError,
     Transport,
     XlaTransport,
     probe,
 )
-from nxd_cp.transport.agreement import Description, check_agreement
+from nxd_cp.transport.agreement import Description, announce_refusal, check_agreement
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -62,12 +65,8 @@ class CPContext:
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-        order = tuple(range(transport.size)) if ring_order is None else tuple(ring_order)
-        if sorted(order) != list(range(transport.size)):
-            raise ValueError(
-                f"ring_order: expected a permutation of 0..{transport.size - 1} (group ranks), "
-                f"got {order}"
-            )
+        order = _checked_order(ring_order, transport.size)
+        validation.validate_flag("check_ranks", check_ranks)
         strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         if not isinstance(strategy, Strategy):
             raise ValueError(
@@ -209,8 +208,8 @@ class CPContext:
         timeout_s: float = 120.0,
     ) -> LocalGroup:
         """A group of `size` threads of this process, for tests, simulation and small work."""
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 rank, got {size}")
+        validation.validate_count("size", size)
+        validation.validate_seconds("timeout_s", timeout_s)
         session = LocalSession(size, timeout_s)
         session.close()
         contexts = [
@@ -230,7 +229,7 @@ class CPContext:
 
         Raises RankMismatchError on all ranks when shapes or dtypes differ.
         """
-        self._agree_on(tensor, "all_gather")
+        self._agree_on("all_gather", tensor)
         return self.transport.all_gather(tensor.detach())
 
     def all_reduce(self, tensor: Tensor, op: str = "sum") -> Tensor:
@@ -238,19 +237,45 @@ class CPContext:
 
         Raises RankMismatchError on all ranks when shapes or dtypes differ.
         """
-        if op != "sum":
-            raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
-        self._agree_on(tensor, "all_reduce")
+        with self.refusing("all_reduce"):
+            if op != "sum":
+                raise ValueError(f'op: expected "sum", got {op!r}; divide by cp.size for a mean')
+        self._agree_on("all_reduce", tensor)
         return self.transport.all_reduce_sum(tensor.detach())
 
-    def _agree_on(self, tensor: Tensor, collective: str) -> None:
+    def _agree_on(self, collective: str, tensor: Tensor) -> None:
         """Collectives trust their arguments: gloo ends the process when lengths differ."""
-        if not self.agrees:
-            return
-        shape, dtype = str(tuple(tensor.shape)), str(tensor.dtype)
-        description = {"collective": collective, "shape": shape, "dtype": dtype}
-        with self.transport.call(collective) as call:
-            self.agree(call, description, tensor.device)
+        with self.refusing(collective):
+            if not isinstance(tensor, Tensor):
+                raise ValueError(f"{collective}: expected a tensor, got {type(tensor).__name__}")
+        shape, dtype, device = tuple(tensor.shape), tensor.dtype, tensor.device.type
+        self.agree_on(collective, {"shape": str(shape), "dtype": str(dtype), "device": device})
+
+    def agree_on(self, helper: str, description: Description) -> None:
+        """A call of its own, in which all ranks agree on the arguments of a helper."""
+        if self.agrees:
+            with self.transport.call(helper) as call:
+                self.agree(call, {"helper": helper, **description})
+
+    @contextlib.contextmanager
+    def refusing(self, kind: str) -> Iterator[None]:
+        """Around checks, before all ranks agree on a call: an error of one rank here is told to the
+        others, so that all raise.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.refuse(kind, error)
+            raise
+
+    def refuse(self, kind: str, error: Exception) -> None:
+        """Tell the other ranks, which are about to agree, that this one cannot begin, and why.
+
+        When nobody listens there is nobody to tell, and the caller's own error is the one to raise.
+        """
+        if self.agrees and not torch.compiler.is_compiling():
+            with contextlib.suppress(RingError), self.transport.call(kind) as call:
+                announce_refusal(call, str(error) or type(error).__name__)
 
     @property
     def agrees(self) -> bool:
@@ -259,7 +284,7 @@ class CPContext:
         """
         return self.size > 1 and (self.check_ranks or not self._has_agreed)
 
-    def agree(self, call: Call, description: Description, device: torch.device) -> None:
+    def agree(self, call: Call, description: Description) -> None:
         """Raise RankMismatchError on all ranks unless all describe this call in the same way."""
         ring_order = str(self.ring_order)
         if self.size > _SHOWN_RANKS:  # a description has its size
@@ -270,11 +295,24 @@ class CPContext:
             "strategy": str(self.strategy),
             "ring order": ring_order,
         }
-        check_agreement(call, {**description, **common}, device)
+        check_agreement(call, {**description, **common})
         self._has_agreed = True
 
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"
+
+
+def _checked_order(ring_order: Sequence[int] | None, size: int) -> tuple[int, ...]:
+    order = tuple(range(size)) if ring_order is None else ring_order
+    if (
+        not isinstance(order, Sequence)
+        or any(type(rank) is not int for rank in order)
+        or sorted(order) != list(range(size))
+    ):
+        raise ValueError(
+            f"ring_order: expected a permutation of 0..{size - 1} (group ranks), got {ring_order!r}"
+        )
+    return tuple(order)
 
 
 def _transport(group: ProcessGroup, messages: str) -> Transport:

@@ -33,6 +33,8 @@ _DEBUG: ContextVar[bool] = ContextVar("nxd_cp_debug", default=False)
 @contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
     """Run the block with debug checks on (or off)."""
+    if not isinstance(enabled, bool):
+        raise ValueError(f"enabled: expected True or False, got {enabled!r}")
     token = _DEBUG.set(enabled)
     try:
         yield

@@ -23,9 +23,9 @@ from nxd_cp.backends.device_ops import launch_cores, outputs_like
 from nxd_cp.backends.kernel_modules import generation_of, kernel_module
 from nxd_cp.backends.ring_arguments import HOST_RING
 from nxd_cp.context import CPContext
-from nxd_cp.ops import refuse
 from nxd_cp.options import Options
-from nxd_cp.transport import LocalTransport
+from nxd_cp.transport import Call, LocalTransport
+from nxd_cp.transport.agreement import announce_refusal, check_agreement
 
 RING_BACKENDS = {"simulate_ring": "simulate", "nki_ring": "nki"}
 """Names of backends that run the whole ring, and the kernels that they run."""
@@ -44,12 +44,9 @@ def attend(
             f'backend "{options.backend}": expected a context, got cp=None; a single device needs '
             f'no ring, use backend="{RING_BACKENDS[options.backend]}"'
         )
-    try:
+    with cp.refusing("forward"):
         ring = _Ring(cp, options)
         ring.check(q, k, v, given)
-    except ValueError as error:
-        refuse(cp, str(error), q.device)
-        raise
     ring.agree(q, k, v)
     o, lse = _Attend.apply(q, k, v, ring)
     return o, lse
@@ -69,6 +66,7 @@ class _Ring:
         self.support = get_support_kernels(self.kernels)
         self.cores = cores_of(self.kernels)
         self.groups = (tuple(range(cp.size)),)
+        self.number = 0  # of the forward call
 
     def check(self, q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any]) -> None:
         """Raise ValueError for what this rank can see to be impossible."""
@@ -99,13 +97,18 @@ class _Ring:
             self._check_job()
         self.arguments(q, k, v)
 
+    def agree_on_backward(self) -> None:
+        """Raise RankMismatchError on all ranks where one differentiates another forward."""
+        self.cp.agree_on("backward", {"of forward call": self.number})
+
     def agree(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Raise RankMismatchError on all ranks where one was asked for something else."""
-        if self.cp.agrees:
-            named = {key: str(x) for key, x in self.options._asdict().items() if key != "cp"}
-            shapes = {name: str(tuple(x.shape)) for name, x in (("q", q), ("k", k), ("v", v))}
-            with self.cp.transport.call("forward") as call:
-                self.cp.agree(call, {**shapes, "dtype": str(q.dtype), **named}, q.device)
+        with self.cp.transport.call("forward") as call:
+            self.number = call.number
+            if self.cp.agrees:
+                named = {key: str(x) for key, x in self.options._asdict().items() if key != "cp"}
+                shapes = {name: str(tuple(x.shape)) for name, x in (("q", q), ("k", k), ("v", v))}
+                self.cp.agree(call, {**shapes, "dtype": str(q.dtype), **named})
 
     def _check_job(self) -> None:
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -135,18 +138,32 @@ class _Ring:
         if self.kernels == "nki":
             return list(kernel[self.cores](*arguments))
         by_tensor = [
-            self.cp.all_gather(x) if isinstance(x, Tensor) else [x] * self.cp.size
+            self.cp.transport.all_gather(x.detach())
+            if isinstance(x, Tensor)
+            else [x] * self.cp.size
             for x in arguments
         ]
         calls = list(zip(*by_tensor, strict=True))
         own = outputs_like(name, [x for x in arguments if isinstance(x, Tensor)])
         found = [x.new_empty((self.cp.size, *x.shape)) for x in own]
-        if self.cp.rank == 0:
-            from nxd_cp.simulators.nki_api import simulate_ranks
+        with self.cp.transport.call("simulation") as call:
+            if self.cp.rank == 0:
+                found = self._simulate(call, kernel, calls)
+            check_agreement(call, {"simulated": name})
+        return [self.cp.transport.all_gather(x)[0][self.cp.rank] for x in found]
 
+    def _simulate(self, call: Call, kernel: Any, calls: list[tuple[Any, ...]]) -> list[Tensor]:
+        """Each result, stacked by rank. The other ranks wait for it, also with check_ranks=False,
+        and hear what stops it.
+        """
+        from nxd_cp.simulators.nki_api import simulate_ranks
+
+        try:
             results = simulate_ranks(kernel, calls, lnc=self.cores)
-            found = [torch.stack([*parts]) for parts in zip(*results, strict=True)]
-        return [self.cp.all_gather(x)[0][self.cp.rank] for x in found]
+            return [torch.stack([*parts]) for parts in zip(*results, strict=True)]
+        except Exception as error:
+            announce_refusal(call, f"{type(error).__name__}: {error}")
+            raise
 
 
 class _Attend(torch.autograd.Function):
@@ -166,7 +183,11 @@ class _Attend(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse = ctx.saved_tensors
-        delta = ctx.ring.support.row_delta(do, o)
-        arguments = ring_arguments.backward_arguments(do, lse, delta, ctx.ring.arguments(q, k, v))
+        with ctx.ring.cp.refusing("backward"):
+            delta = ctx.ring.support.row_delta(do, o)
+            arguments = ring_arguments.backward_arguments(
+                do, lse, delta, ctx.ring.arguments(q, k, v)
+            )
+        ctx.ring.agree_on_backward()
         grads = ctx.ring.launch("ring_bwd", arguments)
         return (*(x.flatten(2, 3).to(q.dtype) for x in grads), None)

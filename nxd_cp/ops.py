@@ -25,8 +25,7 @@ from nxd_cp.debugging import call_site, debug_enabled, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
 from nxd_cp.strategies import rows_first_like
-from nxd_cp.transport import Call, LocalSession, LocalTransport, RingError
-from nxd_cp.transport.agreement import announce_refusal
+from nxd_cp.transport import Call, LocalSession, LocalTransport
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? segment_ids, Tensor? cu_seqlens"
 
@@ -143,16 +142,6 @@ def plan_for(context: CPContext, q_len: int, kv_len: int, options: Options) -> P
     )
 
 
-def refuse(context: CPContext, reason: str, device: torch.device) -> None:
-    """Tell the other ranks, which are about to agree on a forward, that this one cannot begin.
-
-    When nobody listens there is nobody to tell, and the caller's own error is the one to raise.
-    """
-    if context.agrees and not torch.compiler.is_compiling():
-        with contextlib.suppress(RingError), context.transport.call("forward") as call:
-            announce_refusal(call, reason, device)
-
-
 class _Asked:
     """One rank's call: what it was given, and what follows from that without communication.
 
@@ -173,7 +162,7 @@ class _Asked:
         self._q, self._k, self._v, self._sinks = q, k, v, sinks
         self._segment_ids, self._cu_seqlens, self._options = segment_ids, cu_seqlens, options
         self.context = _context(options.cp)
-        try:
+        with self.context.refusing("forward"):
             self._backend = get_backend(options.backend, q.device)
             self._plan = plan_for(self.context, q.shape[2], k.shape[2], options)
             documents.validate_values(cu_seqlens, self._plan)
@@ -190,9 +179,6 @@ class _Asked:
                     softcap=options.softcap,
                     documents=packed,
                 )
-        except ValueError as error:
-            refuse(self.context, str(error), q.device)
-            raise
 
     def _refuse_nan(self) -> None:
         """Padding may hold anything."""
@@ -250,7 +236,7 @@ class _Asked:
         }
         own = ("cp", "differentiable")
         named = {k: str(v) for k, v in options._asdict().items() if k not in own}
-        context.agree(call, description | named, self._q.device)
+        context.agree(call, description | named)
 
 
 def _of_heads(q: Tensor, k: Tensor, v: Tensor, heads: slice) -> tuple[Tensor, Tensor, Tensor]:

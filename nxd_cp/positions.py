@@ -11,9 +11,12 @@ Letters: L slots of a rank, D head dim. Source: RoFormer (arXiv 2104.09864) for 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.documents import ids_of_positions, slot_positions
 from nxd_cp.schedule import padded_len
@@ -40,8 +43,8 @@ def segment_ids(cu_seqlens: Tensor, cp: CPContext | None = None) -> Tensor:
 
     For models that take ids; `ring_attention` takes cu_seqlens itself.
     """
-    seq_len = int(cu_seqlens[-1])
-    ends = _checked(cu_seqlens, seq_len)
+    ends = _checked(cu_seqlens, None)
+    seq_len = int(ends[-1])
     return ids_of_positions(ends, _of_slots(seq_len, cp).clamp(max=seq_len - 1))
 
 
@@ -51,30 +54,36 @@ def rope_tables(
     """cos and sin [..., D / 2], fp32, of positions [...].
 
     Angles are formed in fp64: in fp32 those of position 2 ** 20 would be wrong by 0.06 radians.
-    Raises ValueError for an odd head dim.
+    Raises ValueError for an odd head dim, and a theta that is not positive.
     """
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim: expected a positive even number, got {head_dim}")
+    if type(head_dim) is not int or head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim: expected a positive even number, got {head_dim!r}")
+    is_number = isinstance(theta, int | float) and not isinstance(theta, bool)
+    if not is_number or not 0 < theta < math.inf:
+        raise ValueError(f"theta: expected a positive number, got {theta!r}")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions.double().unsqueeze(-1) * theta ** (-exponents / head_dim)
     return angles.cos().float(), angles.sin().float()
 
 
 def _of_slots(seq_len: int, cp: CPContext | None) -> Tensor:
-    if seq_len < 1:
-        raise ValueError(f"seq_len: expected at least 1 token, got {seq_len}")
+    validation.validate_count("seq_len", seq_len)
     if cp is None:
         return torch.arange(seq_len)
     return slot_positions(cp.layout, cp.size, cp.rank, padded_len(cp.layout, cp.size, seq_len))
 
 
-def _checked(cu_seqlens: Tensor, seq_len: int) -> Tensor:
-    if cu_seqlens.is_floating_point():
-        raise ValueError(f"cu_seqlens: expected integers, got {cu_seqlens.dtype}")
+def _checked(cu_seqlens: Tensor, seq_len: int | None) -> Tensor:
+    """int64 on the CPU; they end with seq_len, where that is given."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in validation.INTEGERS:
+        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens: expected an int32 or int64 tensor, got {got}")
     ends = cu_seqlens.detach().cpu().long()
-    if ends.dim() != 1 or len(ends) < 2 or int(ends[0]) != 0 or int(ends[-1]) != seq_len:
+    whole = ends.dim() == 1 and len(ends) >= 2 and int(ends[0]) == 0
+    if not whole or (seq_len is not None and int(ends[-1]) != seq_len):
+        end = "the number of tokens" if seq_len is None else seq_len
         raise ValueError(
-            f"cu_seqlens: expected [documents + 1] values from 0 to {seq_len}, got {ends.tolist()}"
+            f"cu_seqlens: expected [documents + 1] values from 0 to {end}, got {ends.tolist()}"
         )
     if bool((ends[1:] < ends[:-1]).any()):
         raise ValueError(f"cu_seqlens: expected values that never fall, got {ends.tolist()}")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nxd_cp import validation
 from nxd_cp.backends import get_support_kernels, resolve_backend_name
 from nxd_cp.context import CPContext
 from nxd_cp.positions import position_ids
@@ -41,16 +42,21 @@ def shard(
         A new tensor with L slots along `dim`, the tokens first. Differentiable.
 
     Raises:
-        ValueError: S is not divisible as the layout needs it, and there is no `pad_value`.
+        ValueError: S is not divisible as the layout needs it, and there is no `pad_value`; or x's
+            dtype cannot hold it.
     """
+    _check_dim(x, dim)
+    if pad_value is not None:
+        _check_value(pad_value, x.dtype)
     seq_len = x.shape[dim]
     slots = _slots(cp, seq_len, may_pad=pad_value is not None)
     parts = [_take(x, run, dim) for run in token_runs(cp.layout, cp.size, cp.rank, slots, seq_len)]
     num_padding = slots // cp.size - sum(part.shape[dim] for part in parts)
     if num_padding:
+        assert pad_value is not None, "without it the length divides"
         shape = list(x.shape)
         shape[dim] = num_padding
-        parts.append(x.new_full(shape, 0 if pad_value is None else pad_value))
+        parts.append(x.new_full(shape, pad_value))
     return torch.cat(parts, dim)
 
 
@@ -73,20 +79,28 @@ def unshard(
 
     Raises:
         ValueError: `x_local` needs a gradient, L does not fit the layout, or `seq_len` does not fit
-            L.
+            L; on all ranks where it is so on one, or where two differ.
     """
-    if torch.is_grad_enabled() and x_local.requires_grad:
-        raise ValueError(
-            "expected a tensor that needs no gradient, got one with requires_grad=True; "
-            "unshard under torch.no_grad() or pass x_local.detach()"
-        )
-    slots = x_local.shape[dim] * cp.size
-    ranks = range(cp.size)
-    runs_by_rank = [token_runs(cp.layout, cp.size, rank, slots, seq_len) for rank in ranks]
+    with cp.refusing("unshard"):
+        _check_dim(x_local, dim)
+        if torch.is_grad_enabled() and x_local.requires_grad:
+            raise ValueError(
+                "x_local: expected a tensor that needs no gradient, got one with "
+                "requires_grad=True; unshard under torch.no_grad() or pass x_local.detach()"
+            )
+        if seq_len is not None and type(seq_len) is not int:
+            raise ValueError(f"seq_len: expected a whole number or None, got {seq_len!r}")
+        dim %= x_local.dim()
+        slots = x_local.shape[dim] * cp.size
+        ranks = range(cp.size)
+        runs_by_rank = [token_runs(cp.layout, cp.size, rank, slots, seq_len) for rank in ranks]
+    described = {"shape": _shape(x_local), "dtype": x_local.dtype, "dim": dim, "seq_len": seq_len}
+    cp.agree_on("unshard", {name: str(value) for name, value in described.items()})
+    parts = cp.transport.all_gather(x_local.detach().contiguous())
     shape = list(x_local.shape)
     shape[dim] = slots if seq_len is None else seq_len
     x = x_local.new_empty(shape)
-    for runs, part in zip(runs_by_rank, cp.all_gather(x_local.contiguous()), strict=True):
+    for runs, part in zip(runs_by_rank, parts, strict=True):
         first = 0
         for run in runs:
             _take(x, run, dim).copy_(part.narrow(dim, first, len(run)))
@@ -120,6 +134,8 @@ def in_rank_order(
     Raises:
         ValueError: S is not divisible as the layout needs it, or a limit of the kernel.
     """
+    _check_dim(x, dim)
+    validation.validate_flag("inverse", inverse)
     seq_len = x.shape[dim]
     _slots(cp, seq_len, may_pad=False)
     runs = [run for rank in range(cp.size) for run in token_runs(cp.layout, cp.size, rank, seq_len)]
@@ -182,6 +198,7 @@ def shard_batch(
             labels are not signed integers, there are both `segment_ids` and `cu_seqlens`, or there
             is an `attention_mask` (a padding mask would not reach `ring_attention`).
     """
+    validation.validate_flag("pad", pad)
     num_rows, seq_len = _check_batch(batch)
     if cu_seqlens is not None and "segment_ids" in batch:
         raise ValueError("segment_ids and cu_seqlens: expected at most one of them, got both")
@@ -251,6 +268,27 @@ def _next_token(labels_BS: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
     end = torch.full_like(labels_BS[:, :1], IGNORE_INDEX)
     following = labels_BS.masked_fill(starts.expand_as(labels_BS), IGNORE_INDEX)
     return torch.cat([following[:, 1:], end], dim=1)
+
+
+def _check_dim(x: torch.Tensor, dim: int) -> None:
+    """Raise ValueError unless x is a tensor that has this dim."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"expected a tensor, got {type(x).__name__}")
+    if type(dim) is not int or not -x.dim() <= dim < x.dim():
+        raise ValueError(
+            f"dim: expected the sequence dim of a tensor of {x.dim()} dims, got {dim!r}"
+        )
+
+
+def _check_value(pad_value: float, dtype: torch.dtype) -> None:
+    """Raise ValueError where torch would round 0.5 to 0 among integers, or fold -100 into uint8."""
+    holds = isinstance(pad_value, int | float)
+    if holds and not (dtype.is_floating_point or dtype.is_complex):
+        is_bool = dtype == torch.bool
+        least, most = (0, 1) if is_bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        holds = least <= pad_value <= most and pad_value == int(pad_value)
+    if not holds:
+        raise ValueError(f"pad_value: expected a number that {dtype} holds, got {pad_value!r}")
 
 
 def _slots(cp: CPContext, seq_len: int, *, may_pad: bool) -> int:

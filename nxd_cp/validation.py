@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 INTEGERS = (torch.int32, torch.int64)
 MIN_SCALE, MAX_SCALE = 1e-20, 1e6
+MAX_SECONDS = 86400.0
 _PACKING = ("segment_ids", "cu_seqlens")
 
 
@@ -102,10 +103,25 @@ def validate_lengths(
         )
 
 
-def validate_causal(causal: bool) -> None:
-    """True or False: None would silently mean full attention."""
-    if not isinstance(causal, bool):
-        raise ValueError(f"causal: expected True or False, got {causal!r}")
+def validate_flag(name: str, value: bool) -> None:
+    """True or False: a string such as "no" would count as True, and None as False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {value!r}")
+
+
+def validate_count(name: str, value: int) -> None:
+    """A whole number of at least 1; True is none."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def validate_seconds(name: str, value: float) -> None:
+    """A positive number of seconds, at most `MAX_SECONDS`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= MAX_SECONDS:
+        raise ValueError(
+            f"{name}: expected seconds, more than 0 and at most {MAX_SECONDS:g}, got {value!r}"
+        )
 
 
 def validate_scale(scale: float) -> None:

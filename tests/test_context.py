@@ -78,7 +78,7 @@ def test_local_contexts_know_their_place_and_results_keep_their_order() -> None:
 def test_bad_options_are_refused(options: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         CPContext.local(2, **options)
-    with pytest.raises(ValueError, match="at least 1 rank, got 0"):
+    with pytest.raises(ValueError, match="size: expected a whole number of at least 1, got 0"):
         CPContext.local(0)
 
 

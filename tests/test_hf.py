@@ -326,15 +326,42 @@ def test_a_model_without_context_or_interface_is_named():
         hf.attach(model, None)
 
 
-def test_padding_in_a_batch_raises_before_anything_is_sent():
+def test_padding_in_a_batch_raises_and_nothing_is_sent_but_the_refusal():
     batch = _batch(1) | {"attention_mask": torch.tensor([[1] * 60 + [0] * 4] * 2)}
 
     def work(cp):
         with pytest.raises(ValueError, match="got padding"):
             hf.shard_batch(batch, cp)
-        return cp.transport.num_calls
+        return set(cp.transport.counters.messages)
 
-    assert CPContext.local(2).run(work) == [0, 0]
+    assert CPContext.local(2).run(work) == [{"agreement"}] * 2
+
+
+def test_padding_in_the_batch_of_one_rank_alone_raises_on_all():
+    def work(cp):
+        real = 60 if cp.rank == 1 else 64
+        batch = _batch(1) | {"attention_mask": torch.tensor([[1] * real + [0] * (64 - real)] * 2)}
+        with pytest.raises(ValueError, match="expected") as caught:
+            hf.shard_batch(batch, cp)
+        return str(caught.value)
+
+    for rank, text in enumerate(CPContext.local(2, timeout_s=20).run(work)):
+        assert "got padding" in text
+        assert ("rank 1 refuses: " in text) == (rank != 1)
+
+
+def test_local_positions_are_wrong_on_some_ranks_only_and_raise_on_all():
+    """Positions from 0 on are right on the first rank of a contiguous layout."""
+    ids = _batch(1)["input_ids"][:, :32]
+
+    def work(cp):
+        with pytest.raises(ValueError, match="position_ids: expected the global") as caught:
+            _ring_model("llama", cp)(ids, position_ids=torch.arange(32)[None], use_cache=False)
+        return str(caught.value)
+
+    first, second = CPContext.local(2, layout="contiguous", timeout_s=20).run(work)
+    assert "rank 1 refuses: " in first
+    assert "rank 1 refuses: " not in second
 
 
 def test_dropout_raises():

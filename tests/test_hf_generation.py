@@ -1,6 +1,7 @@
 """Text generated over a split cache is what Transformers generates on one device."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -130,8 +131,9 @@ def test_bad_arguments_raise_and_the_model_trains_on():
             generate(model, ids, cp, max_new_tokens=1, lengths=torch.tensor([17]))
         with pytest.raises(ValueError, match="max_new_tokens"):
             generate(model, ids, cp, max_new_tokens=0)
-        with pytest.raises(ValueError, match="temperature"):
-            generate(model, ids, cp, max_new_tokens=1, temperature=-1.0)
+        for temperature in (-1.0, float("nan"), "hot", True):
+            with pytest.raises(ValueError, match="temperature: expected a number of at least 0"):
+                generate(model, ids, cp, max_new_tokens=1, temperature=temperature)
         with pytest.raises(ValueError, match=r"call model\.eval"):
             generate(model.train(), ids, cp, max_new_tokens=1)
         with pytest.raises(ValueError, match="attached to"):
@@ -143,3 +145,47 @@ def test_bad_arguments_raise_and_the_model_trains_on():
     with torch.no_grad():
         expected = float(MODELS["llama"](ids, labels=ids).loss)
     assert CPContext.local(2).run(work) == pytest.approx([expected] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"max_new_tokens": NEW + 1}, "tokens = 12 on rank 0 and 2, 13 on rank 1"),
+        ({"eos_token_id": 5}, "end = None on rank 0 and 2, 5 on rank 1"),
+        ({"lengths": torch.tensor([19])}, "lengths = None on rank 0 and 2, (1,) (crc"),
+        ({"input_ids": torch.ones(1, 20).long()}, "prompts = (1, 20) (crc"),
+        ({"temperature": float("nan")}, "temperature: expected a number of at least 0, got nan"),
+    ],
+)
+def test_what_one_rank_asks_differently_raises_on_all(change, text):
+    (prompt,) = _prompt(20)
+
+    def work(cp):
+        given = {"input_ids": prompt[None], "max_new_tokens": NEW}
+        given |= change if cp.rank == 1 else {}
+        with pytest.raises(ValueError, match="expected") as caught:
+            generate(_ring_model("llama", cp), cp=cp, **given)
+        return str(caught.value)
+
+    for said in CPContext.local(3, timeout_s=20).run(work):
+        assert text in said
+
+
+def test_logits_from_which_one_rank_cannot_draw_raise_on_all(monkeypatch):
+    (prompt,) = _prompt(20)
+    right = torch.multinomial
+
+    def draw(weights, *arguments, **options):
+        if threading.current_thread().name == "cp-rank-0":
+            raise RuntimeError("planted")
+        return right(weights, *arguments, **options)
+
+    def work(cp):
+        with pytest.raises((RuntimeError, ValueError), match="planted") as caught:
+            generate(_ring_model("llama", cp), prompt[None], cp, max_new_tokens=2, temperature=1.0)
+        return str(caught.value)
+
+    monkeypatch.setattr(torch, "multinomial", draw)
+    first, *others = CPContext.local(3, timeout_s=20).run(work)
+    assert first == "planted"
+    assert all("rank 0 refuses: planted" in text for text in others)

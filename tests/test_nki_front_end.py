@@ -1,5 +1,8 @@
 """What compilers reject in a kernel's Python: warnings at the line, errors when strict."""
 
+import ast
+import threading
+import time
 import warnings
 
 import numpy as np
@@ -11,6 +14,7 @@ from nxd_cp.simulators.nki_api import (
     NkiSimulatorWarning,
     NkiValidationError,
     SimParams,
+    front_end,
     parameters,
 )
 
@@ -147,3 +151,24 @@ def test_a_while_over_a_register_is_no_if():
     with pytest.warns(NkiSimulatorWarning) as caught:
         Kernel(kernel, "gen3")(X)
     assert all("front_end.python" in str(w.message) for w in caught)
+
+
+def test_two_threads_never_parse_at_the_same_time(monkeypatch):
+    """In CPython 3.11 that is a SystemError once in a while."""
+    right, inside, overlaps = ast.parse, [], []
+
+    def parse(*arguments, **options):
+        overlaps.append(len(inside))
+        inside.append(1)
+        time.sleep(0.05)
+        inside.pop()
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(front_end.ast, "parse", parse)
+    codes = [plain.__code__, identity.__code__, normal.__code__, load.__code__]
+    threads = [threading.Thread(target=front_end._source, args=(code,)) for code in codes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert overlaps == [0] * len(codes)

@@ -1,8 +1,7 @@
-"""Hops by collectives, by XLA's collective permute, and the probe; rings in any order of ranks."""
+"""Hops by collectives, by XLA's collective permute; rings in any order of ranks."""
 
 from __future__ import annotations
 
-import importlib
 import threading
 from typing import Any
 
@@ -20,9 +19,7 @@ from nxd_cp.backends.torch_flash import TorchBackend
 from nxd_cp.context import CPContext
 from nxd_cp.schedule import Move
 from nxd_cp.strategies import Strategy
-from nxd_cp.transport import DistributedTransport, XlaTransport, probe
-
-probing = importlib.import_module("nxd_cp.transport.probe")
+from nxd_cp.transport import XlaTransport
 
 
 def check_fp32(case: Case, found: tuple[Tensor, ...]) -> None:
@@ -82,75 +79,6 @@ def unknown_messages(group: dist.ProcessGroup) -> bool:
     with pytest.raises(ValueError, match="messages: expected p2p, all_to_all or"):
         CPContext.from_group(group, messages="pigeon")
     return True
-
-
-# The probe
-
-
-def probe_where(
-    group: dist.ProcessGroup, fails_on: dict[str, list[int]], how: str
-) -> tuple[str, float]:
-    """The verdict when some tries fail on some ranks alone; and the group works afterwards."""
-    rank = dist.get_rank(group)
-    saved = {name: getattr(dist, name) for name in ("batch_isend_irecv", "all_to_all_single")}
-    for name, where in fails_on.items():
-        if rank in where:
-            setattr(dist, name, lambda *a, **k: fail(how))
-    try:
-        verdict = probe(timeout_s=1.0)
-    except RuntimeError as error:
-        verdict = "neither" if "lacks both on some rank" in str(error) else str(error)
-    finally:
-        for name, right in saved.items():
-            setattr(dist, name, right)
-    cp = CPContext.from_group(group)
-    return verdict, float(cp.all_reduce(torch.ones(()) * rank))
-
-
-def fail(how: str) -> list[object]:
-    if how == "silent":
-        return []
-    raise RuntimeError("not implemented by this backend")
-
-
-@pytest.mark.parametrize("how", ["raises", "silent"])
-@pytest.mark.parametrize(
-    ("fails_on", "verdict"),
-    [
-        ({}, "p2p"),
-        ({"batch_isend_irecv": [0, 1, 2, 3]}, "all_to_all"),
-        ({"batch_isend_irecv": [1]}, "all_to_all"),
-        ({"batch_isend_irecv": [1], "all_to_all_single": [2]}, "neither"),
-    ],
-)
-def test_all_ranks_agree_also_when_a_try_fails_on_one_alone(
-    ranks: RankGroup, fails_on: dict[str, list[int]], verdict: str, how: str
-) -> None:
-    assert ranks.run(probe_where, fails_on, how) == [(verdict, 6.0)] * 4
-
-
-def probed_context(group: dist.ProcessGroup) -> bool:
-    cp = CPContext.from_group(group, messages="probe")
-    return type(cp.transport) is DistributedTransport
-
-
-def test_a_context_can_probe_for_itself(ranks: RankGroup) -> None:
-    assert ranks.run(probed_context) == [True] * 4
-
-
-def verdicts_alone(group: dist.ProcessGroup) -> bool:
-    """What each rank would conclude from send and receive without asking the others."""
-    if dist.get_rank(group) == 1:
-        dist.batch_isend_irecv = lambda ops: fail("raises")
-    return probing._works(probing._p2p, 1.0)
-
-
-def test_without_the_agreement_ranks_would_choose_differently() -> None:
-    group = RankGroup(4, group_timeout_s=3, run_timeout_s=20)
-    try:
-        assert set(group.run(verdicts_alone)) == {True, False}
-    finally:
-        group.close()
 
 
 # Rings in any order

@@ -5,7 +5,6 @@ A rank that refuses tells the others why, so that all raise at once and no cache
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.inference.attend import Rule
 from nxd_cp.inference.cache import KVCache
-from nxd_cp.transport import Call, RingError
-from nxd_cp.transport.agreement import announce_refusal
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Places:
 
 
 def agree(
-    call: Call,
+    kind: str,
     cp: CPContext,
     cache: KVCache,
     tensors: tuple[Tensor, Tensor, Tensor],
@@ -45,23 +42,17 @@ def agree(
 ) -> tuple[Rule, Places]:
     """Check q, k, v and options; raise on all ranks when one rank's are wrong, or two differ.
 
-    options: scale, window, softcap and sinks, as the caller gave them. find_places: called when
-    shapes are known to be right; may raise ValueError.
+    kind: "prefill" or "decode". options: scale, window, softcap and sinks, as the caller gave them.
+    find_places: called when shapes are known to be right; may raise ValueError.
     """
     q, k, v = tensors
-    try:
+    with cp.refusing(kind):
         _validate(q, k, v, cache, **options)
         rule = _rule(q, options["scale"], options["window"], options["softcap"])
         places = find_places()
         cache.check_room(places.ours)
-    except ValueError as error:
-        if cp.agrees:
-            with contextlib.suppress(RingError):  # when nobody listens there is nobody to tell
-                announce_refusal(call, str(error), cache.k.device)
-        raise
     if cp.agrees:
         description = {
-            "call": f"{call.kind} {call.number}",
             "q": str(tuple(q.shape)),
             "k": str(tuple(k.shape)),
             "v": str(tuple(v.shape)),
@@ -71,7 +62,7 @@ def agree(
             "tokens stored before": _fingerprint(cache.next_position),
             "new tokens": _fingerprint(places.counts),
         }
-        cp.agree(call, description, q.device)
+        cp.agree_on(kind, description)
     return rule, places
 
 

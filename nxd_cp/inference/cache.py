@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
+
 EMPTY = -1  # position of a slot without a token
 
 
@@ -43,10 +45,16 @@ class KVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> None:
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        sizes = {"batch": batch, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        for name, size in (sizes | {"capacity": capacity, "v_head_dim": v_head_dim}).items():
+            validation.validate_count(name, size)
+        if dtype not in validation.DTYPES:
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
         front = (batch, num_kv_heads, capacity)
         self.capacity = capacity
         self.k = torch.zeros(*front, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(*front, v_head_dim or head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(*front, v_head_dim, dtype=dtype, device=device)
         self.positions = torch.full((batch, capacity), EMPTY, device=device)
         self.num_used = torch.zeros(batch, dtype=torch.int64, device=device)
         self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)

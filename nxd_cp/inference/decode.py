@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.inference.arguments import Places, agree
 from nxd_cp.inference.attend import attend, merge_all
@@ -54,6 +55,8 @@ def decode(
             other ranks, or no room in the cache of one rank; on all ranks. After this and every
             other error the cache is as before.
     """
+    with cp.refusing("decode"):
+        validation.validate_flag("return_lse", return_lse)
     options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
 
     def places() -> Places:
@@ -62,8 +65,8 @@ def decode(
         ours = torch.where(positions % cp.size == cp.rank, positions, EMPTY)
         return Places(torch.full_like(cache.next_position, k.shape[2]), positions, ours)
 
+    rule, place = agree("decode", cp, cache, (q, k, v), options, places)
     with cache.kept_if_done(), cp.transport.call("decode") as call:
-        rule, place = agree(call, cp, cache, (q, k, v), options, places)
         call.begin()
         cache.store(k, v, place.ours)
         cache.next_position += place.counts

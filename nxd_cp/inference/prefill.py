@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nxd_cp import validation
 from nxd_cp.attention import ring_attention
+from nxd_cp.backends import resolve_backend_name
 from nxd_cp.context import CPContext
 from nxd_cp.documents import slot_positions
 from nxd_cp.inference.arguments import Places, agree
@@ -68,10 +69,11 @@ def prefill(
         "softcap": softcap,
         "sinks": sinks,
     }
-    with cp.transport.call("prefill") as call:
-        rule, place = agree(
-            call, cp, cache, (q, k, v), options, lambda: _places(cp, k, cache, lengths)
-        )
+    with cp.refusing("prefill"):
+        resolve_backend_name(backend, cache.k.device)
+    rule, place = agree(
+        "prefill", cp, cache, (q, k, v), options, lambda: _places(cp, k, cache, lengths)
+    )
     if bool((cache.next_position == 0).all()):
         # Nobody sees padding, but a weight of 0 times a NaN would be one.
         q, k, v = (q, k, v) if lengths is None else _without_padding(place.ours, q, k, v)

@@ -20,6 +20,7 @@ Letters: B batch, L tokens of this rank, H query heads, G key/value heads, D hea
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from nxd_cp import validation
 from nxd_cp.attention import ring_attention
 from nxd_cp.context import CPContext
 from nxd_cp.integrations.hf_masks import check_mask, refuse_padding
@@ -126,11 +128,12 @@ def shard_batch(
 
     Raises ValueError for padding, and what `nxd_cp.shard_batch` raises.
     """
-    if grad_average_over < 1:
-        raise ValueError(f"expected grad_average_over of at least 1, got {grad_average_over}")
-    whole = dict(batch)
-    refuse_padding(whole.pop("attention_mask", None))
-    local: dict[str, Any] = dict(shard_token_batch(whole, cp))
+    counts = "labels" in batch and num_items_in_batch is None  # then the others wait for us
+    with cp.refusing("shard_batch") if counts else contextlib.nullcontext():
+        validation.validate_count("grad_average_over", grad_average_over)
+        whole = dict(batch)
+        refuse_padding(whole.pop("attention_mask", None))
+        local: dict[str, Any] = dict(shard_token_batch(whole, cp))
     first = local["input_ids"] if "input_ids" in local else next(iter(local.values()))
     local["attention_mask"] = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
     if "labels" in local:
@@ -167,19 +170,19 @@ def ring_attention_forward(
     not those of this rank's tokens, and for arguments whose meaning is not known.
     """
     attachment = attachment_of(module)
-    if attention_mask is not None:
-        raise ValueError(
-            f"attention_mask: expected none, got a tensor {list(attention_mask.shape)}; each rank "
-            "sees only its own tokens, so masks are given as windows or segment_ids"
-        )
-    _refuse_unknown(kwargs)
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}; pass "
-            "use_cache=False, or generate with nxd_cp.integrations.hf_generation"
-        )
+    cp, cached = attachment.cp, attachment.cached
     causal = bool(module.is_causal if is_causal is None else is_causal)
-    if attachment.cached is not None:
+    with contextlib.nullcontext() if cp is None else cp.refusing("forward"):
+        _refuse_mask(attention_mask)
+        _refuse_unknown(kwargs)
+        if key.shape[2] != query.shape[2]:
+            raise ValueError(
+                f"expected as many keys as queries, got {key.shape[2]} and {query.shape[2]}; pass "
+                "use_cache=False, or generate with nxd_cp.integrations.hf_generation"
+            )
+        if cached is None and segment_ids is None and causal:
+            attachment.check_positions(module, kwargs.get("position_ids"), query.shape[2])
+    if cached is not None:
         options = {"scale": scaling, "window": sliding_window, "softcap": softcap, "sinks": s_aux}
         layer = getattr(module, "layer_idx", None)
         if not causal or segment_ids is not None or layer is None:
@@ -187,14 +190,12 @@ def ring_attention_forward(
                 "expected a causal decoder layer without segment_ids while generating, got "
                 f"causal={causal} in {type(module).__name__}"
             )
-        return attachment.cached.attend(layer, query, key, value, **options).transpose(1, 2), None
-    if segment_ids is None and causal:
-        attachment.check_positions(module, kwargs.get("position_ids"), query.shape[2])
+        return cached.attend(layer, query, key, value, **options).transpose(1, 2), None
     o_BHLD = ring_attention(
         query,
         key,
         value,
-        cp=attachment.cp,
+        cp=cp,
         causal=causal,
         scale=scaling,
         window=sliding_window,
@@ -217,6 +218,14 @@ def attachment_of(module: torch.nn.Module) -> Attachment:
             "nxd_cp.integrations.hf.attach(model, cp) first (cp=None for one device)"
         )
     return attachment
+
+
+def _refuse_mask(attention_mask: Tensor | None) -> None:
+    if attention_mask is not None:
+        raise ValueError(
+            f"attention_mask: expected none, got a tensor {list(attention_mask.shape)}; each rank "
+            "sees only its own tokens, so masks are given as windows or segment_ids"
+        )
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:

@@ -9,6 +9,8 @@ Letters: B batch, S prompt tokens, L prompt tokens of this rank, T new tokens, V
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.documents import slot_positions
 from nxd_cp.inference import KVCache, decode, prefill
@@ -58,9 +61,13 @@ def generate(
 
     Raises:
         ValueError: the model was not attached to `cp`, is in training mode, or the arguments do not
-            fit.
+            fit; on all ranks where it is so on one, or where the arguments differ.
     """
-    attachment = _check(model, cp, input_ids, lengths, max_new_tokens, temperature)
+    with cp.refusing("generate"):
+        attachment = _check(model, cp, input_ids, lengths, max_new_tokens, temperature)
+    described = {"tokens": str(max_new_tokens), "end": str(eos_token_id)}
+    prompts = {"prompts": _fingerprint(input_ids), "lengths": _fingerprint(lengths)}
+    cp.agree_on("generate", described | prompts)
     counts = torch.full_like(input_ids[:, 0], input_ids.shape[1]) if lengths is None else lengths
     pick = _Pick(cp, temperature, generator)
     with _caching(attachment, cp, counts, max_new_tokens) as cached:
@@ -157,12 +164,23 @@ class _Pick:
         self._cp, self._temperature, self._generator = cp, temperature, generator
 
     def __call__(self, logits: Tensor) -> Tensor:
-        if self._temperature == 0:
-            column = logits.argmax(-1)
-        else:
-            weights = (logits.float() / self._temperature).softmax(-1)
-            column = torch.multinomial(weights, 1, generator=self._generator)[:, 0]
+        with self._cp.refusing("generate"):  # a NaN among the logits cannot be drawn from
+            column = self._choose(logits)
         return self._cp.all_reduce(column if self._cp.rank == 0 else torch.zeros_like(column))
+
+    def _choose(self, logits: Tensor) -> Tensor:
+        if self._temperature == 0:
+            return logits.argmax(-1)
+        weights = (logits.float() / self._temperature).softmax(-1)
+        return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
+
+
+def _fingerprint(numbers: Tensor | None) -> str:
+    """The shape, and a few characters that differ where the numbers do."""
+    if numbers is None:
+        return "None"
+    crc = zlib.crc32(str(numbers.tolist()).encode())
+    return f"{tuple(numbers.shape)} (crc {crc:08x})"
 
 
 def _check(
@@ -181,10 +199,10 @@ def _check(
         raise ValueError("expected a model in eval mode, got one in training; call model.eval()")
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected [batch, tokens], got {list(input_ids.shape)}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature: expected at least 0, got {temperature}")
+    validation.validate_count("max_new_tokens", max_new_tokens)
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a number of at least 0, got {temperature!r}")
     if lengths is not None and (
         lengths.shape != input_ids.shape[:1]
         or bool((lengths < 1).any())

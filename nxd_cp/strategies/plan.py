@@ -70,6 +70,8 @@ class Strategy:
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
             raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {self.name}")
+        if not isinstance(self.chip, str):
+            raise ValueError(f"chip: expected a name, got {self.chip!r}")
         for name, number in (("heads_per_round", self.heads_per_round), ("ways", self.ways)):
             if number is not None and type(number) is not int:
                 raise ValueError(f"{name}: expected a whole number or None, got {number!r}")
@@ -86,6 +88,8 @@ class Strategy:
             )
 
     def __str__(self) -> str:
+        if self.name == "auto":
+            return f"auto for {self.chip}"
         if self.heads_per_round is not None:
             return f"{self.name} by {self.heads_per_round}"
         return self.name if self.ways is None else f"{self.name} x{self.ways}"

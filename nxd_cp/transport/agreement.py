@@ -26,38 +26,40 @@ AGREEMENT_BYTES = _DESCRIPTION_BYTES + HEADER_BYTES
 Description = Mapping[str, str | int | float]
 
 
-def check_agreement(call: Call, description: Description, device: torch.device) -> None:
+def check_agreement(call: Call, description: Description) -> None:
     """Raise RankMismatchError on all ranks unless all gave the same description.
 
-    description: at most 1 kB as JSON. device: where messages of this group must lie.
+    description: at most 1 kB as JSON.
     """
-    said = _exchange(call, description, device)
+    said = _exchange(call, description)
     where = f"(this is rank {call.transport.rank})"
     refusals = [
         f"rank {rank} refuses: {one[_REFUSAL]}" for rank, one in enumerate(said) if _REFUSAL in one
     ]
     if refusals:
-        raise RankMismatchError(f"ring call {call.number}: {'; '.join(refusals)} {where}")
+        raise RankMismatchError(
+            f"ring call {call.number} ({call.kind}): {'; '.join(refusals)} {where}"
+        )
     differences = _differences(said)
     if differences:
         raise RankMismatchError(
-            f"ring call {call.number}: expected the same arguments on all {len(said)} ranks, got "
-            f"{'; '.join(differences)} {where}"
+            f"ring call {call.number} ({call.kind}): expected the same arguments on all "
+            f"{len(said)} ranks, got {'; '.join(differences)} {where}"
         )
 
 
-def announce_refusal(call: Call, reason: str, device: torch.device) -> None:
+def announce_refusal(call: Call, reason: str) -> None:
     """Take part in the others' `check_agreement` with a refusal; the caller then raises its own."""
     text = reason.encode("unicode_escape").decode("ascii")[:_REASON_CHARACTERS]
-    _exchange(call, {_REFUSAL: text}, device)
+    _exchange(call, {_REFUSAL: text})
 
 
-def _exchange(call: Call, description: Description, device: torch.device) -> list[Description]:
+def _exchange(call: Call, description: Description) -> list[Description]:
     """What every rank said, in rank order. Messages go by rank: the ring's order may differ too."""
     rank, order = call.transport.rank, tuple(range(call.transport.size))
     text = json.dumps(dict(description)).encode("ascii").ljust(_DESCRIPTION_BYTES)
     assert len(text) == _DESCRIPTION_BYTES, f"description of {len(text)} bytes is too long"
-    parcel = call.parcel("agreement", (_DESCRIPTION_BYTES,), torch.uint8, device)
+    parcel = call.parcel("agreement", (_DESCRIPTION_BYTES,), torch.uint8, call.transport.device)
     parcel.payload.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     said: dict[int, Description] = {rank: description}
     for move in ring_moves(order, rank):

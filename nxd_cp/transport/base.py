@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nxd_cp.schedule import Move, Plan
@@ -28,6 +29,7 @@ class Transport(ABC):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.global_ranks = list(range(size))  # of the group ranks, in the world of all processes
+        self.device = torch.device("cpu")  # of messages that are not the caller's tensors
         self.context = 1  # among the contexts of one process group
         self.counters = Counters()
         self.buffers = BufferPool()

@@ -24,7 +24,7 @@ class CollectiveTransport(DistributedTransport):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(group)
-        self._device = torch.device("cpu")  # of empty buffers: where the last message lay
+        self._device = self.device  # of empty buffers: where the last message lay
 
     def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> Ticket:
         """As `Transport.post`; both may be None."""

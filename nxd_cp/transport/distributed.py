@@ -57,6 +57,7 @@ class DistributedTransport(Transport):
         with _CONTEXTS_LOCK:
             self.context = _CONTEXTS[group] = _CONTEXTS.get(group, 0) + 1
         self._group = group
+        self.device = message_device(group)
         self.global_ranks = [dist.get_global_rank(group, rank) for rank in range(self.size)]
 
     def post(self, out: Tensor | None, into: Tensor | None, move: Move, channel: str) -> Ticket:
@@ -115,6 +116,16 @@ class DistributedTransport(Transport):
             f"rank {self.rank} lost its neighbours (sends to rank {move.to}, receives from rank "
             f"{move.source}): a rank is gone, late, or in another call: {error}"
         ) from error
+
+
+def message_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Where messages lie whatever a caller's tensors do: gloo and MPI take the CPU's, other
+    backends an accelerator's. None is the default group.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or dist.get_backend(group) in ("gloo", "mpi"):
+        return torch.device("cpu")
+    return accelerator
 
 
 def _tag(channel: str, x: Tensor) -> int:

@@ -13,6 +13,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -56,11 +57,17 @@ _NESTED = inferred(
 )
 
 
+# CPython before 3.12 counts the depth of all trees that are being built in one place: two threads,
+# as the ranks of a local group are, end in "AST constructor recursion depth mismatch".
+_PARSING = threading.RLock()
+
+
 def _source(code: CodeType) -> tuple[ast.Module, int]:
     """A function's syntax tree and first line; an empty tree where its source cannot be read."""
     try:
         lines, first = inspect.getsourcelines(code)
-        return ast.parse(textwrap.dedent("".join(lines))), first
+        with _PARSING:
+            return ast.parse(textwrap.dedent("".join(lines))), first
     except (OSError, TypeError, SyntaxError):
         return ast.Module(body=[], type_ignores=[]), 0
 
