@@ -1,6 +1,9 @@
 """What compilers reject in a kernel's Python: warnings at the line, errors when strict."""
 
+import gc
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from nxd_cp.simulators.nki_api import (
     NkiSimulatorWarning,
     NkiValidationError,
     SimParams,
+    front_end,
     parameters,
 )
 
@@ -147,3 +151,22 @@ def test_a_while_over_a_register_is_no_if():
     with pytest.warns(NkiSimulatorWarning) as caught:
         Kernel(kernel, "gen3")(X)
     assert all("front_end.python" in str(w.message) for w in caught)
+
+
+def test_ranks_in_threads_may_read_their_kernels_at_once() -> None:
+    """CPython counts the depth of a syntax tree for all threads together; see `_ONE_PARSER`."""
+
+    def change_places(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(change_places)
+    gc.set_threshold(200)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            code = front_end.check_kernel.__code__
+            trees = [*threads.map(front_end._source, [code] * 100)]
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(change_places)
+    assert all(len(tree.body) == 1 for tree, _ in trees)

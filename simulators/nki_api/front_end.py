@@ -13,6 +13,7 @@ import ast
 import functools
 import inspect
 import textwrap
+import threading
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
@@ -55,12 +56,17 @@ _NESTED = inferred(
     "a kernel that another kernel calls is a plain function",
 )
 
+# CPython 3.11 checks one count of a tree's depth for all threads: where two parse at once and the
+# garbage collector lets them change places, ast.parse raises SystemError (python/cpython#106905).
+_ONE_PARSER = threading.Lock()
+
 
 def _source(code: CodeType) -> tuple[ast.Module, int]:
     """A function's syntax tree and first line; an empty tree where its source cannot be read."""
     try:
         lines, first = inspect.getsourcelines(code)
-        return ast.parse(textwrap.dedent("".join(lines))), first
+        with _ONE_PARSER:
+            return ast.parse(textwrap.dedent("".join(lines))), first
     except (OSError, TypeError, SyntaxError):
         return ast.Module(body=[], type_ignores=[]), 0
 
