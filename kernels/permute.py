@@ -5,7 +5,8 @@ Letters: B batch (or batch times heads), S tokens, F numbers per token.
 A layout (zigzag, striped, contiguous) is a list of runs (first token, tokens, distance between
 them), rank by rank: tokens first, first + step, ... lie next to each other in the result. DMA moves
 them from HBM to HBM; nothing is computed and nothing passes through SBUF. Which runs a layout has
-is the schedule's business (`nxd_cp.schedule.token_runs`); they are compile-time numbers.
+is the schedule's business (`nxd_cp.schedule.token_runs`); they are compile-time numbers. Two cores
+(LNC2) share the (batch element, run) pairs, an even number.
 
 Precision: bits are moved as they are, in any dtype that NKI has.
 """
@@ -30,18 +31,26 @@ def permute_tokens(x_BSF, runs, inverse=False):
         [B, S, F] in x's dtype.
     """
     out_hbm = nl.ndarray(x_BSF.shape, dtype=x_BSF.dtype, buffer=nl.shared_hbm)
-    items = my_items(x_BSF.shape[0], 1)
+    places = places_of(runs)
+    items = my_items(x_BSF.shape[0], len(runs))
     for i in range(len(items)):
-        b, _ = items[i]
-        place = 0
-        for r in range(len(runs)):
-            first, count, step = runs[r]
-            stop = first + (count - 1) * step + 1
-            next_place = place + count
-            if inverse:
-                dst, src = out_hbm[b, first:stop:step, :], x_BSF[b, place:next_place, :]
-            else:
-                dst, src = out_hbm[b, place:next_place, :], x_BSF[b, first:stop:step, :]
-            nisa.dma_copy(dst=dst, src=src)  # DMA
-            place = next_place
+        b, r = items[i]
+        first, count, step = runs[r]
+        stop = first + (count - 1) * step + 1
+        place, next_place = places[r], places[r] + count
+        if inverse:
+            dst, src = out_hbm[b, first:stop:step, :], x_BSF[b, place:next_place, :]
+        else:
+            dst, src = out_hbm[b, place:next_place, :], x_BSF[b, first:stop:step, :]
+        nisa.dma_copy(dst=dst, src=src)  # DMA
     return out_hbm
+
+
+def places_of(runs):
+    """Where each run begins when they lie side by side."""
+    places = []
+    total = 0
+    for r in range(len(runs)):
+        places.append(total)
+        total += runs[r][1]
+    return places

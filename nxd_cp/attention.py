@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nxd_cp import device_ring, ops, validation
-from nxd_cp.backends import resolve_backend_name
+from nxd_cp.backends import RINGS, resolve_backend_name
 from nxd_cp.context import CPContext
 from nxd_cp.options import Options
 from nxd_cp.schedule import Window
@@ -58,8 +58,10 @@ def ring_attention(
     softcap: scores s become softcap * tanh(s / softcap) before the mask.
     scale: of the scores, positive, default D ** -0.5.
     backend: "torch", "nki" (kernels on a Neuron device), "simulate" (the same kernels on a CPU) or
-    "auto" ("nki" for tensors on a Neuron device, else "torch"). "nki_ring" and "simulate_ring" run
-    all steps as one device program (docs/kernels/ring.md). Each refuses what it cannot do.
+    "auto" ("nki" for tensors on a Neuron device, else "torch"). "nki_loops" and "simulate_loops"
+    skip at run time what windows and documents hide (docs/kernels/loops.md); "nki_ring" and
+    "simulate_ring" run all steps as one device program (docs/kernels/ring.md). Each refuses what it
+    cannot do.
     return_lse: also return the natural logarithm of each row's sum of exponentials, scale and sink
     included, fp32 [B, Hq, Sq]; it carries no gradient.
 
@@ -106,7 +108,7 @@ def ring_attention(
         backend=name,
         differentiable=torch.is_grad_enabled() and bool(differentiated),
     )
-    if name in device_ring.RING_BACKENDS:
+    if name in RINGS:
         given = {"window": window, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens}
         o, lse = device_ring.attend(q, k, v, cp, options, given | {"sinks": sinks})
     else:

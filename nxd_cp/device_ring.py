@@ -18,17 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nxd_cp.backends import get_support_kernels, ring_arguments
-from nxd_cp.backends.device_ops import launch_cores, outputs_like
+from nxd_cp.backends import KERNELS, cores_of, get_support_kernels, ring_arguments
+from nxd_cp.backends.device_ops import outputs_like
 from nxd_cp.backends.kernel_modules import generation_of, kernel_module
 from nxd_cp.backends.ring_arguments import HOST_RING
 from nxd_cp.context import CPContext
 from nxd_cp.options import Options
 from nxd_cp.transport import Call, LocalTransport
 from nxd_cp.transport.agreement import announce_refusal, check_agreement
-
-RING_BACKENDS = {"simulate_ring": "simulate", "nki_ring": "nki"}
-"""Names of backends that run the whole ring, and the kernels that they run."""
 
 
 def attend(
@@ -42,7 +39,7 @@ def attend(
     if cp is None:
         raise ValueError(
             f'backend "{options.backend}": expected a context, got cp=None; a single device needs '
-            f'no ring, use backend="{RING_BACKENDS[options.backend]}"'
+            f'no ring, use backend="{KERNELS[options.backend]}"'
         )
     with cp.refusing("forward"):
         ring = _Ring(cp, options)
@@ -52,17 +49,12 @@ def attend(
     return o, lse
 
 
-def cores_of(kernels: str) -> int:
-    """Physical cores of a rank (LNC): what the runtime groups on a device, one in the simulator."""
-    return launch_cores() if kernels == "nki" else 1
-
-
 class _Ring:
     """The ring of one context."""
 
     def __init__(self, cp: CPContext, options: Options) -> None:
         self.cp, self.options = cp, options
-        self.kernels = RING_BACKENDS[options.backend]
+        self.kernels = KERNELS[options.backend]
         self.support = get_support_kernels(self.kernels)
         self.cores = cores_of(self.kernels)
         self.groups = (tuple(range(cp.size)),)

@@ -6,6 +6,7 @@ The cases: kernel_cases.py, Note [Budget].
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ from kernel_cases import (
     NAMES,
     KernelCase,
     OneDevice,
+    Problem,
     assert_as_good,
     by_kernels,
     check,
@@ -58,9 +60,9 @@ def test_the_modelled_error_is_that_of_pytorchs_flash_attention(mask: str) -> No
         assert error(low, expected).relative_rms <= 1.2 * error(flash, expected).relative_rms
 
 
-def by_pytorch(case: KernelCase) -> tuple[torch.Tensor, ...]:
+def by_pytorch(case: KernelCase, given: Problem | None = None) -> tuple[torch.Tensor, ...]:
     """o, dq, dk and dv of scaled_dot_product_attention, in the case's dtype."""
-    x = problem(case)
+    x = problem(case) if given is None else given
     q, k, v = (t.clone().requires_grad_() for t in (x.q, x.k, x.v))
     rows, keys = slice(None), slice(None)
     if case.mask == "strict":
@@ -121,6 +123,39 @@ def test_fp32_is_as_good_as_pytorchs_flash_attention_in_fp32(
     tensors = (torch.stack(x, dim=1) for x in (found, truth, accepted))
     for name, got, expected, flash in zip(NAMES, *tensors, strict=True):
         assert_within_budget(name, got, expected, flash)
+
+
+def with_largest_ds(case: KernelCase, largest: float) -> Problem:
+    """A problem with do so large that max |p * (do v^T - delta)| is this number; do is smaller."""
+    x = problem(case)
+    x = replace(x, v=8 * x.v)
+    o, lse, _ = exact(case, x)
+    p = torch.exp(x.q.double() @ x.k.double().mT * case.scale - lse.unsqueeze(-1))
+    do = x.do.double()
+    ds = p.masked_fill(~x.seen, 0.0) * (do @ x.v.double().mT - (do * o).sum(-1, keepdim=True))
+    return replace(x, do=(do * largest / ds.abs().max()).to(case.dtype))
+
+
+@pytest.mark.parametrize("generation", ["gen2", "gen3", "gen4"])
+def test_fp16_gradients_leave_its_range_where_pytorchs_do(generation: str) -> None:
+    """dq and dk where a ds does; on gen2, whose transpose is a matmul, in all of its row tile."""
+    case = KernelCase(generation, "causal", torch.float16, S=200, K=200, D=32, E=32, Hkv=2)
+    largest = torch.finfo(torch.float16).max
+    check(case, with_largest_ds(case, 0.9 * largest))
+    given = with_largest_ds(case, 1.1 * largest)
+    o, lse, grads = by_kernels(case, given)
+    assert torch.isfinite(lse).all()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        accepted = by_pytorch(case, given)
+    o_wrong, *wrong = ((~torch.isfinite(x.to(case.dtype))).any(-1) for x in (o, *grads))
+    _, *accepted_wrong = ((~torch.isfinite(x)).any(-1) for x in accepted)
+    assert not o_wrong.any()
+    for name, found, expected in zip(NAMES[1:], wrong, accepted_wrong, strict=True):
+        assert bool(expected.any()) == (name != "dv")
+        if name == "dq" and generation == "gen2":
+            expected = torch.stack([tile.any(-1) for tile in expected.split(128, dim=-1)], dim=-1)
+            expected = expected.repeat_interleave(128, dim=-1)[..., : case.S]
+        assert torch.equal(found, expected), name
 
 
 def test_an_error_of_three_times_the_allowed_one_is_caught() -> None:

@@ -6,6 +6,7 @@ Letters: S query rows, K keys; Hq and Hkv query and key/value heads; D head dim 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from budgets import assert_within_budget
+from cases import Case, join_all, one_device, one_rank, truth
 from kernel_cases import KernelCase, by_kernels, check, exact, problem
 from kernel_suite import INTERVALS, generate
 
@@ -20,6 +22,7 @@ from nxd_cp.backends import kernel_blocks, kernel_limits, kernel_loops
 from nxd_cp.backends.base import QueryRows, Scores
 from nxd_cp.backends.kernel_limits import Launch
 from nxd_cp.backends.neuron import KernelBackend
+from nxd_cp.context import CPContext
 from nxd_cp.schedule import Bounded
 from nxd_cp.simulators.nki_api import Log, NkiValidationError, load, record
 from nxd_cp.simulators.nki_api.memory import HBM
@@ -268,12 +271,42 @@ def test_loops_and_no_loops_agree() -> None:
         assert_within_budget("loops", other, true, one)
 
 
+# As a backend of ring_attention.
+
+RINGS = {
+    "window": Case(S=256, Hq=2, Hkv=1, D=32, window=60),
+    "documents": Case(S=256, Hq=2, Hkv=1, D=32, lengths=(100, 30, 126)),
+    "causal": Case(S=256, Hq=2, Hkv=1, D=32),
+}
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("name", RINGS)
+def test_a_ring_runs_all_but_static_masks_as_loops_and_is_fp64_attention(
+    name: str, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NEURON_PLATFORM_TARGET_OVERRIDE", generation)
+    case = RINGS[name]
+    opcodes: Counter[str] = Counter()
+
+    def on_each_rank(cp: CPContext) -> tuple[torch.Tensor, ...]:
+        with record() as log:
+            found = one_rank(cp, case, backend="simulate_loops")
+        opcodes.update(log.counts())
+        return found
+
+    found = join_all(CPContext.local(case.size).run(on_each_rank), case)
+    for x, y, z in zip(found, truth(case), one_device(case), strict=True):
+        assert_within_budget(name, x, y, z)
+    assert ("loop_iteration" in opcodes) == (name != "causal")
+
+
 def test_an_nki_without_device_loops_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     old, language = ModuleType("nki"), ModuleType("nki.language")
     old.__version__, old.language = "0.5.0", language
     monkeypatch.setitem(sys.modules, "nki", old)
     monkeypatch.setitem(sys.modules, "nki.language", language)
-    with pytest.raises(ValueError, match=r"expected NKI 0\.6 or newer .* got 0\.5\.0; pass"):
+    with pytest.raises(ValueError, match=r"expected NKI 0\.6 or newer .* got 0\.5\.0; use "):
         kernel_loops.check_language()
     language.fori_loop = print
     kernel_loops.check_language()

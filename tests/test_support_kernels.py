@@ -226,6 +226,12 @@ def test_two_cores_share_the_work(generation: str) -> None:
 # What the host does with them
 
 
+@pytest.mark.parametrize("backend", ["simulate_loops", "simulate_ring"])
+def test_every_backend_of_the_kernels_has_these_beside_it(backend: str) -> None:
+    cp, x = CPContext.local(2).contexts[0], normal(1, 8, 3, seed=1)
+    assert torch.equal(in_rank_order(x, cp, backend=backend), in_rank_order(x, cp))
+
+
 def test_the_backward_of_a_ring_takes_delta_from_the_kernel() -> None:
     q = normal(1, 2, 40, 16, seed=1).requires_grad_()
     o = ring_attention(q, q, q, backend="simulate")
@@ -362,10 +368,51 @@ def test_limits_are_checked_before_a_launch(message: str) -> None:
     assert len(log) == 0
 
 
-def test_too_many_runs_and_odd_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+ODD = {
+    "two runs": ("zigzag", 1, 10),
+    "three runs": ("striped", 3, 24),
+    "one run": ("contiguous", 1, 7),
+    "more runs than one": ("contiguous", 3, 9),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(("layout", "size", "seq_len"), ODD.values(), ids=ODD)
+def test_two_cores_share_the_runs_of_an_odd_batch(
+    layout: str, size: int, seq_len: int, batch: int
+) -> None:
+    x, runs = normal(batch, seq_len, 3, seed=1), runs_of(layout, size, seq_len)
+    one, two = (kernel_support.SupportKernels("simulate", "gen3", cores=c) for c in (1, 2))
+    with record() as log:
+        there = two.permute(x, runs)
+    assert torch.equal(there, one.permute(x, runs))
+    assert torch.equal(two.permute(there, runs, inverse=True), x)
+    assert len(log.cores[0, 0]) == len(log.cores[0, 1]) > 0
+
+
+def test_an_odd_run_is_cut_so_that_two_cores_move_about_as_many_tokens() -> None:
+    assert kernel_support._cut_one(runs_of("striped", 3, 30)) == (
+        (0, 10, 3),
+        (1, 5, 3),
+        (16, 5, 3),
+        (2, 10, 3),
+    )
+    assert kernel_support._cut_one(((0, 1, 1), (1, 1, 1), (2, 3, 1))) == (
+        (0, 1, 1),
+        (1, 1, 1),
+        (2, 1, 1),
+        (3, 2, 1),
+    )
+
+
+def test_too_many_runs_and_single_odd_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    single = tuple((i, 1, 1) for i in range(3))
+    said = r"or a run, that the 2 cores of a launch can share, got 1 x 3 runs of one token; use co"
+    with record() as log, pytest.raises(ValueError, match=said):
+        host_limit(lambda host: host.permute(torch.zeros(1, 3, 2), single), cores=2)
+    assert len(log) == 0
+    host_limit(lambda host: host.permute(torch.zeros(2, 3, 2), single), cores=2)
     x = torch.zeros(3, 8, 2)
-    with pytest.raises(ValueError, match=r"that the 2 cores of a launch can share, got 3; use co"):
-        host_limit(lambda host: host.permute(x, ((0, 8, 1),)), cores=2)
     with pytest.raises(ValueError, match=r"cores=1, or 2 from gen3 .trn2., got 2 on gen2"):
         kernel_support.SupportKernels("simulate", "gen2", cores=2)
     runs = tuple((i, 1, 1) for i in range(8))

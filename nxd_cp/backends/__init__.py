@@ -11,7 +11,18 @@ from nxd_cp.backends.base import Backend
 if TYPE_CHECKING:
     from nxd_cp.backends.kernel_support import SupportKernels
 
-BACKENDS = ("torch", "simulate", "nki", "simulate_ring", "nki_ring", "auto")
+KERNELS = {
+    "simulate": "simulate",
+    "nki": "nki",
+    "simulate_loops": "simulate",
+    "nki_loops": "nki",
+    "simulate_ring": "simulate",
+    "nki_ring": "nki",
+}
+"""Backends that run the NKI kernels, and where: in the simulator or on a Neuron device."""
+
+LOOPS, RINGS = ("simulate_loops", "nki_loops"), ("simulate_ring", "nki_ring")
+BACKENDS = ("torch", *KERNELS, "auto")
 NEURON_DEVICE_TYPES = ("neuron", "xla")
 
 
@@ -28,28 +39,35 @@ def resolve_backend_name(name: str, device: torch.device) -> str:
 
 
 def get_backend(name: str, device: torch.device) -> Backend:
-    """The backend called `name` for tensors on `device`; modules are imported when asked for."""
+    """The backend called `name` for tensors on `device`; modules are imported when asked for.
+
+    Those of `RINGS` compute no rectangle: `nxd_cp/device_ring.py` runs them.
+    """
     resolved = resolve_backend_name(name, device)
+    assert resolved not in RINGS, f"{resolved} has no blocks"
     if resolved == "torch":
         from nxd_cp.backends.torch_flash import TorchBackend
 
         return TorchBackend()
-    from nxd_cp.backends.neuron import KernelBackend, has_nki
+    from nxd_cp.backends.neuron import KernelBackend
 
-    if resolved == "nki" and has_nki():
-        from nxd_cp.backends.device_ops import launch_cores
-
-        return KernelBackend(resolved, cores=launch_cores())
-    return KernelBackend(resolved)  # without nki it raises, and says why
+    kernels, loops = KERNELS[resolved], resolved in LOOPS
+    return KernelBackend(kernels, cores=cores_of(kernels), device_loops=loops)
 
 
 def get_support_kernels(name: str) -> SupportKernels:
-    """The small kernels of backend "nki" or "simulate"."""
-    from nxd_cp.backends.kernel_modules import has_nki
+    """The small kernels beside a backend of `KERNELS`."""
     from nxd_cp.backends.kernel_support import SupportKernels
 
-    if name == "nki" and has_nki():
-        from nxd_cp.backends.device_ops import launch_cores
+    return SupportKernels(KERNELS[name], cores=cores_of(KERNELS[name]))
 
-        return SupportKernels(name, cores=launch_cores())
-    return SupportKernels(name)
+
+def cores_of(kernels: str) -> int:
+    """Physical cores of a launch (LNC): as the runtime groups them on a device, else 1.
+
+    Also 1 where there is no nki: who launches then raises, and says why.
+    """
+    from nxd_cp.backends.device_ops import launch_cores
+    from nxd_cp.backends.kernel_modules import has_nki
+
+    return launch_cores() if kernels == "nki" and has_nki() else 1

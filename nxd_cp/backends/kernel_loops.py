@@ -62,8 +62,8 @@ def check_language() -> None:
     if not hasattr(nki.language, "fori_loop"):
         version = getattr(nki, "__version__", "an older one")
         raise ValueError(
-            f"device_loops: expected NKI 0.6 or newer (nl.fori_loop), got {version}; pass "
-            "device_loops=False, then masks of windows and documents run over all tiles"
+            f"device_loops: expected NKI 0.6 or newer (nl.fori_loop), got {version}; use "
+            'backend="nki" (device_loops=False), which computes all tiles of windows and documents'
         )
 
 

@@ -71,6 +71,8 @@ class SupportKernels:
         Any dtype: bits are moved as they are, numbers of 8 bytes, which NKI has not, as two of 4.
         """
         self._check_runs(x, runs)
+        if x.shape[0] * len(runs) % self.cores:
+            runs = _cut_one(runs)
         flat = x.contiguous().flatten(2) if x.dim() > 2 else x.contiguous().unsqueeze(2)
         if x.is_complex():
             flat = torch.view_as_real(flat).flatten(2)
@@ -109,10 +111,12 @@ class SupportKernels:
                 f"permute_tokens: expected at most {limits.MAX_INSTRUCTIONS} runs (one DMA each), "
                 f"got {len(runs)}; permute in PyTorch"
             )
-        if x.shape[0] % self.cores:
+        odd = x.shape[0] * len(runs) % self.cores
+        if odd and max(count for _, count, _ in runs) == 1:
             raise ValueError(
-                f"permute_tokens: expected a batch that the {self.cores} cores of a launch can "
-                f"share, got {x.shape[0]}; use cores=1, or permute in PyTorch"
+                f"permute_tokens: expected batch x runs, or a run, that the {self.cores} cores of "
+                f"a launch can share, got {x.shape[0]} x {len(runs)} runs of one token; use "
+                "cores=1, or permute in PyTorch"
             )
 
     def _check_rows(
@@ -156,6 +160,16 @@ class SupportKernels:
 
     def _launch(self, kernel: Any) -> Any:
         return kernel if self.cores == 1 else kernel[self.cores]
+
+
+def _cut_one(runs: Runs) -> Runs:
+    """One run more: of those with more than one token the one next to the middle is cut in two."""
+    middle = len(runs) // 2
+    at = min((r for r, run in enumerate(runs) if run[1] > 1), key=lambda r: abs(r - middle))
+    first, count, step = runs[at]
+    half = count // 2
+    halves = (first, half, step), (first + half * step, count - half, step)
+    return (*runs[:at], *halves, *runs[at + 1 :])
 
 
 def _whole(parts: list[Tensor], shape: torch.Size) -> Tensor:

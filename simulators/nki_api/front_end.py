@@ -56,17 +56,16 @@ _NESTED = inferred(
     "a kernel that another kernel calls is a plain function",
 )
 
-
-# CPython before 3.12 counts the depth of all trees that are being built in one place: two threads,
-# as the ranks of a local group are, end in "AST constructor recursion depth mismatch".
-_PARSING = threading.RLock()
+# CPython 3.11 checks one count of a tree's depth for all threads: where two parse at once and the
+# garbage collector lets them change places, ast.parse raises SystemError (python/cpython#106905).
+_ONE_PARSER = threading.Lock()
 
 
 def _source(code: CodeType) -> tuple[ast.Module, int]:
     """A function's syntax tree and first line; an empty tree where its source cannot be read."""
     try:
         lines, first = inspect.getsourcelines(code)
-        with _PARSING:
+        with _ONE_PARSER:
             return ast.parse(textwrap.dedent("".join(lines))), first
     except (OSError, TypeError, SyntaxError):
         return ast.Module(body=[], type_ignores=[]), 0
