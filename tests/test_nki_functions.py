@@ -94,6 +94,24 @@ def test_an_argument_outside_the_valid_range_of_sin_is_reported():
         run(kernel, np.full((4, 4), 9.0, np.float32))
 
 
+def test_sin_of_the_scalar_engine_leaves_the_sine_beyond_pi_as_documented():
+    def kernel(x):
+        tile = load(x)
+        nisa.activation(tile, nl.sin, tile)
+        return store(tile)
+
+    within = np.linspace(-np.pi, np.pi, 64, dtype=np.float32).reshape(4, 16)
+    np.testing.assert_array_equal(run(kernel, within), np.sin(within))
+    with pytest.warns(NkiSimulatorWarning, match=r"rule activation\.range"):
+        far = run(kernel, np.float32([[9, -9, 0.5, np.nan], [np.pi, -np.pi, 3.2, -3.2]]))
+    assert np.round(far[0, 0], 2) == np.float32(27.65)  # the documented figure
+    assert far[0, 1] == -far[0, 0]
+    assert far[0, 2] == np.sin(np.float32(0.5))
+    assert np.isnan(far[0, 3])
+    # one function, without a step at the ends of the valid range
+    np.testing.assert_allclose(far[1], np.sin(np.float32([np.pi, -np.pi, 3.2, -3.2])), atol=1e-6)
+
+
 def test_where_and_logic():
     mask = (X > 0).astype(np.float32)
     chosen = run(stored(lambda m, x, y: nl.where(m, x, y)), mask, X, Y)

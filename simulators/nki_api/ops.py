@@ -2,7 +2,8 @@
 
 Each `Op` says which roles it can play: binary ALU operator, unary ALU operator, reduction,
 activation function. Arithmetic is fp32 and comparisons give 1.0 or 0.0; bitvec operators work on
-integer bit patterns. Activation functions are exact here, polynomials on the device.
+integer bit patterns. Activation functions are exact here, polynomials on the device; sin alone
+goes wrong outside its valid range as documented.
 Calling one on tiles (`nl.add(x, y)`) issues instructions: functions/elementwise.py.
 
 Source: nki.api.shared, "Supported Math Operators" and "Supported Activation Functions".
@@ -117,6 +118,24 @@ def _rsqrt(x: Any) -> Any:
     return F32(1) / np.sqrt(x)
 
 
+_PI = F32(math.pi)
+
+
+def _sin(a: Any, out: Any = None) -> Any:
+    """sin(a) within [-pi, pi]; beyond, a cubic, as ScalarE does not reduce its argument.
+
+    The cubic is that of sin at the nearer end, -d + d^3 / 6 for d beyond pi. Our reading: it has
+    the documented sin(9) = 27.65.
+    """
+    beyond = np.abs(a) - _PI
+    far = beyond > 0
+    cubic = np.sign(a) * beyond * (beyond * beyond / F32(6) - F32(1)) if far.any() else None
+    values = np.sin(a, out=out)
+    if cubic is not None:
+        np.copyto(values, cubic, where=far)
+    return values
+
+
 _SQRT_2_PI = F32(math.sqrt(2 / math.pi))
 _TWO_RSQRT_PI = F32(2 / math.sqrt(math.pi))
 
@@ -198,7 +217,7 @@ OPS: dict[str, Op] = {
         Op("gelu_apprx_sigmoid", activate=_formula(lambda x: x * _sigmoid(F32(1.702) * x))),
         Op("gelu_apprx_sigmoid_dx", activate=_formula(_sigmoid_gelu_dx)),
         Op("sign", activate=np.sign),
-        Op("sin", activate=np.sin, valid=(-math.pi, math.pi)),
+        Op("sin", activate=_sin, valid=(-math.pi, math.pi)),
         Op("arctan", activate=np.arctan, valid=(-math.pi / 2, math.pi / 2)),
         Op("prelu", activate=_relu),
         Op("average"),  # nisa.tensor_partition_reduce alone

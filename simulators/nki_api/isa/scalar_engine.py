@@ -142,7 +142,7 @@ def check_range(instr: str, op: Op, values: Any, data: NkiTensor) -> None:
     """Report arguments outside the documented range of a function."""
     low, high = op.valid or (0.0, np.inf)
     size = np.abs(values) if op.name == "reciprocal" else values
-    smallest, largest = size.min(), size.max()
+    smallest, largest = (find.reduce(size, axis=None) for find in (np.fmin, np.fmax))  # but NaN
     if smallest < low or largest > high:
         broken(
             _RANGE,
