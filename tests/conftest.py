@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from ranks import BOUND_S, GROUP_TIMEOUT_S, RankGroup
+from ranks import GROUP_TIMEOUT_S, RankGroup
 
 settings.register_profile("random", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fixed", settings.get_profile("random"), derandomize=True)
@@ -50,6 +50,6 @@ def ranks(_rank_groups: list[RankGroup]) -> RankGroup:
 @pytest.fixture
 def own_ranks() -> Iterator[RankGroup]:
     """Three ranks for one test, with a short group timeout; they may be broken."""
-    group = RankGroup(3, group_timeout_s=GROUP_TIMEOUT_S, run_timeout_s=3 * BOUND_S)
+    group = RankGroup(3, group_timeout_s=GROUP_TIMEOUT_S)
     yield group
     group.close()

@@ -27,7 +27,10 @@ GROUP_TIMEOUT_S = 3.0
 BOUND_S = 20.0
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed"])
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "nxd_cp.attention"])
+# What ends a hang of the tests. A loaded machine starts slowly; no other limit counts from before.
+_STARTUP_S = 100.0
+_RUN_S = 90.0
 
 
 @dataclass
@@ -42,8 +45,8 @@ class Failure:
 class RankGroup:
     """`size` gloo ranks; `run` calls a function in the first few of them."""
 
-    def __init__(self, size: int, *, group_timeout_s: float = 60.0, run_timeout_s: float = 90.0):
-        self.size, self.run_timeout_s, self.closed = size, run_timeout_s, False
+    def __init__(self, size: int, *, group_timeout_s: float = 60.0):
+        self.size, self.closed = size, False
         self._folder = tempfile.TemporaryDirectory(prefix="nxd_cp_ranks_")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -56,6 +59,7 @@ class RankGroup:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+        self._meet(range(size))
 
     def run(self, fn: Callable[..., Any], *args: Any, num_ranks: int | None = None) -> list[Any]:
         """`fn(group, *args)` on ranks 0..num_ranks-1; results in rank order, or the first error."""
@@ -73,8 +77,18 @@ class RankGroup:
         request = pickle.dumps((fn, args, num_ranks))
         for pipe in self._pipes[:num_ranks]:
             pipe.send_bytes(request)
-        deadline = monotonic() + self.run_timeout_s
+        self._meet(range(num_ranks))
+        for pipe in self._pipes[:num_ranks]:
+            pipe.send_bytes(b"begin")
+        deadline = monotonic() + _RUN_S
         return [self._receive(rank, deadline) for rank in range(num_ranks)]
+
+    def _meet(self, ranks: range) -> None:
+        """Wait until all have imported what they need, so that they begin together."""
+        deadline = monotonic() + _STARTUP_S
+        for rank in ranks:
+            answer = self._receive(rank, deadline)
+            assert answer == "ready", f"rank {rank} did not start: {answer}"
 
     def _receive(self, rank: int, deadline: float) -> Any:
         try:
@@ -85,7 +99,7 @@ class RankGroup:
             self.closed = True
             return Failure("died", f"exit code {self._processes[rank].exitcode}", "")
         self.close()
-        raise AssertionError(f"rank {rank} gave no answer in {self.run_timeout_s} s")
+        raise AssertionError(f"rank {rank} gave no answer in time")
 
     def close(self) -> None:
         """End all ranks."""
@@ -107,12 +121,16 @@ def _serve(rank: int, size: int, meeting: str, timeout_s: float, pipe: Connectio
         world_size=size,
         timeout=timedelta(seconds=60),
     )
-    dist.barrier()  # a loaded machine may start slowly; the short timeout counts from here
+    dist.barrier()
     timeout = timedelta(seconds=timeout_s)  # a new group does not inherit it
     groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, size + 1)}
+    ready = pickle.dumps("ready")
+    pipe.send_bytes(ready)
     while True:
         try:
             fn, args, num_ranks = pickle.loads(pipe.recv_bytes())
+            pipe.send_bytes(ready)
+            pipe.recv_bytes()
         except EOFError:
             os._exit(0)
         torch.manual_seed(1234)

@@ -25,7 +25,7 @@ BOUND_S = 20.0  # a third of the timeout of the default group
 @pytest.fixture
 def own_ranks() -> Iterator[RankGroup]:
     """Three ranks for one test; they may be broken."""
-    group = RankGroup(3, group_timeout_s=3, run_timeout_s=2 * BOUND_S)
+    group = RankGroup(3, group_timeout_s=3)
     yield group
     group.close()
 
@@ -214,7 +214,7 @@ def verdict_alone(group: dist.ProcessGroup) -> bool:
 
 
 def test_without_the_agreement_ranks_would_choose_differently() -> None:
-    group = RankGroup(4, group_timeout_s=3, run_timeout_s=BOUND_S)
+    group = RankGroup(4, group_timeout_s=3)
     try:
         assert set(group.run(verdict_alone)) == {True, False}
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RankGroup
+from ranks import GROUP_TIMEOUT_S, RankGroup
 from torch import Tensor
 
 from nxd_cp.attention import ring_attention
@@ -169,7 +169,7 @@ def test_rings_that_overlap_in_different_order_raise_over_threads(length: int) -
 
 @pytest.mark.parametrize("length", [3, 5])
 def test_rings_that_overlap_in_different_order_raise_over_gloo(length: int) -> None:
-    group = RankGroup(2, group_timeout_s=3, run_timeout_s=20)
+    group = RankGroup(2, group_timeout_s=GROUP_TIMEOUT_S)
     try:
         for outcome in group.outcomes(gloo_crossed, length):
             assert outcome.kind == "RingError"
@@ -257,7 +257,7 @@ def gloo_two_contexts(group: dist.ProcessGroup, check_ranks: bool) -> None:
 
 @pytest.mark.parametrize("check_ranks", [True, False])
 def test_two_contexts_of_one_group_in_a_different_order_raise(check_ranks: bool) -> None:
-    group = RankGroup(2, group_timeout_s=3, run_timeout_s=20)
+    group = RankGroup(2, group_timeout_s=GROUP_TIMEOUT_S)
     try:
         for outcome in group.outcomes(gloo_two_contexts, check_ranks):
             assert outcome.kind == "RingError"
