@@ -17,8 +17,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Who may know the integrations: what stands above the package.
 ABOVE = ("nxd_cp.integrations", "nxd_cp.doctor")
-
-
 # What the simulators may ask of the rest: plain data.
 ARROWS_BACK = {"nxd_cp.schedule", "nxd_cp.nki_refused_python"}
 
