@@ -18,7 +18,8 @@ from nxd_cp.simulators.timing.constants import Constant
 
 _HOP = Constant(1000.0, 1500.0, 2000.0, "ns", "documented", "intranode-collective-comm.rst: 1-2 us")
 _FAR = Constant(15000.0, 15000.0, 20000.0, "ns", "documented", "collectives.rst: about 15 us")
-_LAUNCH = Constant(0.0, 5000.0, 20000.0, "ns", "guess", "semaphores and start of a collective step")
+# Added to every hop, once.
+LAUNCH = Constant(0.0, 5000.0, 20000.0, "ns", "guess", "semaphores and start of a collective step")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,6 @@ class LinkClass:
 def _rate(low: float, expected: float, high: float, tag: str, source: str) -> Constant:
     return Constant(low, expected, high, "B/ns", tag, source)  # type: ignore[arg-type]
 
-
-LAUNCH = _LAUNCH  # added to every hop, once
 
 ON_CHIP = {
     "gen2": _rate(205.0, 130.0, 100.0, "guess", "copy through HBM: half its rate, two cores"),
