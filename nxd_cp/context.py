@@ -13,7 +13,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -300,6 +300,19 @@ class CPContext:
         }
         check_agreement(call, {**description, **common})
         self._has_agreed = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CPContext:
+        """The context itself: copies of a model share its place in the group."""
+        return self
+
+    def __copy__(self) -> CPContext:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self}: expected not to be pickled, since a process group cannot be; make a context "
+            "in each process, and leave it out of what is saved"
+        )
 
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"

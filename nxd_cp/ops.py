@@ -110,7 +110,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under checkpointing, reading them is the recomputation
+    with contextlib.nullcontext() if ctx.context is None else ctx.context.refusing("backward"):
+        # Once: under checkpointing, reading them is the recomputation. Here shows what one rank
+        # changed in place, or has freed.
+        saved = ctx.saved_tensors
     *gradients, dsinks = ring_backward(do, *saved, *ctx.options)
     no_gradient = [None] * (2 + len(ctx.options))
     return (*gradients, None if saved[3] is None else dsinks, *no_gradient)
