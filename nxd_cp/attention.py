@@ -119,7 +119,7 @@ def _differentiable(*tensors: Tensor | None) -> bool:
     given = [x for x in tensors if x is not None]
     if not torch.is_grad_enabled() or not any(x.requires_grad for x in given):
         return False
-    if any(x.is_inference() for x in given):
+    if not torch.compiler.is_compiling() and any(x.is_inference() for x in given):
         raise ValueError(
             "ring_attention: expected tensors that autograd can keep, got one made in "
             "inference_mode beside one that needs a gradient; clone it outside that mode"
