@@ -21,7 +21,7 @@ from torch import Tensor
 from nxd_cp import documents, ring, strategies
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
-from nxd_cp.debugging import call_site, debug_enabled, refuse_nan
+from nxd_cp.debugging import call_site, debug_enabled, fingerprint, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
 from nxd_cp.strategies import rows_first_like
@@ -232,7 +232,7 @@ class _Asked:
             "head dim of v": self._v.shape[3],
             "dtype": str(self._q.dtype),
             "device": self._q.device.type,
-            "sinks": _given(self._sinks),
+            "sinks": f"{_given(self._sinks)} {fingerprint(self._sinks)}".strip(),
             "segment_ids": _given(self._segment_ids),
             "cu_seqlens": documents.fingerprint(self._cu_seqlens),
             "gradients": "wanted" if options.differentiable else "not wanted",
