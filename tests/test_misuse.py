@@ -230,6 +230,16 @@ def test_a_copy_of_a_context_is_the_context_and_a_pickle_is_refused() -> None:
         pickle.dumps(model)
 
 
+def test_a_context_stays_as_it_was_made() -> None:
+    """A forward and its backward would follow different plans, and no check would see it."""
+    cp = CPContext.local(2).contexts[0]
+    for name in ("layout", "ring_order", "strategy", "check_ranks", "rank", "size", "transport"):
+        before = getattr(cp, name)
+        with pytest.raises(AttributeError, match=f"{name}: expected the context as it was made"):
+            setattr(cp, name, "striped")
+        assert getattr(cp, name) is before
+
+
 def test_two_threads_in_one_context_at_once_are_refused() -> None:
     def work(cp: CPContext) -> str:
         said: list[str] = []
