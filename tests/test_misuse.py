@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -262,3 +263,29 @@ def test_two_threads_in_one_context_at_once_are_refused() -> None:
 
     for rank, text in enumerate(CPContext.local(2).run(work)):
         assert text.startswith(f"rank {rank}: another thread is in a call of this context")
+
+
+def test_a_context_in_a_forked_worker_says_so_at_once_and_the_group_goes_on(
+    ranks: RankGroup,
+) -> None:
+    started = monotonic()
+    for text, total in ranks.run(call_in_a_fork, num_ranks=2):
+        assert "expected a call from the process that made this context" in text
+        assert total == 2.0
+    assert monotonic() - started < BOUND_S
+
+
+def call_in_a_fork(group: dist.ProcessGroup) -> tuple[str, float]:
+    """What a collective says in a forked child, and its result here afterwards."""
+    cp = CPContext.from_group(group)
+    reads, writes = os.pipe()
+    if os.fork() == 0:
+        try:
+            cp.all_reduce(torch.ones(()))
+        except RingError as error:
+            os.write(writes, str(error).encode())
+        os._exit(0)
+    os.close(writes)
+    text = os.read(reads, 1000).decode()
+    os.wait()
+    return text, float(cp.all_reduce(torch.ones(())))

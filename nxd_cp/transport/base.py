@@ -6,6 +6,7 @@ the ring. Does not: move a byte itself (`distributed.py`, `local.py`).
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from typing import Any
@@ -34,6 +35,7 @@ class Transport(ABC):
         self.counters = Counters()
         self.buffers = BufferPool()
         self.num_calls = self.num_calls_started = 0
+        self._process = os.getpid()
         self._lock = threading.Lock()
         self._thread: int | None = None  # that is in a call, or in calls within a call
         self._depth = 0
@@ -84,7 +86,13 @@ class Transport(ABC):
             self._failure = reason
 
     def check_usable(self) -> None:
-        """Raise RingError when an earlier call was left half done."""
+        """Raise RingError when an earlier call was left half done, or in a forked process."""
+        if os.getpid() != self._process:
+            raise RingError(
+                f"rank {self.rank}: expected a call from the process that made this context, got "
+                "one from a process forked from it, which the other ranks do not know (a worker of "
+                "a DataLoader, say); call it in the training process"
+            )
         if self._failure is not None:
             raise RingError(
                 f"rank {self.rank}: this group cannot be used any more ({self._failure}); "
