@@ -94,8 +94,8 @@ def ring_attention(
         packed = segment_ids is not None or cu_seqlens is not None
         validation.validate_lengths(q, k, seq_len, kv_seq_len, cp, packed=packed)
         name = resolve_backend_name(backend, q.device)
+        differentiable = _differentiable(q, k, v, sinks)
     left, right = (window - 1, 0) if isinstance(window, int) else window or (None, None)
-    differentiated = [x for x in (q, k, v, sinks) if x is not None and x.requires_grad]
     options = Options(
         cp="" if cp is None else cp.handle,
         causal=causal,
@@ -106,7 +106,7 @@ def ring_attention(
         seq_len=seq_len,
         kv_seq_len=kv_seq_len,
         backend=name,
-        differentiable=torch.is_grad_enabled() and bool(differentiated),
+        differentiable=differentiable,
     )
     if name in RINGS:
         given = {"window": window, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens}
@@ -114,6 +114,19 @@ def ring_attention(
     else:
         o, lse, _ = ops.ring_forward(q, k, v, sinks, segment_ids, cu_seqlens, *options)
     return (o, lse) if return_lse else o
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow. Raises ValueError where autograd could not keep an input."""
+    given = [x for x in tensors if x is not None]
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in given):
+        return False
+    if not torch.compiler.is_compiling() and any(x.is_inference() for x in given):
+        raise ValueError(
+            "ring_attention: expected tensors that autograd can keep, got one made in "
+            "inference_mode beside one that needs a gradient; clone it outside that mode"
+        )
+    return True
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ _handles = itertools.count(1)
 _contexts: weakref.WeakValueDictionary[str, CPContext] = weakref.WeakValueDictionary()
 _contexts_lock = threading.Lock()
 _SHOWN_RANKS = 16
+_FIXED = ("transport", "rank", "size", "layout", "ring_order", "check_ranks", "strategy", "handle")
 
 
 class CPContext:
@@ -297,6 +298,28 @@ class CPContext:
         }
         check_agreement(call, {**description, **common})
         self._has_agreed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A backward reads the context that its forward read, so what that depends on is fixed."""
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"{name}: expected the context as it was made, with {self.__dict__[name]!r}, got "
+                f"{value!r}; make another context"
+            )
+        super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CPContext:
+        """The context itself: copies of a model share its place in the group."""
+        return self
+
+    def __copy__(self) -> CPContext:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"{self}: expected not to be pickled, since a process group cannot be; make a context "
+            "in each process, and leave it out of what is saved"
+        )
 
     def __repr__(self) -> str:
         return f"CPContext(rank={self.rank}, size={self.size}, layout={self.layout!r})"

@@ -7,6 +7,8 @@ Inside the block
     a buffer that is written while it is in flight raises RingError as its hop ends;
     a NaN in a rank's q, k or v raises on all ranks before anything is sent, and names the rank;
     a NaN in gradients on their way raises RingError where it arrives, and names sender and owner;
+    sinks, and the q, k and v of `inference.decode`, raise on all ranks when they are not the same
+    bit by bit on each;
     ranks that call from different places in the code raise: two layers of equal shape, swapped on
     one rank, look alike otherwise. Ranks that call from different lines on purpose raise as well.
 """
@@ -61,6 +63,18 @@ def call_site() -> str:
             places.append(f"{Path(file).name[-40:]}:{frame.f_lineno}")
         frame = frame.f_back
     return f"{places[0] if places else '?'} (crc {zlib.crc32(' '.join(places).encode()):08x})"
+
+
+def fingerprint(*tensors: Tensor | None) -> str:
+    """In debug mode a few characters that differ where the numbers do, else nothing."""
+    if not debug_enabled():
+        return ""
+    crc = 0
+    for x in tensors:
+        if x is not None:
+            content = x.detach().contiguous().view(-1).view(torch.uint8)
+            crc = zlib.crc32(bytes(content.tolist()), crc)
+    return f"crc {crc:08x}"
 
 
 def refuse_nan(**tensors: Tensor) -> None:

@@ -174,8 +174,8 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, o, lse = ctx.saved_tensors
         with ctx.ring.cp.refusing("backward"):
+            q, k, v, o, lse = ctx.saved_tensors
             delta = ctx.ring.support.row_delta(do, o)
             arguments = ring_arguments.backward_arguments(
                 do, lse, delta, ctx.ring.arguments(q, k, v)

@@ -21,7 +21,7 @@ from torch import Tensor
 from nxd_cp import documents, ring, strategies
 from nxd_cp.backends import get_backend
 from nxd_cp.context import CPContext, find_context
-from nxd_cp.debugging import call_site, debug_enabled, refuse_nan
+from nxd_cp.debugging import call_site, debug_enabled, fingerprint, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
 from nxd_cp.strategies import rows_first_like
@@ -110,7 +110,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: under checkpointing, reading them is the recomputation
+    with contextlib.nullcontext() if ctx.context is None else ctx.context.refusing("backward"):
+        # Once: under checkpointing, reading them is the recomputation. Here shows what one rank
+        # changed in place, or has freed.
+        saved = ctx.saved_tensors
     *gradients, dsinks = ring_backward(do, *saved, *ctx.options)
     no_gradient = [None] * (2 + len(ctx.options))
     return (*gradients, None if saved[3] is None else dsinks, *no_gradient)
@@ -229,7 +232,7 @@ class _Asked:
             "head dim of v": self._v.shape[3],
             "dtype": str(self._q.dtype),
             "device": self._q.device.type,
-            "sinks": _given(self._sinks),
+            "sinks": f"{_given(self._sinks)} {fingerprint(self._sinks)}".strip(),
             "segment_ids": _given(self._segment_ids),
             "cu_seqlens": documents.fingerprint(self._cu_seqlens),
             "gradients": "wanted" if options.differentiable else "not wanted",

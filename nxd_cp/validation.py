@@ -23,6 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
 MIN_SCALE, MAX_SCALE = 1e-20, 1e6
 MAX_SECONDS = 86400.0
+MAX_WINDOW = 2**60  # what passes the dispatcher, and can be added to a position
 _PACKING = ("segment_ids", "cu_seqlens")
 
 
@@ -160,6 +161,11 @@ def validate_window(window: Window, *, causal: bool) -> None:
             raise ValueError(
                 f"window: expected (left, right), each at least 0 or None, got {window}"
             )
+        if any(end > MAX_WINDOW for end in ends):
+            raise ValueError(
+                f"window: expected (left, right), each at most {MAX_WINDOW}, got {window}; None is "
+                "all keys"
+            )
         if causal and window[1] not in (None, 0):
             raise ValueError(
                 f"window: expected (left, 0) with causal=True, got {window}; pass causal=False to "
@@ -170,6 +176,8 @@ def validate_window(window: Window, *, causal: bool) -> None:
         raise ValueError(
             f"window: expected a whole number of at least 1 or (left, right), got {window!r}"
         )
+    if window > MAX_WINDOW:
+        raise ValueError(f"window: expected at most {MAX_WINDOW} or None for all, got {window}")
     if not causal:
         raise ValueError(
             "window: expected causal=True with a window of one number, got causal=False; give "

@@ -110,3 +110,14 @@ def test_equal_layers_that_one_rank_swaps_are_caught_in_debug_mode() -> None:
             group.run(lambda cp: two_layers(cp, cp.rank == 1))
     assert "on rank 0 and 2" in str(caught.value)
     group.run(lambda cp: two_layers(cp, cp.rank == 1))  # without debug nothing can tell them apart
+
+
+def test_sinks_that_one_rank_has_otherwise_are_caught_in_debug_mode() -> None:
+    def work(cp: CPContext, differs: bool) -> None:
+        attend(cp, sinks=torch.full((4,), 1.0 + (differs and cp.rank == 1)))
+
+    group = CPContext.local(3)
+    with debug():
+        group.run(lambda cp: work(cp, False))
+        with pytest.raises(ValueError, match=r"sinks = given crc \w+ on rank 0 and 2, given crc"):
+            group.run(lambda cp: work(cp, True))

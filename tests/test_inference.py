@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nxd_cp import reference, shard, unshard
 from nxd_cp.context import CPContext
+from nxd_cp.debugging import debug
 from nxd_cp.inference import KVCache, attend, decode, prefill
 from nxd_cp.schedule import HEADER_BYTES
 
@@ -436,3 +437,16 @@ def test_positions_in_the_wrong_order_are_caught(monkeypatch: pytest.MonkeyPatch
     found = CPContext.local(2).run(lambda cp: generate(cp, case))[0]
     with pytest.raises(AssertionError, match="expected max"):
         assert_close(str(case), found, truth(case), FP32_OUTPUT)
+
+
+def test_tokens_that_one_rank_has_otherwise_are_caught_in_debug_mode() -> None:
+    def work(cp: CPContext, differs: bool) -> None:
+        x = torch.full((1, 1, 1, 16), 1.0 + (differs and cp.rank == 1))
+        sizes = {"batch": 1, "num_kv_heads": 1, "head_dim": 16, "capacity": 4}
+        decode(x, x, x, cache=KVCache(**sizes, dtype=torch.float32), cp=cp)
+
+    group = CPContext.local(3)
+    with debug():
+        group.run(lambda cp: work(cp, False))
+        with pytest.raises(ValueError, match=r"values = crc \w+ on rank 0 and 2, crc"):
+            group.run(lambda cp: work(cp, True))

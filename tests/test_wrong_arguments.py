@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nxd_cp import ring_attention
-from nxd_cp.context import CPContext
+from nxd_cp.context import CPContext, LocalGroup
 from nxd_cp.debugging import debug
 from nxd_cp.inference import KVCache, decode, prefill
 from nxd_cp.positions import position_ids, rope_tables, segment_ids
@@ -108,6 +108,11 @@ OTHERS: list[tuple[Callable[[], Any], str]] = [
     (lambda: Strategy("auto", chip=2), "chip: expected a name, got 2"),
     (lambda: one_token(prefill, backend="nope"), "backend: expected one of torch"),
     *(
+        (lambda window=window: ring_attention(X, X, X, window=window, causal=False), "window: exp")
+        for window in [(2**70, 0), (None, 2**61), (True, 0), (1.0, 1), (NAN, 1), [1, 1]]
+    ),
+    (lambda: ring_attention(X, X, X, window=2**70), "window: expected at most 1152921504606846976"),
+    *(
         (lambda x=x, pad=pad: padded(x, pad), "pad_value: expected a number that torch.* holds")
         for x, pad in [
             (torch.ones(3).long(), 0.5),
@@ -163,12 +168,16 @@ def test_a_backend_that_there_is_not_is_refused_in_a_later_chunk_too() -> None:
 def test_a_cost_rule_for_another_chip_on_one_rank_is_named() -> None:
     """The rule may choose another strategy for it, and the ranks would not meet."""
 
+    contexts = [
+        CPContext.local(2, strategy=Strategy("auto", chip=chip)).contexts
+        for chip in ("trn2", "trn1")
+    ]
+    group = LocalGroup([contexts[0][0], contexts[1][1]], timeout_s=20)
+
     def work(cp: CPContext) -> str:
-        if cp.rank == 1:
-            cp.strategy = Strategy("auto", chip="trn1")
         with pytest.raises(ValueError, match="expected the same arguments") as caught:
             ring_attention(X, X, X, cp=cp)
         return str(caught.value)
 
-    for text in CPContext.local(2, strategy="auto").run(work):
+    for text in group.run(work):
         assert "strategy = auto for trn2 on rank 0, auto for trn1 on rank 1" in text

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nxd_cp import validation
 from nxd_cp.context import CPContext
+from nxd_cp.debugging import fingerprint
 from nxd_cp.inference.attend import Rule
 from nxd_cp.inference.cache import KVCache
 
@@ -45,7 +46,7 @@ def agree(
     kind: "prefill" or "decode". options: scale, window, softcap and sinks, as the caller gave them.
     find_places: called when shapes are known to be right; may raise ValueError.
     """
-    q, k, v = tensors
+    (q, k, v), sinks = tensors, options["sinks"]
     with cp.refusing(kind):
         _validate(q, k, v, cache, **options)
         rule = _rule(q, options["scale"], options["window"], options["softcap"])
@@ -58,9 +59,10 @@ def agree(
             "v": str(tuple(v.shape)),
             "dtype": str(q.dtype),
             "rule": str(rule),
-            "sinks": "None" if options["sinks"] is None else "given",
+            "sinks": "None" if sinks is None else "given",
             "tokens stored before": _fingerprint(cache.next_position),
             "new tokens": _fingerprint(places.counts),
+            "values": fingerprint(sinks, *tensors) if kind == "decode" else fingerprint(sinks),
         }
         cp.agree_on(kind, description)
     return rule, places

@@ -6,6 +6,7 @@ the ring. Does not: move a byte itself (`distributed.py`, `local.py`).
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from typing import Any
@@ -34,15 +35,40 @@ class Transport(ABC):
         self.counters = Counters()
         self.buffers = BufferPool()
         self.num_calls = self.num_calls_started = 0
+        self._process = os.getpid()
         self._lock = threading.Lock()
+        self._thread: int | None = None  # that is in a call, or in calls within a call
+        self._depth = 0
         self._failure: str | None = None
 
     def call(self, kind: str) -> Call:
         """Open the next numbered call. Raises RingError when an earlier one broke the group."""
         self.check_usable()
         with self._lock:
+            self._check_thread()
             self.num_calls += 1
             return Call(self, kind, self.num_calls)
+
+    def enter_call(self) -> None:
+        """This thread is in a call now. Raises RingError while another thread is."""
+        with self._lock:
+            self._check_thread()
+            self._thread, self._depth = threading.get_ident(), self._depth + 1
+
+    def leave_call(self) -> None:
+        """The counterpart of `enter_call`."""
+        with self._lock:
+            self._depth -= 1
+            self._thread = self._thread if self._depth else None
+
+    def _check_thread(self) -> None:
+        """Which of two threads comes first is chance, on each rank: their messages would mix."""
+        if self._thread not in (None, threading.get_ident()):
+            raise RingError(
+                f"rank {self.rank}: another thread is in a call of this context; make calls from "
+                "one thread at a time, in the same order on all ranks, or give each thread a "
+                "process group and a context of its own"
+            )
 
     def validate(self, plan: Plan, *, packed: bool) -> None:
         """Raise ValueError for a plan that this transport cannot carry; packed: with documents."""
@@ -60,7 +86,13 @@ class Transport(ABC):
             self._failure = reason
 
     def check_usable(self) -> None:
-        """Raise RingError when an earlier call was left half done."""
+        """Raise RingError when an earlier call was left half done, or in a forked process."""
+        if os.getpid() != self._process:
+            raise RingError(
+                f"rank {self.rank}: expected a call from the process that made this context, got "
+                "one from a process forked from it, which the other ranks do not know (a worker of "
+                "a DataLoader, say); call it in the training process"
+            )
         if self._failure is not None:
             raise RingError(
                 f"rank {self.rank}: this group cannot be used any more ({self._failure}); "

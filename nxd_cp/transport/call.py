@@ -68,11 +68,18 @@ class Call:
         self._unverified: list[tuple[Tensor, list[int]]] = []
 
     def __enter__(self) -> Call:
+        self.transport.enter_call()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        try:
+            self._end(error)
+        finally:
+            self.transport.leave_call()
+
+    def _end(self, error: BaseException | None) -> None:
         if error is not None:
             # A lost rank may show already when a hop is posted, before it is open.
             if self._open or self._has_begun or isinstance(error, RingError):
