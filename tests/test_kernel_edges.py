@@ -74,7 +74,7 @@ def test_windows_that_end_before_the_first_key_or_begin_after_the_last(
 
 @pytest.mark.parametrize("loops", [False, True], ids=["", "loops"])
 @pytest.mark.parametrize(
-    ("generation", "mask"), zip(GENERATIONS, ("causal", "full", "strict"), strict=True)
+    ("generation", "mask"), [("gen2", "causal"), ("gen3", "full"), ("gen4", "strict")]
 )
 @pytest.mark.parametrize("lengths", [[1] * 5 + [200] + [1] * 7, [128, 1, 127, 1, 2], [1] * 130])
 def test_documents_of_one_token_among_long_ones(
@@ -88,7 +88,7 @@ def test_documents_of_one_token_among_long_ones(
 CASES = [
     KernelCase("gen2", "causal", torch.bfloat16, S=150, K=150, Hq=7, D=256, E=16),
     KernelCase("gen3", "strict", torch.float32, S=150, K=150, Hq=16, D=16, E=256),
-    KernelCase("gen4", "window", torch.float16, S=150, K=150, Hq=14, Hkv=2, D=17, E=255),
+    KernelCase("gen3", "window", torch.float16, S=150, K=300, Hq=14, Hkv=2, D=17, E=255),
     KernelCase("gen2", "offset", torch.float32, S=300, K=130, Hq=7, D=129, E=31, sink=True),
     KernelCase("gen3", "offset", torch.bfloat16, S=100, K=513, Hq=16, D=64, E=16, hops=3),
     KernelCase("gen3", "causal", torch.bfloat16, B=3, S=150, K=150, D=32, E=48, cores=2),
