@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from nki_sim import nisa, nl, run, sbuf
+from nki_sim import nisa, nl, rejects, run, sbuf
 from rule_pairs import PAIRS, Pair, alone, load_pairs, on_ranks
 from rule_pairs.memory import hbm
 from rule_pairs.ranks import ALL, filled, shared
@@ -142,6 +142,59 @@ def test_the_message_names_instruction_argument_and_line():
 def test_a_call_that_does_not_fit_the_signature_keeps_its_type_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'wrong'"):
         run(lambda: nisa.memset(sbuf((128, 8)), 0.0, wrong=1))
+
+
+@pytest.mark.parametrize("value", [None, "2", (), float("nan"), float("inf"), 2.5, -1, 256])
+def test_memset_takes_numbers_that_dst_can_hold(value):
+    def kernel(dtype):
+        nisa.memset(sbuf((4, 4), dtype), value)  # bad
+
+    number = isinstance(value, (int, float))
+    for dtype in (nl.uint8, nl.float32):
+        if number and dtype == nl.float32:
+            run(kernel, dtype)
+        else:
+            rejects("memset.value" if number else "instruction.arguments", kernel, dtype)
+
+
+def test_numbers_that_are_none_are_not_nan():
+    def select():
+        nisa.affine_select(sbuf((4, 8)), [[1, 8]], 0, nl.ones((4, 8), nl.float32), None)  # bad
+
+    def replace():
+        ones = nl.ones((4, 8), nl.float32)
+        nisa.nc_match_replace8(sbuf((4, 8)), ones, ones, None)  # bad
+
+    rejects("instruction.arguments", select)
+    rejects("instruction.arguments", replace)
+
+
+def test_a_step_that_is_no_operator_is_no_bypass():
+    def kernel(op1):
+        ones = nl.ones((4, 8), nl.float32)
+        nisa.activate2(sbuf((4, 8)), nl.copy, ones, 1.0, 1.0, nl.multiply, op1)  # bad
+
+    run(kernel, None, generation="gen4")
+    for junk in ("text", 1.5, ()):
+        rejects("activate2.steps", kernel, junk, generation="gen4")
+
+
+def test_an_activation_that_reduces_has_a_place_for_the_sum():
+    def kernel():
+        ones = nl.ones((4, 8), nl.float32)
+        nisa.activation_reduce(sbuf((4, 8)), nl.copy, ones, nl.add, None)  # bad
+
+    rejects("activation.reduce", kernel)
+
+
+@pytest.mark.parametrize("prob", [-0.1, 1.1, float("nan")])
+def test_a_probability_is_between_0_and_1(prob):
+    def kernel(in_tile):
+        given = nl.full((4, 1), prob, nl.float32) if in_tile else prob
+        nisa.dropout(sbuf((4, 8)), nl.ones((4, 8), nl.float32), given)  # bad
+
+    rejects("dropout.operands", kernel, False)
+    rejects("dropout.operands", kernel, True)
 
 
 def test_an_error_of_a_kernels_own_callback_comes_through():

@@ -69,8 +69,9 @@ def _expected(values, source, target):
     if target.kind == "f" and target is not dtypes.tfloat32:
         return wide.astype(target.np_dtype)
     if target is dtypes.tfloat32:
-        mantissa, exponent = np.frexp(wide.astype(np.float64))
-        kept = np.ldexp(np.rint(np.ldexp(mantissa, 11)), exponent - 11)
+        exact = wide.astype(np.float64)
+        step = np.maximum(np.frexp(exact)[1], -125) - 11  # of subnormals as of the least normal
+        kept = np.ldexp(np.rint(np.ldexp(exact, -step)), step)
         return np.where(np.isfinite(wide), kept, wide).astype(np.float32)
     if target.kind == "b":
         return (wide != 0).astype(np.uint8)
@@ -136,6 +137,156 @@ def test_instructions_convert_like_the_tables(source):
             expected = _expected(x, source, target)
             for got in found[3 * i : 3 * i + 3]:
                 assert _same_bits(got, expected), f"{source} to {target}"
+
+
+def _hard_values():
+    """float32 [32, n]: halfway points of every small type, the last numbers of every type and what
+    lies around them, subnormals, zeros of both signs, infinities and NaN."""
+    ends = [240, 448, 57344, 65504, 127, 255, 32767, 65535, 2.0**31, 2.0**32, 3.4e38]
+    tiny = [2.0**k for k in (-6, -9, -10, -14, -16, -17, -24, -25, -126, -133, -134, -149)]
+    halves = [k + 0.5 for k in range(4)] + [1 + 2.0**-k for k in (2, 3, 4, 8, 9, 11, 12)]
+    base = np.array([0.0, *ends, *tiny, *halves, *(1.5 * x for x in tiny)], np.float32)
+    below, above = np.nextafter(base, np.float32(0)), np.nextafter(base, np.float32(np.inf))
+    both = np.concatenate([base, below, above])
+    values = np.concatenate([both, -both, np.float32([np.inf, -np.inf, np.nan])])
+    return np.resize(values, (32, -(-len(values) // 32)))
+
+
+def _through_psum(dst, x):
+    tile = nl.ndarray(x.shape, nl.float32, nl.psum)
+    nisa.tensor_copy(tile, x)
+    nisa.tensor_copy(dst, tile)
+
+
+def _product(dst, x):
+    """x once more, as the one term of a matrix product in PSUM: what is not finite is left out."""
+    product = nl.ndarray(x.shape, nl.float32, nl.psum)
+    nisa.nc_matmul(product, nl.shared_identity_matrix(32, nl.float32), x)
+    nisa.tensor_copy(dst, product)
+
+
+CASTS = {
+    "tensor_copy": nisa.tensor_copy,
+    "tensor_copy on ScalarE": lambda dst, x: nisa.tensor_copy(dst, x, nisa.engine.scalar),
+    "tensor_copy on GpSimdE": lambda dst, x: nisa.tensor_copy(dst, x, nisa.engine.gpsimd),
+    "PSUM to SBUF": _through_psum,
+    "nc_matmul": _product,
+    "activation": lambda dst, x: nisa.activation(dst, nl.copy, x),
+    "tensor_scalar": lambda dst, x: nisa.tensor_scalar(dst, x, nl.multiply, 1.0),
+    "tensor_tensor": lambda dst, x: nisa.tensor_tensor(dst, x, x, nl.maximum),
+    "scalar_tensor_tensor": lambda dst, x: nisa.scalar_tensor_tensor(
+        dst, x, nl.multiply, 1.0, nl.maximum, x
+    ),
+    "tensor_reduce": lambda dst, x: nisa.tensor_reduce(
+        dst, nl.maximum, x.reshape((*x.shape, 1)), axis=2
+    ),
+    "affine_select": lambda dst, x: nisa.affine_select(
+        dst, [[1, x.shape[1]]], 0, x, 0.0, nl.greater_equal
+    ),
+    "dma_copy": nisa.dma_copy,
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_every_instruction_that_casts_rounds_alike(cast):
+    x = _hard_values()
+    if cast == "nc_matmul":  # a zero times infinity would reach its whole column
+        x = np.where(np.isfinite(x), x, 1)
+
+    def kernel(x):
+        found = []
+        for target in dtypes.ALL:
+            tile = nl.ndarray(x.shape, target)
+            CASTS[cast](tile, load(x))
+            found.append(store(tile))
+        return tuple(found)
+
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # values beyond float8_e4m3 are the point here
+        for target, got in zip(dtypes.ALL, run(kernel, x), strict=True):
+            expected = _expected(x, dtypes.float32, target)
+            got = got.view(np.uint8) if target.kind == "b" else got
+            if cast == "nc_matmul":  # sums start at +0, so a zero has lost its sign
+                got, expected = got + target.np_dtype.type(0), expected + target.np_dtype.type(0)
+            assert _same_bits(got, expected), f"{cast} to {target}"
+
+
+@pytest.mark.parametrize("target", dtypes.ALL, ids=str)
+def test_constants_and_counts_round_like_copies(target):
+    fractions = [0.5, 1.5, 2.5, 1 + 2.0**-4, 1 + 2.0**-9, 239.0, 2.0**-10, 2.0**-134]
+    numbers = [0, 1, 17, 100] if target.kind in "iu" else fractions
+
+    def constants():
+        tile = nl.ndarray((1, len(numbers)), target)
+        for i, number in enumerate(numbers):
+            nisa.memset(tile[:, i : i + 1], number)
+        return store(tile)
+
+    def counts():
+        tile = nl.ndarray((4, 64), target)
+        nisa.iota(tile, [[37, 64]], offset=-300, channel_multiplier=1 << 29)
+        return store(tile)
+
+    whole = np.arange(4)[:, None] * (1 << 29) - 300 + 37 * np.arange(64)
+    if target.kind in "iu":  # 32-bit integers that saturate, without a detour through float32
+        info = np.iinfo(target.np_dtype)
+        expected = np.clip(whole, info.min, info.max).astype(target.np_dtype)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        if target.kind not in "iu":
+            expected = _expected(whole.astype(np.float32), dtypes.float32, target)
+        bits = f"u{target.itemsize}"
+        filled = _expected(np.float32([numbers]), dtypes.float32, target)
+        assert (run(constants).view(bits) == filled.view(bits)).all()
+        assert (run(counts).view(bits) == expected.view(bits)).all()
+
+
+WIDE = np.array([[2**24 + 1, 2**31 - 1, -(2**31), -(2**24) - 1, 3, 0, -1, 2**30 + 1]] * 32)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32])
+def test_integers_beyond_float32_keep_their_bits_where_nothing_is_cast(dtype):
+    x = WIDE.astype(np.int32).view(dtype)
+
+    def kernel(x):
+        tile, predicate, found = load(x), nl.ones(x.shape, nl.uint8), []
+
+        def result():
+            found.append(nl.zeros(x.shape, x.dtype))
+            return found[-1]
+
+        nisa.tensor_copy(result(), tile)
+        nisa.tensor_copy(result(), tile, nisa.engine.gpsimd)
+        nisa.tensor_tensor(result(), tile, tile, nl.maximum)
+        nisa.tensor_tensor(result(), tile, tile, nl.maximum, engine=nisa.engine.gpsimd)
+        nisa.affine_select(result(), [[1, 8]], 0, tile, 0.0, nl.greater_equal)
+        nisa.tensor_copy_predicated(result(), tile, predicate)
+        nisa.nc_stream_shuffle(result(), tile, list(range(32)))
+        nisa.dma_copy(result(), tile)
+        return tuple(store(tile) for tile in found)
+
+    for got in run(kernel, x):
+        np.testing.assert_array_equal(got, x)
+
+
+def test_a_mix_of_integers_and_floats_is_computed_in_float32_on_every_engine():
+    whole, half = np.full((4, 4), 3, np.int32), np.full((4, 4), 0.5, np.float32)
+
+    def kernel(whole, half):
+        floats, bits = nl.ndarray((4, 4), nl.float32), nl.ndarray((4, 4), nl.int32)
+        for engine in (nisa.engine.gpsimd, nisa.engine.vector):
+            nisa.tensor_tensor(floats, load(whole), load(half), nl.multiply, engine=engine)
+            nisa.tensor_tensor(bits, load(whole), load(half), nl.add, engine=engine)
+            yield_(floats, bits)
+        return tuple(stored)
+
+    stored = []
+
+    def yield_(*tiles):
+        stored.extend(store(tile) for tile in tiles)
+
+    for found, expected in zip(run(kernel, whole, half), [1.5, 4, 1.5, 4], strict=True):
+        assert (found == expected).all()
 
 
 def test_a_value_beyond_float8_e4m3_is_reported():

@@ -12,6 +12,11 @@ def pattern(count):
     nisa.iota(sbuf((128, 8), nl.int32), [[1, count]])  # bad
 
 
+@pair("affine.int32", good=2, bad=1.5)
+def affine_numbers(step):
+    nisa.iota(sbuf((128, 8), nl.int32), [[step, 8]])  # bad
+
+
 @pair("affine_select.cmp_op", good=nl.greater, bad=nl.add)
 def cmp_op(op):
     tile = nl.ones((128, 8), nl.float32)
@@ -162,6 +167,12 @@ def copy_address(_):
     index, tile = nl.zeros((1, 1), nl.uint32), nl.ones((128, 16), nl.float32)
     src = tile.ap([[16, 128], [1, 8]], scalar_offset=index, indirect_dim=1)
     nisa.tensor_copy(sbuf((128, 8)), src)  # bad
+
+
+@pair("tensor_copy.scalar_engine", good=1 << 24, bad=(1 << 24) + 1)
+def integers_on_scalar_engine(value):
+    src = nl.full((128, 8), value, nl.int32)
+    nisa.tensor_copy(sbuf((128, 8), nl.int32), src, nisa.engine.scalar)  # bad
 
 
 @pair("instruction.arguments", good=True, bad=False)

@@ -64,7 +64,7 @@ def activate2(
     function = operator(instr, "op", op, "activate").activate
     assert function is not None, "operator() has checked the role"
     values = read(instr, run, "data", data)
-    pair = tuple(getattr(o, "name", "bypass") for o in (op0, op1))
+    pair = tuple("bypass" if o is None else getattr(o, "name", "") for o in (op0, op1))
     tiles = [imm for imm in (imm0, imm1) if type(imm) is NkiTensor]
     legal = pair in _PAIRS and len({tile.dtype for tile in tiles}) <= 1
     legal = legal and not (reverse0 and pair[0] == "bypass")

@@ -1,14 +1,15 @@
 """Moving and filling on-chip memory: tensor_copy and memset.
 
-A copy between equal dtypes moves bits; any other goes through fp32. tensor_copy also takes an
-address from a register or an index tile (`.ap(scalar_offset=...)`). Tensor indirection is not
-implemented.
+A copy between equal dtypes moves bits, but for integers on ScalarE; any other goes through fp32.
+tensor_copy also takes an address from a register or an index tile (`.ap(scalar_offset=...)`).
+Tensor indirection is not implemented.
 
 Source: nki.isa.tensor_copy, nki.isa.memset; NKI migration guide (tensor_copy_dynamic_src).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,11 @@ _PADDING = inferred(
     "nki.language guide, Creating Tensors; nki-library@d2ad3a5 copies tiles with their padding",
     "a copy moves memory that was written; what was not stays unwritten where it arrives",
 )
+_ROUNDED = inferred(
+    "tensor_copy.scalar_engine",
+    "nki.isa.tensor_copy (bit-accurate copies are those of VectorE and GpSimdE)",
+    "ScalarE copies through float32: 32-bit integers that it moves are ones that float32 holds",
+)
 
 
 def tensor_copy(
@@ -81,10 +87,12 @@ def tensor_copy(
         mark_moved(dst, written)
     if not run.values:
         pass
-    elif dst.dtype is src.dtype:
+    elif dst.dtype is src.dtype and (engine is not engines.scalar or dst.dtype.kind == "f"):
         out[...] = like(values, out.shape)
     else:
         dtypes.store_f32(out, like(dtypes.to_f32(values, src.dtype), out.shape), dst.dtype)
+        if dst.dtype is src.dtype and not np.array_equal(out, like(values, out.shape)):
+            broken(_ROUNDED, instr, "integers that float32 rounds", dst=dst, src=src)
     unit = "vector" if engine is engines.unknown else engine.name
     return issue(run, "tensor_copy", unit, dst, (src,), src, flags, name=name)
 
@@ -99,6 +107,10 @@ def _check_engine(instr: str, run: Run, engine: Any, dst: Any, src: Any) -> None
         fail(ENGINE, instr, f"{engine} cannot run it", dst=dst, src=src)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.generic))
+
+
 def memset(
     dst: Any, value: Any, engine: Any = engines.unknown, name: str | None = None
 ) -> NkiInstruction:
@@ -109,11 +121,13 @@ def memset(
         engine is engines.gpsimd and in_psum(dst)
     ):
         fail(ENGINE, instr, f"{engine} cannot run it", dst=dst)
+    if not _is_number(value):
+        raise TypeError(f"value is {value!r}, not a number")
     zeroed = value == 0 and type(dst) is NkiTensor and dst.space == PSUM
     out = destination(instr, "dst", dst, ZEROED if zeroed else OTHER)
     if dst.dtype.kind in "iu":
         info = np.iinfo(dst.dtype.np_dtype)
-        if value != int(value) or not info.min <= value <= info.max:
+        if not math.isfinite(value) or value != int(value) or not info.min <= value <= info.max:
             fail(_FILL, instr, f"{value!r} is no {dst.dtype}", dst=dst)
         if not hasattr(value, "__index__"):
             broken(_KIND, instr, f"value={value!r} for {dst.dtype}", dst=dst)

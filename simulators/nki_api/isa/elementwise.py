@@ -66,7 +66,7 @@ def tensor_tensor(
         a, b = like(a, out.shape), like(b, out.shape)
         if op.bitvec:
             out[...] = function(a, b)
-        elif unit == "gpsimd" and data1.dtype in _INT32 and op is not OPS["power"]:
+        elif unit == "gpsimd" and _integers(dst, data1, data2) and op is not OPS["power"]:
             _store_exact(out, function(a.astype(np.int64), b.astype(np.int64)), dst.dtype)
         else:
             _apply(function, a, b, out, dst, data1, data2)
@@ -79,18 +79,16 @@ def _engine(instr: str, op: Op, engine: Any, psum: bool, dst: Any, data1: Any, d
     if engine not in (engines.unknown, engines.vector, engines.gpsimd) or (
         (power or engine is engines.gpsimd) and psum
     ):
-        fail(
-            ENGINE,
-            instr,
-            f"engine={engine}, op={op}: GpSimdE cannot reach PSUM",
-            dst=dst,
-            data1=data1,
-            data2=data2,
-        )
-    exact = not op.bitvec and all(t.dtype in _INT32 for t in (dst, data1, data2)) and not psum
+        why = "GpSimdE cannot reach PSUM" if psum else "it runs on vector or gpsimd"
+        fail(ENGINE, instr, f"engine={engine}, op={op}: {why}", dst=dst, data1=data1, data2=data2)
+    exact = not op.bitvec and _integers(dst, data1, data2) and not psum
     if power or engine is engines.gpsimd or (engine is engines.unknown and exact):
         return "gpsimd"
     return "vector"
+
+
+def _integers(*tiles: Any) -> bool:
+    return all(tile.dtype in _INT32 for tile in tiles)
 
 
 def _store_exact(out: Any, values: Any, dtype: dtypes.DType) -> None:

@@ -25,7 +25,7 @@ from nxd_cp.simulators.nki_api.checks import (
 from nxd_cp.simulators.nki_api.errors import fail
 from nxd_cp.simulators.nki_api.initmap import OTHER
 from nxd_cp.simulators.nki_api.ops import OPS
-from nxd_cp.simulators.nki_api.registers import read
+from nxd_cp.simulators.nki_api.registers import Register, read
 from nxd_cp.simulators.nki_api.rules import documented
 from nxd_cp.simulators.nki_api.runtime import current
 from nxd_cp.simulators.nki_api.tensor import NkiTensor
@@ -36,6 +36,11 @@ _PATTERN = documented(
     "affine.pattern",
     "nki.isa.iota, nki.isa.affine_select",
     "pattern is up to 4 [step, count] pairs whose counts multiply to the elements per partition",
+)
+_INT32 = documented(
+    "affine.int32",
+    "nki.isa.iota, nki.isa.affine_select",
+    "offset, channel_multiplier and the numbers of pattern are integers of 32 bits",
 )
 _COMPARE = documented(
     "affine_select.cmp_op", "nki.isa.affine_select", "cmp_op is a comparison operator"
@@ -53,14 +58,25 @@ def _affine(
     return offset + multiplier * np.arange(partitions, dtype=np.int64)[:, None] + free
 
 
+def _int32(instr: str, value: Any, tile: NkiTensor) -> int:
+    whole = int(value) if isinstance(value, (int, np.integer)) else None
+    if whole is None or not -(2**31) <= whole < 2**31:
+        fail(_INT32, instr, f"{value!r} is no int32", tile=tile)
+    return whole
+
+
 def _pairs(instr: str, pattern: Any, tile: NkiTensor) -> tuple[tuple[int, int], ...]:
-    pairs = tuple((int(step), int(count)) for step, count in pattern)
+    pairs = tuple((_int32(instr, s, tile), _int32(instr, c, tile)) for s, c in pattern)
     total = 1
     for _, count in pairs:
         total *= count
     if not 1 <= len(pairs) <= 4 or total != tile.size // tile.shape[0]:
         fail(_PATTERN, instr, f"pattern {pattern}", tile=tile)
     return pairs
+
+
+def _offset(instr: str, offset: Any, tile: NkiTensor) -> int:
+    return read(instr, offset) if type(offset) is Register else _int32(instr, offset, tile)
 
 
 def iota(
@@ -72,10 +88,10 @@ def iota(
     check_tile(instr, "dst", dst)
     in_sbuf(instr, dst=dst)
     pairs = _pairs(instr, pattern, dst)
+    multiplier = _int32(instr, channel_multiplier, dst)
     out = destination(instr, "dst", dst, OTHER)
     if run.values:
-        first = read(instr, offset)
-        values = _affine(pairs, dst.shape[0], first, int(channel_multiplier))
+        values = _affine(pairs, dst.shape[0], _offset(instr, offset, dst), multiplier)
         values = values.astype(np.int32).reshape(out.shape)
         if dst.dtype.kind in "iu":
             info = np.iinfo(dst.dtype.np_dtype)
@@ -113,14 +129,21 @@ def affine_select(
     if operator(instr, "cmp_op", cmp_op, "binary").name not in _COMPARISONS:
         fail(_COMPARE, instr, f"cmp_op={cmp_op}", dst=dst)
     pairs = _pairs(instr, pattern, dst)
+    multiplier = _int32(instr, channel_multiplier, dst)
+    otherwise = np.float32(float(on_false_value))
     out = destination(instr, "dst", dst, OTHER)
     same_tiles(instr, dst=dst, on_true_tile=on_true_tile)
     if run.values:
-        first = read(instr, offset)
-        keep = _predicate(pairs, dst.shape[0], first, int(channel_multiplier), cmp_op.name)
-        wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
-        chosen = np.where(like(keep, out.shape), wide, np.float32(on_false_value))
-        dtypes.store_f32(out, chosen, dst.dtype)
+        first = _offset(instr, offset, dst)
+        keep = like(_predicate(pairs, dst.shape[0], first, multiplier, cmp_op.name), out.shape)
+        if dst.dtype is on_true_tile.dtype:  # chosen elements keep their bits
+            fill = np.empty(1, out.dtype)
+            dtypes.store_f32(fill, np.full(1, otherwise), dst.dtype)
+            out[...] = np.where(keep, like(values, out.shape), fill)
+        else:
+            wide = like(dtypes.to_f32(values, on_true_tile.dtype), out.shape)
+            chosen = np.where(keep, wide, otherwise)
+            dtypes.store_f32(out, chosen, dst.dtype)
     return issue(
         run, "affine_select", "gpsimd", dst, (on_true_tile,), dst, detail=cmp_op.name, name=name
     )

@@ -50,7 +50,8 @@ _UNIFORM = documented("rand2.dtype", "nki.isa.rand2", "dst is of any type but fl
 _DROPOUT = documented(
     "dropout.operands",
     "nki.isa.dropout",
-    "dst has data's dtype; prob is a number or a float [partitions, 1] tile, float32 for integers",
+    "dst has data's dtype; prob, 0 to 1, is a number or a float [partitions, 1] tile, float32 for "
+    "integers",
 )
 
 
@@ -151,6 +152,8 @@ def dropout(dst: Any, data: Any, prob: Any, name: str | None = None) -> NkiInstr
         fail(_DROPOUT, instr, f"dst is {dst.dtype}", dst=dst, data=data, prob=prob)
     out = destination(instr, "dst", dst)
     same_tiles(instr, dst=dst, data=data)
+    if (run.values or type(limit) is float) and not np.all((limit >= 0) & (limit <= 1)):
+        fail(_DROPOUT, instr, "a probability outside 0 to 1", prob=prob)
     if run.values:
         drawn = _uniform(run, data.shape[0], data.size // data.shape[0]).reshape(values.shape)
         kept = np.where(drawn < limit, np.zeros((), values.dtype), values)

@@ -97,6 +97,8 @@ def activation_reduce(
     name: str | None = None,
 ) -> NkiInstruction:
     """activation with reduce_cmd=reset_reduce."""
+    if reduce_res is None:
+        fail(_REDUCE, "nki.isa.activation_reduce", "there is no reduce_res", data=data)
     reduction = (reduce_op, reduce_res, commands.reset_reduce)
     return _activation("nki.isa.activation_reduce", dst, op, data, bias, scale, reduction, name)
 

@@ -116,6 +116,7 @@ def nc_match_replace8(
     out = destination(instr, "dst", dst, OTHER)
     index = None if dst_idx is None else destination(instr, "dst_idx", dst_idx, OTHER)
     elements = _check(instr, data, **small)
+    replacement = np.float32(float(imm))
     if dst.shape[0] != data.shape[0] or dst.size != data.size:
         fail(_EIGHT, instr, f"dst is {dst.shape}", dst=dst, data=data)
     if run.values:
@@ -123,7 +124,7 @@ def nc_match_replace8(
         eight = dtypes.to_f32(wanted, vals.dtype).reshape(data.shape[0], 8)
         found = _match(wide, eight, range(7, -1, -1))
         rows, slots = np.nonzero(found >= 0)
-        wide[rows, found[rows, slots]] = np.float32(imm)
+        wide[rows, found[rows, slots]] = replacement
         dtypes.store_f32(out, wide.reshape(out.shape), dst.dtype)
         if index is not None:
             index[...] = found.reshape(index.shape).astype(index.dtype)
