@@ -413,6 +413,11 @@ class LocalGroup:
         return [results[rank] for rank in range(self.size)]
 
 
+def refusing(cp: CPContext | None, kind: str) -> contextlib.AbstractContextManager[None]:
+    """`CPContext.refusing`; without a context there is nobody to tell."""
+    return contextlib.nullcontext() if cp is None else cp.refusing(kind)
+
+
 def find_context(handle: str) -> CPContext:
     """The context with this handle. Raises ValueError when it is gone."""
     with _contexts_lock:
