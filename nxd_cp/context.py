@@ -27,6 +27,7 @@ from nxd_cp.transport import (
     DistributedTransport,
     LocalSession,
     LocalTransport,
+    RankMismatchError,
     RingError,
     Transport,
     XlaTransport,
@@ -367,7 +368,8 @@ class LocalGroup:
     def run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
         """Call `fn(ctx)` in one thread per rank; return the results in rank order.
 
-        The first error of any rank is raised here; it ends the waits of all others. The group can
+        The first error of any rank is raised here (where others heard of it in an agreement, the
+        error of the rank that told them); it ends the waits of all others. The group can
         be used again afterwards. PyTorch keeps grad mode and autocast per thread: enter them in
         `fn`. Raises RingError when another thread, or `fn` itself, runs it.
         """
@@ -413,7 +415,10 @@ class LocalGroup:
             thread.join()
         session.close()
         if session.failed_rank is not None:
-            raise errors[session.failed_rank]
+            first = errors[session.failed_rank]
+            heard = (RankMismatchError, RingError)
+            own = [error for _, error in sorted(errors.items()) if not isinstance(error, heard)]
+            raise own[0] if own and isinstance(first, RankMismatchError) else first
         return [results[rank] for rank in range(self.size)]
 
 

@@ -310,3 +310,15 @@ def test_without_agreement_a_refused_call_does_not_meet_a_later_one() -> None:
         assert seen[rank][0] == ""
         assert "call 2" in seen[rank][1]
         assert "cannot be used any more" in seen[rank][2]
+
+
+def test_a_local_group_raises_the_error_of_the_rank_that_refused_first_of_all() -> None:
+    """And not what the others, which may be quicker, heard from it."""
+
+    def work(cp: CPContext) -> None:
+        attend(cp, window=(1, "far") if cp.rank == 2 else None)
+
+    for _ in range(10):
+        with pytest.raises(ValueError, match="window: expected") as caught:
+            CPContext.local(3).run(work)
+        assert "refuses" not in str(caught.value)
