@@ -6,14 +6,12 @@ communicate (`ring.py`) or own a process group (`context.py`).
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from nxd_cp import device_ring, ops, validation
 from nxd_cp.backends import RINGS, resolve_backend_name
-from nxd_cp.context import CPContext
+from nxd_cp.context import CPContext, refusing
 from nxd_cp.options import Options
 from nxd_cp.schedule import Window
 
@@ -79,7 +77,7 @@ def ring_attention(
             "CPContext.from_group"
         )
     q, k, v = _autocast(q, k, v)
-    with contextlib.nullcontext() if cp is None else cp.refusing("forward"):
+    with refusing(cp, "forward"):
         validation.validate_tensors(q, k, v)
         validation.validate_flag("causal", causal)
         validation.validate_flag("return_lse", return_lse)

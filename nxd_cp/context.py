@@ -273,9 +273,13 @@ class CPContext:
         """Tell the other ranks, which are about to agree, that this one cannot begin, and why.
 
         When nobody listens there is nobody to tell, and the caller's own error is the one to raise.
+        Where ranks do not agree the call is counted all the same: the others' keys of this call
+        then meet no later call of this rank.
         """
-        if self.agrees and not torch.compiler.is_compiling():
-            with contextlib.suppress(RingError), self.transport.call(kind) as call:
+        if torch.compiler.is_compiling():
+            return
+        with contextlib.suppress(RingError), self.transport.call(kind) as call:
+            if self.agrees:
                 announce_refusal(call, str(error) or type(error).__name__)
 
     @property
@@ -346,6 +350,11 @@ def _transport(group: ProcessGroup, messages: str) -> Transport:
     if messages == "all_to_all":
         return CollectiveTransport(group)
     raise ValueError(f"messages: expected p2p, all_to_all or probe, got {messages!r}")
+
+
+def refusing(cp: CPContext | None, kind: str) -> contextlib.AbstractContextManager[None]:
+    """`CPContext.refusing`; without a context there is nobody to tell."""
+    return contextlib.nullcontext() if cp is None else cp.refusing(kind)
 
 
 def find_context(handle: str) -> CPContext:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from nxd_cp.transport import LocalSession, LocalTransport, RingError
+from nxd_cp.transport import LocalSession, LocalTransport, RankMismatchError, RingError
 
 if TYPE_CHECKING:
     from nxd_cp.context import CPContext
@@ -31,9 +31,10 @@ class LocalGroup:
     def run(self, fn: Callable[[CPContext], Result]) -> list[Result]:
         """Call `fn(ctx)` in one thread per rank; return the results in rank order.
 
-        The first error of any rank is raised here; it ends the waits of all others. The group can
-        be used again afterwards. PyTorch keeps grad mode and autocast per thread: enter them in
-        `fn`. Raises RingError when another thread, or `fn` itself, runs it.
+        The first error of any rank is raised here (where others heard of it in an agreement, the
+        error of the rank that told them); it ends the waits of all others. The group can be used
+        again afterwards. PyTorch keeps grad mode and autocast per thread: enter them in `fn`.
+        Raises RingError when another thread, or `fn` itself, runs it.
         """
         if not self._running.acquire(blocking=False):
             raise RingError(
@@ -77,5 +78,8 @@ class LocalGroup:
             thread.join()
         session.close()
         if session.failed_rank is not None:
-            raise errors[session.failed_rank]
+            first = errors[session.failed_rank]
+            heard = (RankMismatchError, RingError)
+            own = [error for _, error in sorted(errors.items()) if not isinstance(error, heard)]
+            raise own[0] if own and isinstance(first, RankMismatchError) else first
         return [results[rank] for rank in range(self.size)]

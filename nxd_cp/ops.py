@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nxd_cp import documents, ring, strategies
 from nxd_cp.backends import get_backend
-from nxd_cp.context import CPContext, find_context
+from nxd_cp.context import CPContext, find_context, refusing
 from nxd_cp.debugging import call_site, debug_enabled, fingerprint, refuse_nan
 from nxd_cp.options import SCHEMA, Options
 from nxd_cp.schedule import Plan, make_plan, token_runs
@@ -110,7 +110,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, do: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    with contextlib.nullcontext() if ctx.context is None else ctx.context.refusing("backward"):
+    with refusing(ctx.context, "backward"):
         # Once: under checkpointing, reading them is the recomputation. Here shows what one rank
         # changed in place, or has freed.
         saved = ctx.saved_tensors

@@ -289,3 +289,36 @@ def call_in_a_fork(group: dist.ProcessGroup) -> tuple[str, float]:
     text = os.read(reads, 1000).decode()
     os.wait()
     return text, float(cp.all_reduce(torch.ones(())))
+
+
+def test_without_agreement_a_refused_call_does_not_meet_a_later_one() -> None:
+    """The others' second call would take the keys of rank 1's third, and nobody would notice."""
+    seen: dict[int, list[str]] = {}
+
+    def work(cp: CPContext) -> None:
+        seen[cp.rank] = []
+        for wrong in (False, True, False):
+            try:
+                attend(cp, scale=-1.0 if wrong and cp.rank == 1 else None)
+                seen[cp.rank].append("")
+            except (RingError, ValueError) as error:
+                seen[cp.rank].append(str(error))
+
+    CPContext.local(3, check_ranks=False, timeout_s=5).run(work)
+    assert "scale: expected a number" in seen[1][1]
+    for rank in (0, 2):
+        assert seen[rank][0] == ""
+        assert "call 2" in seen[rank][1]
+        assert "cannot be used any more" in seen[rank][2]
+
+
+def test_a_local_group_raises_the_error_of_the_rank_that_refused_first_of_all() -> None:
+    """And not what the others, which may be quicker, heard from it."""
+
+    def work(cp: CPContext) -> None:
+        attend(cp, window=(1, "far") if cp.rank == 2 else None)
+
+    for _ in range(10):
+        with pytest.raises(ValueError, match="window: expected") as caught:
+            CPContext.local(3).run(work)
+        assert "refuses" not in str(caught.value)

@@ -15,6 +15,7 @@ from ranks import RankGroup
 
 from nxd_cp.context import CPContext
 from nxd_cp.integrations.nxd import check_sizes, context_groups, tensor_groups
+from nxd_cp.integrations.nxd.attention import nki_ring_attn_func
 from nxd_cp.integrations.nxd.state import check_ring
 
 # (world, tp, cp, pp, chip, lnc)
@@ -220,3 +221,16 @@ def test_a_group_that_contradicts_its_replica_groups_is_caught() -> None:
 def test_without_nxd_the_error_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"neuronx-distributed to be installed.*from_mesh"):
         CPContext.from_nxd()
+
+
+def test_another_ring_on_one_rank_alone_is_caught_on_all() -> None:
+    def work(cp: CPContext) -> str:
+        x = torch.ones(1, 1, 4, 16)
+        claimed = 0 if cp.rank == 1 else cp.rank
+        with pytest.raises(ValueError, match="rank_id and src_tgt_pairs: expected") as caught:
+            nki_ring_attn_func(x, x, x, claimed, closed_ring([0, 1, 2]), cp=cp)
+        return str(caught.value)
+
+    group = CPContext.local(3, layout="contiguous", timeout_s=20)
+    for rank, text in enumerate(group.run(work)):
+        assert ("rank 1 refuses: " in text) == (rank != 1)

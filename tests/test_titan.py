@@ -110,3 +110,16 @@ def test_what_would_be_dropped_raises():
         inner(q, kv, kv)
     with pytest.raises(ValueError, match="expected modules of class ScaledDotProductAttention"):
         replace_inner_attention(nn.Linear(2, 2), None)
+
+
+def test_what_one_rank_alone_would_drop_raises_on_all():
+    def work(cp):
+        x = torch.ones(1, 4, 2, 16)
+        masks = object() if cp.rank == 1 else None
+        with pytest.raises(ValueError, match="attention_masks: expected None") as caught:
+            RingInnerAttention(cp)(x, x, x, attention_masks=masks)
+        return str(caught.value)
+
+    first, second = CPContext.local(2, timeout_s=20).run(work)
+    assert "rank 1 refuses: " in first
+    assert "rank 1 refuses: " not in second

@@ -20,7 +20,6 @@ Letters: B batch, L tokens of this rank, H query heads, G key/value heads, D hea
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -30,7 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from nxd_cp import validation
 from nxd_cp.attention import ring_attention
-from nxd_cp.context import CPContext
+from nxd_cp.context import CPContext, refusing
 from nxd_cp.integrations.hf_masks import check_mask, refuse_padding
 from nxd_cp.integrations.hf_positions import PositionCheck
 from nxd_cp.sharding import IGNORE_INDEX
@@ -129,7 +128,7 @@ def shard_batch(
     Raises ValueError for padding, and what `nxd_cp.shard_batch` raises.
     """
     counts = "labels" in batch and num_items_in_batch is None  # then the others wait for us
-    with cp.refusing("shard_batch") if counts else contextlib.nullcontext():
+    with refusing(cp if counts else None, "shard_batch"):
         validation.validate_count("grad_average_over", grad_average_over)
         whole = dict(batch)
         refuse_padding(whole.pop("attention_mask", None))
@@ -172,7 +171,7 @@ def ring_attention_forward(
     attachment = attachment_of(module)
     cp, cached = attachment.cp, attachment.cached
     causal = bool(module.is_causal if is_causal is None else is_causal)
-    with contextlib.nullcontext() if cp is None else cp.refusing("forward"):
+    with refusing(cp, "forward"):
         _refuse_mask(attention_mask)
         _refuse_unknown(kwargs)
         if key.shape[2] != query.shape[2]:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nxd_cp.attention import ring_attention
-from nxd_cp.context import CPContext
+from nxd_cp.context import CPContext, refusing
 
 LAYOUT_OF_LOAD_BALANCER = {"headtail": "zigzag", None: "contiguous"}
 """TorchTitan's `context_parallel_load_balancer` -> our layout."""
@@ -61,22 +61,23 @@ class RingInnerAttention(nn.Module):
         Raises ValueError for mask objects and unknown arguments, for key/value heads that differ
         from the query heads without `enable_gqa`, and what `ring_attention` raises.
         """
-        if attention_masks is not None:
-            raise ValueError(
-                f"attention_masks: expected None, got {type(attention_masks).__name__}; give "
-                "windows to RingInnerAttention(window=...), packed documents as segment_ids"
-            )
-        unknown = sorted(name for name, value in kwargs.items() if value is not None)
-        if unknown:
-            raise ValueError(
-                f"expected arguments whose meaning is known, got {', '.join(unknown)}; leave them "
-                "out"
-            )
-        if not enable_gqa and k_BLNH.shape[2] != q_BLNH.shape[2]:
-            raise ValueError(
-                f"expected as many key/value heads as query heads, got {k_BLNH.shape[2]} and "
-                f"{q_BLNH.shape[2]}; pass enable_gqa=True"
-            )
+        with refusing(self.cp, "forward"):
+            if attention_masks is not None:
+                raise ValueError(
+                    f"attention_masks: expected None, got {type(attention_masks).__name__}; give "
+                    "windows to RingInnerAttention(window=...), packed documents as segment_ids"
+                )
+            unknown = sorted(name for name, value in kwargs.items() if value is not None)
+            if unknown:
+                raise ValueError(
+                    f"expected arguments whose meaning is known, got {', '.join(unknown)}; leave "
+                    "them out"
+                )
+            if not enable_gqa and k_BLNH.shape[2] != q_BLNH.shape[2]:
+                raise ValueError(
+                    f"expected as many key/value heads as query heads, got {k_BLNH.shape[2]} and "
+                    f"{q_BLNH.shape[2]}; pass enable_gqa=True"
+                )
         o_BNLH = ring_attention(
             *(x.transpose(1, 2) for x in (q_BLNH, k_BLNH, v_BLNH)),
             cp=self.cp,

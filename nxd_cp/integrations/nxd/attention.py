@@ -47,7 +47,8 @@ def nki_ring_attn_func(
     Raises ValueError for dropout, for a ring that is not the context's, and as `ring_attention`.
     """
     context = shared_context("contiguous") if cp is None else cp
-    check_ring(context, rank_id, src_tgt_pairs)
+    with context.refusing("forward"):
+        check_ring(context, rank_id, src_tgt_pairs)
     o: Any = ring_attention(
         q,
         k,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nxd_cp import validation
 from nxd_cp.context import CPContext
 from nxd_cp.integrations.nxd.state import shared_context
 from nxd_cp.sharding import IGNORE_INDEX, shard
@@ -54,6 +55,7 @@ def get_batch_on_this_context_parallel_rank(
     that would change the result.
     """
     context = shared_context(layout) if cp is None else cp
+    validation.validate_flag("check_mask", check_mask)
     if context.size == 1:
         return batch
     if check_mask:
