@@ -4,8 +4,8 @@ Letters: B batch, H query heads, S query rows, E head dim of v; M <= 128 rows of
 
     ds = p * (do v^T - delta),   delta_i = sum_j p_ij (do_i . v_j) = do_i . o_i
 
-Precision: do and o in their own dtypes (bf16, fp16 or fp32), product and sum fp32. Taken with the
-fp32 o of the forward kernel, before it is rounded, delta agrees with the p that is recomputed.
+Precision: do and o in their own dtypes (bf16, fp16 or fp32), product and sum fp32. The rings pass o
+as it was returned, rounded to the dtype of q.
 """
 
 import nki

@@ -101,7 +101,13 @@ def test_names_and_aliases_are_warned_about():
         src = hbm((8, 4), "s")
         ncc.all_reduce([src], [src], ALL, nl.add)
 
-    for rule, call in ((r"collective\.name", unnamed), (r"collective\.alias", in_place)):
+    def into_one(x):
+        dst = hbm((8, 4), "d")
+        ncc.all_reduce([hbm((8, 4), "s"), hbm((8, 4), "t")], [dst, dst], ALL, nl.add)
+
+    alias = r"collective\.alias"
+    calls = ((r"collective\.name", unnamed), (alias, in_place), (alias, into_one))
+    for rule, call in calls:
         with pytest.warns(NkiSimulatorWarning, match=rule):
             simulate_ranks(call, [(X,)] * N)
 

@@ -1,5 +1,8 @@
 """Registers, device loops and addresses known at run time."""
 
+import linecache
+import warnings
+
 import numpy as np
 import pytest
 from nki_sim import load, nisa, nl, normal, rejects, run, sbuf, store
@@ -236,6 +239,30 @@ def test_while_loop_and_parser_loops():
         return store(out[0:6])
 
     np.testing.assert_array_equal(run(parser, X), X[:6])
+
+
+def test_the_older_spellings_of_loops_are_deprecated():
+    def for_loop(x):
+        for _ in nl.dynamic_range(2):  # old
+            load(x)
+
+    def while_loop(x):
+        register = nisa.register_alloc(1)
+        while register:  # old
+            nisa.register_move(register, 0)
+
+    def newer(x):
+        nl.fori_loop(0, 2, lambda i: None)
+        nl.while_loop(nisa.register_alloc(0), lambda register: register)
+
+    for kernel, instead in ((for_loop, "nl.fori_loop"), (while_loop, "nl.while_loop")):
+        with pytest.warns(DeprecationWarning, match=instead) as seen:
+            run(kernel, X)
+        [warning] = [w for w in seen if w.category is DeprecationWarning]
+        assert "# old" in linecache.getline(warning.filename, warning.lineno)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        run(newer, X)
 
 
 def test_endless_while_loops_are_rejected(monkeypatch):

@@ -150,7 +150,8 @@ def test_a_while_over_a_register_is_no_if():
 
     with pytest.warns(NkiSimulatorWarning) as caught:
         Kernel(kernel, "gen3")(X)
-    assert all("front_end.python" in str(w.message) for w in caught)
+    broken = [w for w in caught if w.category is NkiSimulatorWarning]  # the loop is old, not wrong
+    assert all("front_end.python" in str(w.message) for w in broken)
 
 
 def test_two_threads_never_parse_at_the_same_time(monkeypatch):

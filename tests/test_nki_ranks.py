@@ -312,5 +312,6 @@ def test_a_group_is_a_partition_of_the_ranks_that_run():
     for groups in ([[0, 0]], [[1]], [[0, 7]]):
         rejects_group(ncc.ReplicaGroup(groups))
     rejects_group([[0]])
-    with pytest.raises(ValueError, match=r"expected lists of ranks"):
-        ncc.ReplicaGroup(3)
+    for wrong in (3, [0, 1], [[0, 1.5]], ["01"], [[None]]):
+        with pytest.raises(ValueError, match=r"expected lists of ranks"):
+            ncc.ReplicaGroup(wrong)

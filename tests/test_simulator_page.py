@@ -59,6 +59,12 @@ def test_coverage_follows_an_instruction_to_its_rules(name, generation, rule):
     assert "nc_matmul.bank" not in coverage.coverage_of("isa", "iota", isa.iota).rules
 
 
+def test_helpers_are_no_functions_of_the_language():
+    names = set(coverage.language_names())
+    assert {"fori_loop", "softmax", "where"} <= names
+    assert not {"current", "documented", "fail", "guarded"} & names
+
+
 def test_most_rules_of_instructions_are_in_the_table():
     reached = {rule for row in coverage.instructions() for rule in row.rules}
     names = {row.name for row in coverage.instructions()}

@@ -107,11 +107,7 @@ def instructions() -> list[Coverage]:
 
 def language_names() -> list[str]:
     """Public functions of nki.language."""
-    return sorted(
-        name
-        for name, value in vars(language).items()
-        if not name.startswith("_") and _ours(value) is not None
-    )
+    return sorted(n for n in language.__all__ if _ours(getattr(language, n)) is not None)
 
 
 def tables() -> str:

@@ -158,6 +158,13 @@ def broken(rule: Rule, instruction: str, detail: str, **operands: Any) -> None:
     warnings.warn_explicit(text, NkiSimulatorWarning, *user_place(), registry=registry)
 
 
+def deprecated(text: str) -> None:
+    """A DeprecationWarning at the user's line: what works, and later versions of NKI drop."""
+    frame = user_frame()
+    registry = {} if frame is None else frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(text, DeprecationWarning, *user_place(), registry=registry)
+
+
 def fail(rule: Rule, instruction: str, detail: str, **operands: Any) -> NoReturn:
     """Raise whatever the tier: for breaches after which nothing sensible can be computed."""
     raise NkiValidationError(message(rule, instruction, detail, operands))

@@ -8,6 +8,8 @@ bits.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import sys
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from .dtypes import fill_unwritten
 from .errors import blamed, broken, definition, fail
 from .initmap import FRESH
 from .memory import HBM, MemoryRegion
+from .nki_object import NKIObject
 from .registers import Register
 from .rules import documented, inferred
 from .runtime import Run
@@ -78,15 +81,29 @@ def as_numpy(value: Any) -> Any:
     return _torch_to_numpy(value) if is_torch(value) else value
 
 
-def arrays_in(value: Any) -> Iterator[Any]:
-    """The arrays and torch tensors of an argument, also inside tuples, lists and dicts."""
+def arrays_in(value: Any, inside: tuple[int, ...] = ()) -> Iterator[Any]:
+    """The arrays and torch tensors of an argument, also inside tuples, lists, dicts and objects.
+
+    inside: ids of the objects on the way here; one that holds itself is not entered again.
+    """
     if isinstance(value, np.ndarray) or is_torch(value):
         yield value
     elif type(value) in (tuple, list):
         for part in value:
-            yield from arrays_in(part)
+            yield from arrays_in(part, inside)
     elif type(value) is dict:
-        yield from arrays_in(list(value.values()))
+        yield from arrays_in(list(value.values()), inside)
+    elif id(value) not in inside:
+        yield from arrays_in(list(_fields(value).values()), (*inside, id(value)))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass or an NKIObject; none of anything else."""
+    if isinstance(value, type):
+        return {}
+    if dataclasses.is_dataclass(value):
+        return {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
+    return vars(value) if isinstance(value, NKIObject) else {}
 
 
 def tensor_from_array(
@@ -140,14 +157,30 @@ def _new_input(run: Run, value: Any, name: str, after: list[Callable[[], None]])
     return NkiTensor(storage, shape, row_major(shape), 0, dtype)
 
 
-def to_device(run: Run, value: Any, name: str, after: list[Callable[[], None]]) -> Any:
-    """Replace arrays in an argument (also inside tuples, lists and dicts) by HBM tensors."""
+def to_device(
+    run: Run,
+    value: Any,
+    name: str,
+    after: list[Callable[[], None]],
+    inside: tuple[int, ...] = (),
+) -> Any:
+    """Replace arrays in an argument by HBM tensors, also inside tuples, lists, dicts and objects.
+
+    An object (a dataclass or an NKIObject) that holds arrays is copied; the caller's keeps its own.
+    """
     if isinstance(value, np.ndarray) or is_torch(value):
         return tensor_from_array(run, value, name, after)
     if type(value) in (tuple, list):
-        return type(value)(to_device(run, v, f"{name}[{i}]", after) for i, v in enumerate(value))
+        parts = [to_device(run, v, f"{name}[{i}]", after, inside) for i, v in enumerate(value)]
+        return type(value)(parts)
     if type(value) is dict:
-        return {k: to_device(run, v, f"{name}[{k!r}]", after) for k, v in value.items()}
+        return {k: to_device(run, v, f"{name}[{k!r}]", after, inside) for k, v in value.items()}
+    if id(value) not in inside and any(True for _ in arrays_in(value)):
+        made, inside = copy.copy(value), (*inside, id(value))
+        for field, held in _fields(value).items():
+            held = to_device(run, held, f"{name}.{field}", after, inside)
+            object.__setattr__(made, field, held)
+        return made
     return value
 
 

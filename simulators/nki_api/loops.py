@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .errors import broken, fail
+from .errors import broken, deprecated, fail
 from .ranks.program import ITERATION, LOOP
 from .registers import Register, check_turn, read
 from .rules import documented, inferred
@@ -98,6 +98,7 @@ def while_loop(init: Register, body_fun: Callable[[Register], Register]) -> None
 def dynamic_range(start: Any, stop: Any = None, step: int = 1) -> Iterator[Register]:
     """Registers with the integers of a device loop."""
     instr = "nki.language.dynamic_range"
+    deprecated("nl.dynamic_range is deprecated since NKI 0.6; use nl.fori_loop")
     lower, upper = (0, start) if stop is None else (start, stop)
     bounds = read(instr, lower), read(instr, upper)
     loop = _Loop(instr, step)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import broken, fail, unsupported
+from .errors import broken, deprecated, fail, unsupported
 from .front_end import check_condition
 from .initmap import OTHER
 from .memory import PSUM
@@ -76,6 +76,8 @@ class Register:
     def __bool__(self) -> bool:
         instr = "a register as a condition"
         check_condition(instr)
+        if self.turns == 0:
+            deprecated("`while register` is deprecated since NKI 0.6; use nl.while_loop")
         if read(instr, self) == 0:
             self.turns = 0
             return False

@@ -147,8 +147,11 @@ def register(value):
 @pair("register.loop_variable", good=False, bad=True)
 def loop_variable(write):
     other = nisa.register_alloc(0)
-    for i in nl.dynamic_range(2):
+
+    def body(i):
         nisa.register_move(i if write else other, 1)  # bad
+
+    nl.fori_loop(0, 2, body)
 
 
 @pair("register.arithmetic", good=False, bad=True)

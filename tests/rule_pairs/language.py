@@ -65,9 +65,11 @@ def loop(step):
 
 @pair("loop.nested", good=False, bad=True)
 def nested(inside):
-    for _ in nl.dynamic_range(2):
+    def body(i):
         if inside:
             nl.fori_loop(0, 2, same)  # bad
+
+    nl.fori_loop(0, 2, body)
 
 
 @pair("loop.endless", good=count_down, bad=same)

@@ -44,8 +44,10 @@ def same_outputs(changed):  # bad
 
 @pair("lnc.device_loops", good=0, bad=1, launch=cores)
 def device_loops(extra):
-    for _ in nl.dynamic_range(1 + extra * nl.program_id(0)):  # bad
+    def body(i):
         nisa.memset(sbuf(SHAPE), 0.0)
+
+    nl.fori_loop(0, 1 + extra * nl.program_id(0), body)  # bad
 
 
 @pair("lnc.same_program", good=0, bad=1, launch=cores)

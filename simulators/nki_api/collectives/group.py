@@ -9,6 +9,7 @@ Source: nki.collectives.ReplicaGroup.
 from __future__ import annotations
 
 import random
+from operator import index
 from typing import Any
 
 from nxd_cp.simulators.nki_api.errors import fail
@@ -28,7 +29,7 @@ class ReplicaGroup(NKIObject):
 
     def __init__(self, groups: Any) -> None:
         try:
-            self.groups = tuple(tuple(int(rank) for rank in ranks) for ranks in groups)
+            self.groups = tuple(tuple(index(rank) for rank in ranks) for ranks in groups)
         except TypeError:
             raise ValueError(
                 f"expected lists of ranks, as in ReplicaGroup([[0, 1]]), got {groups!r}"

@@ -37,7 +37,7 @@ _NAMES = inferred(
 _ALIAS = inferred(
     "collective.alias",
     "nki-samples, allgather_matmul_ring tutorial",
-    "no destination of a collective overlaps a source of it",
+    "no destination of a collective overlaps a source of it, or another destination",
 )
 SIZES = documented(
     "collective.sizes",
@@ -80,10 +80,12 @@ def operands(
         if tensor.space == HBM and not tensor.name:
             broken(_NAMES, instr, "a tensor without a name", tensor=tensor)
         tensor.storage.collective = True
-    for src in srcs:
-        for dst in dsts:
-            if dst.storage is src.storage and _bounds_overlap(src, dst):
+    for i, dst in enumerate(dsts):
+        for src in srcs:
+            if _overlap(src, dst):
                 broken(_ALIAS, instr, "a destination overlaps a source", src=src, dst=dst)
+        if any(_overlap(dst, other) for other in dsts[:i]):
+            broken(_ALIAS, instr, "a destination overlaps another one", dst=dst)
     return Operands(tuple(srcs), tuple(dsts))
 
 
@@ -94,7 +96,9 @@ def one(instr: str, tensors: Any) -> Any:
     return tensors
 
 
-def _bounds_overlap(a: NkiTensor, b: NkiTensor) -> bool:
+def _overlap(a: NkiTensor, b: NkiTensor) -> bool:
+    if a.storage is not b.storage:
+        return False
     (p0, p1, b0, b1), (q0, q1, c0, c1) = a.rect, b.rect
     return p0 < q1 and q0 < p1 and b0 < c1 and c0 < b1
 
