@@ -12,6 +12,7 @@ Letters: B batch, Hq query heads, Hkv key/value heads, S local rows, D and Dv he
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from nxd_cp.backends.kernel_modules import generation_of, kernel_module
 from nxd_cp.backends.ring_arguments import HOST_RING
 from nxd_cp.context import CPContext
 from nxd_cp.options import Options
-from nxd_cp.transport import Call, LocalTransport
+from nxd_cp.transport import Call, LocalTransport, RingError
 from nxd_cp.transport.agreement import announce_refusal, check_agreement
 
 
@@ -154,7 +155,8 @@ class _Ring:
             results = simulate_ranks(kernel, calls, lnc=self.cores)
             return [torch.stack([*parts]) for parts in zip(*results, strict=True)]
         except Exception as error:
-            announce_refusal(call, f"{type(error).__name__}: {error}")
+            with contextlib.suppress(RingError):  # those that have heard may be gone already
+                announce_refusal(call, f"{type(error).__name__}: {error}")
             raise
 
 

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from ranks import RankGroup
 
+from nxd_cp import device_ring
 from nxd_cp.attention import ring_attention
 from nxd_cp.backends.kernel_support import SupportKernels
 from nxd_cp.context import CPContext
 from nxd_cp.simulators import nki_api
+from nxd_cp.transport import Call, RingError
 
 BOUND_S = 20.0  # a third of the timeout of the ranks' groups
 SHAPE = (1, 2, 8, 16)
@@ -62,6 +64,18 @@ def test_what_stops_the_simulation_on_rank_0_all_ranks_hear_at_once(
         assert text.startswith("RankMismatchError")
         assert "(simulation): rank 0 refuses: ZeroDivisionError: planted" in text
         assert seconds < BOUND_S
+
+
+def test_ranks_that_are_gone_when_they_are_told_do_not_hide_the_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(call: Call, reason: str) -> None:
+        raise RingError("planted too")
+
+    monkeypatch.setattr(nki_api, "simulate_ranks", lambda *given, **options: fail())
+    monkeypatch.setattr(device_ring, "announce_refusal", gone)
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        CPContext.local(2).run(attend)
 
 
 def preparation_fails(group: dist.ProcessGroup) -> str:
