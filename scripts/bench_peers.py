@@ -238,6 +238,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     parser.add_argument("--png", type=Path, help="draw them")
     options = parser.parse_args()
+    if "ours" not in options.peers:
+        parser.error(f"--peers: expected ours among them, got {' '.join(options.peers)}")
     machine = (
         f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}, load "
         f"{os.getloadavg()[0]:.2f}"

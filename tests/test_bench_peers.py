@@ -54,6 +54,12 @@ def test_a_threshold_that_cannot_be_met_ends_in_an_error_after_table_figures_and
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_peers_without_ours_are_refused() -> None:
+    done = run("bench_peers.py", ["--peers", "torch-alltoall"])
+    assert done.returncode == 2
+    assert "--peers: expected ours among them, got torch-alltoall" in done.stderr
+
+
 def test_memory_of_a_rank_is_measured_and_its_growth_is_limited() -> None:
     shape = "--seq-len 2048 --heads 2 --kv-heads 1 --head-dim 64 --ranks 1 --strategies ring"
     limit = ["--modes", "forward", "--growth-at-most", "0.5"]
