@@ -164,7 +164,7 @@ def test_function_transforms_that_need_another_derivative_raise() -> None:
             with pytest.raises(RuntimeError, match="functorch transforms"):
                 transform(lambda x: attend(cp, x, k, v).sum())(q)
 
-    CPContext.local(2).run(work)
+    CPContext.local(1).run(work)  # torch counts levels of forward AD for all threads together
 
 
 # What changes between forward and backward
