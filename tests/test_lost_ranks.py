@@ -81,22 +81,22 @@ def test_an_exception_in_one_block_ends_in_an_error_on_all(
     assert "cannot be used any more" in outcomes[1][1]
 
 
+def ends_its_group(cp: CPContext, why: str) -> None:
+    """A call fails, and the next says that the group is of no use."""
+    with pytest.raises(RingError, match=why):
+        attend(cp)
+    with pytest.raises(RingError, match="cannot be used any more"):
+        attend(cp)
+
+
 def test_a_rank_that_is_lost_while_a_hop_is_posted_ends_the_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def lost(self: LocalTransport, *_: Any) -> None:
         raise RingError("planted")
 
-    def work(cp: CPContext) -> str:
-        with pytest.raises(RingError, match="planted"):
-            attend(cp)
-        with pytest.raises(RingError) as caught:
-            attend(cp)
-        return str(caught.value)
-
     monkeypatch.setattr(LocalTransport, "post", lost)
-    for text in CPContext.local(2).run(work):
-        assert "cannot be used any more" in text
+    CPContext.local(2).run(lambda cp: ends_its_group(cp, "planted"))
 
 
 def test_a_rank_that_is_lost_in_a_hop_of_others_ends_the_group(
@@ -112,18 +112,11 @@ def test_a_rank_that_is_lost_in_a_hop_of_others_ends_the_group(
             raise RingError("planted")
         plain_complete(self, ticket)
 
-    def work(cp: CPContext) -> str:
-        with pytest.raises(RingError, match="a hop that carries nothing of this rank: planted"):
-            attend(cp)
-        with pytest.raises(RingError) as caught:
-            attend(cp)
-        return str(caught.value)
-
     monkeypatch.setattr(LocalTransport, "joins_every_hop", True)
     monkeypatch.setattr(LocalTransport, "post", post)
     monkeypatch.setattr(LocalTransport, "complete", lost)
-    for text in CPContext.local(2).run(work):
-        assert "cannot be used any more" in text
+    why = "a hop that carries nothing of this rank: planted"
+    CPContext.local(2).run(lambda cp: ends_its_group(cp, why))
 
 
 def test_an_error_in_a_block_while_no_hop_of_that_rank_is_under_way_ends_its_group(
